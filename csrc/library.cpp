@@ -1,0 +1,45 @@
+// Every op schema, and the pybind11 module whose import registers them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "checks.h"
+#include "cpu/kernels.h"
+
+#ifdef TST_WITH_CUDA
+namespace tst::cuda {
+std::string architectures();
+}
+#endif
+
+STABLE_TORCH_LIBRARY(tst_ext, m) {
+  // input_ids [..., bag_size] int64 or int32, weight [V, d] -> [..., d]; mode "mean" or "sum"
+  m.def("bag_embedding(Tensor input_ids, Tensor weight, str mode) -> Tensor");
+  m.def("bag_embedding_backward(Tensor grad, Tensor input_ids, SymInt num_embeddings, str mode) -> Tensor");
+
+  // hidden [..., d], weight [V, d], labels [..., s] with one bag per row of hidden, position_weights [s].
+  // Returns the loss, lse [N], and the gradients asked for (else empty); those of 16-bit inputs are float32, so that
+  // the upstream gradient multiplies them before the last rounding.
+  m.def(
+      "linear_multi_hot_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, *, Tensor? bias=None, "
+      "Tensor? position_weights=None, str objective='mce', int ignore_index=-100, str reduction='mean', "
+      "Tensor? normalizer=None, float? logit_softcap=None, float z_loss=0.0, float label_smoothing=0.0, "
+      "SymInt? chunk_size=None, bool grad_hidden=False, bool grad_weight=False, bool grad_bias=False) "
+      "-> (Tensor loss, Tensor lse, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Registers the tst_ext ops; build facts and the choice of CPU instruction set.";
+  m.def("cpu_capabilities", &tst::cpu::capabilities, "Instruction sets that this processor runs, the best last.");
+  m.def("cpu_capability", &tst::cpu::capability, "The instruction set in use.");
+  m.def("set_cpu_capability", &tst::cpu::set_capability, pybind11::arg("name"));
+  m.def(
+      "cuda_architectures",
+      []() -> std::string {
+#ifdef TST_WITH_CUDA
+        return tst::cuda::architectures();
+#else
+        return "";
+#endif
+      },
+      "CUDA architectures in this build, comma-separated; empty without CUDA.");
+}

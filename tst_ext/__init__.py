@@ -1,0 +1,25 @@
+"""Token-Superposition Training: the bag embedding and the multi-hot cross-entropy, fused.
+
+The method is that of "Efficient Pre-Training with Token Superposition", arXiv 2605.06546. `tst_ext.ops` holds the two
+operations, `tst_ext.bags` the folding of a batch into bags, `tst_ext.nn` the modules, `tst_ext.reference` the same
+maths in plain torch.
+"""
+
+from importlib.metadata import version
+
+from . import nn
+from .bags import fold_inputs, fold_labels, position_weights
+from .ops import bag_embedding, linear_multi_hot_cross_entropy
+from .schedule import SuperpositionSchedule
+
+__version__ = version("tst-ext")
+
+__all__ = [
+    "SuperpositionSchedule",
+    "bag_embedding",
+    "fold_inputs",
+    "fold_labels",
+    "linear_multi_hot_cross_entropy",
+    "nn",
+    "position_weights",
+]
