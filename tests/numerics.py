@@ -17,12 +17,18 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return distance / norm if norm else (float("inf") if distance else 0.0)
 
 
-def assert_accurate(actual: Tensor, exact: Tensor, reference: Tensor) -> None:
+def assert_accurate(actual: Tensor, exact: Tensor, reference: Tensor, terms: int = 1) -> None:
     """Fails unless `actual` is about as close to `exact` (float64) as `reference` (plain torch, same dtype) is.
 
-    1.1 times the reference's error, and never asked to be below one unit in the last place: on a few elements the
-    reference may hit the exact value by chance.
+    The bound is 1.1 times the reference's error, but no less than the result's own rounding, one eps of its dtype, and
+    no less than what another order of the additions makes of a sum of `terms` terms in float32 or float64: each
+    addition errs by up to eps / 2, at random, and the errors come in through logits, sum and product: 2 sqrt(terms) eps.
     """
     error, allowed = relative_error(actual, exact), 1.1 * relative_error(reference, exact)
-    allowed = max(allowed, torch.finfo(reference.dtype).eps)
+    accumulation = torch.promote_types(reference.dtype, torch.float32)
+    allowed = max(
+        allowed,
+        torch.finfo(reference.dtype).eps,
+        2 * max(terms, 4) ** 0.5 * torch.finfo(accumulation).eps,
+    )
     assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"

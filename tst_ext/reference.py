@@ -37,7 +37,7 @@ def multi_hot_cross_entropy(
     bag_size = labels.shape[-1]
     if position_weights is None:
         position_weights = torch.ones(bag_size, dtype=torch.float64)
-    total = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+    total = logits[:0].sum(dtype=torch.promote_types(logits.dtype, torch.float32))  # 0, and part of the graph
     weight = 0.0
     for i in range(bag_size):
         w = float(position_weights[i])
@@ -47,4 +47,4 @@ def multi_hot_cross_entropy(
         if valid and w:
             target = labels[:, i].long()
             total = total + w * F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
-    return total / weight if weight else logits.sum() * 0
+    return total / weight if weight else total

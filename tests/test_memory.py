@@ -1,0 +1,56 @@
+"""Peak memory of one loss call, forward and backward, in a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import sys, torch
+from tst_ext import linear_multi_hot_cross_entropy, reference
+
+def status(key):  # KiB
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+def plain(hidden, weight, labels):
+    return reference.multi_hot_cross_entropy(hidden @ weight.T, labels)
+
+loss = {"fused": linear_multi_hot_cross_entropy, "plain": plain}[sys.argv[1]]
+
+def call(rows, vocabulary, dim=256, bag_size=4):
+    hidden = torch.randn(rows, dim, requires_grad=True)
+    weight = torch.randn(vocabulary, dim).div_(dim**0.5).requires_grad_()
+    labels = torch.randint(vocabulary, (rows, bag_size))
+    open("/proc/self/clear_refs", "w").write("5")  # resets the peak, VmHWM
+    before = status("VmRSS")
+    (loss(hidden, weight, labels) * float(sys.argv[2])).backward()
+    gradients = 4 * (hidden.grad.numel() + weight.grad.numel()) // 1024
+    return (status("VmHWM") - before - gradients) / 1024
+
+call(512, 4096)  # buffers that libraries keep from their first call on
+print(call(4096, 65536))
+"""
+
+
+def extra_mebibytes(loss: str, upstream: float) -> float:
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, loss, str(upstream)], capture_output=True, text=True, check=True
+    )
+    return float(result.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux's /proc")
+class TestPeakMemory:
+    """N = 4096, d = 256, V = 65536, float32: the full logits are 1024 MiB."""
+
+    def test_beyond_inputs_and_gradients_it_is_an_eighth_of_the_logits(self):
+        # 128 MiB for a chunk of logits; the rest is the GEMM's packing buffers.
+        assert extra_mebibytes("fused", 1.0) < 150
+
+    def test_with_a_scaled_loss(self):
+        # Another factor than 1 makes a second weight gradient, 64 MiB, after the chunk is gone.
+        assert extra_mebibytes("fused", 0.5) < 150
+
+    def test_the_measurement_sees_the_full_logits(self):
+        assert extra_mebibytes("plain", 1.0) > 1024
