@@ -47,7 +47,7 @@ sources = ["csrc/library.cpp"] + [
 ]
 # The C++ side of torch's ABI is not used, so one build serves every torch from this version on.
 macros = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
-cxx_flags = ["-O3", "-Wall", "-fvisibility=hidden", "-Wno-psabi", "-Wno-unknown-pragmas"]
+cxx_flags = ["-O3", "-g0", "-Wall", "-fvisibility=hidden", "-Wno-psabi", "-Wno-unknown-pragmas"]
 compile_args = {"cxx": cxx_flags}
 extension = CppExtension
 if build_cuda():

@@ -10,6 +10,16 @@
 
 namespace tst::cuda {
 
+// Spelled out: torch compiles extensions without the implicit conversions of the 16-bit types.
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(__half x) { return __half2float(x); }
+__device__ inline void narrow(float x, float& to) { to = x; }
+__device__ inline void narrow(double x, double& to) { to = x; }
+__device__ inline void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
+__device__ inline void narrow(float x, __half& to) { to = __float2half_rn(x); }
+
 // One block per bag, threads along the embedding dimension, so that each of the bag_size row reads is coalesced.
 // Accumulates in A in the order of the bag and rounds once. bag * dim and id * dim pass 2^31: 64-bit offsets.
 template <typename T, typename A, typename Index>
@@ -24,9 +34,9 @@ __global__ void bag_embedding_kernel(const Index* __restrict__ ids,  // [bags, b
       const int64_t id = ids[bag * bag_size + i];
       // As torch's own gathers do: stop the kernel rather than read outside the table, without a host round trip.
       if (id < 0 || id >= rows) __trap();
-      sum += static_cast<A>(weight[id * dim + column]);
+      sum += widen(weight[id * dim + column]);
     }
-    out[bag * dim + column] = static_cast<T>(sum * scale);
+    narrow(sum * scale, out[bag * dim + column]);
   }
 }
 
@@ -36,6 +46,7 @@ __global__ void bag_embedding_kernel(const Index* __restrict__ ids,  // [bags, b
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
 
 #include <algorithm>
 #include <string>
