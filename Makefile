@@ -1,0 +1,57 @@
+# make train   from nothing to a comparison of TST with its baseline: venv, installation, training on the default corpus
+# make test    from nothing to a tested installation
+# The other targets serve development; gpu-check alone uses the ambient Python instead of .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+COMPARE ?=
+
+.PHONY: train test bench lint format cpp-test cuda-compile gpu-check clean
+
+train: $(INSTALLED)
+	$(BIN)/tst compare $(COMPARE)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest tests
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/latest.json
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+# The raw kernels without torch: plain, under AddressSanitizer and UBSan, under ThreadSanitizer.
+cpp-test:
+	for sanitizer in none address,undefined thread; do \
+	  folder=build/cmake-$$sanitizer && \
+	  cmake -S . -B $$folder -DTST_SANITIZE=$${sanitizer#none} -DTST_REQUIRE_TESTS=ON && \
+	  cmake --build $$folder --parallel && ctest --test-dir $$folder --output-on-failure || exit 1; \
+	done
+
+cuda-compile: $(INSTALLED)
+	cmake -S . -B build/cmake-cuda -DTST_CUDA=ON -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
+	cmake --build build/cmake-cuda --parallel --target tst_cuda
+
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+	$(PYTHON) -c 'import sys; sys.exit("tst-ext needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools pybind11 ninja numpy torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info tst_ext/*.so
