@@ -22,7 +22,7 @@ def assert_accurate(actual: Tensor, exact: Tensor, reference: Tensor, terms: int
 
     The bound is 1.1 times the reference's error, but no less than the result's own rounding, one eps of its dtype, and
     no less than what another order of the additions makes of a sum of `terms` terms in float32 or float64: each
-    addition errs by up to eps / 2, at random, and the errors come in through logits, sum and product: 2 sqrt(terms) eps.
+    addition errs by up to eps / 2, at random, and errors come in through logits, sum and product: 2 sqrt(terms) eps.
     """
     error, allowed = relative_error(actual, exact), 1.1 * relative_error(reference, exact)
     accumulation = torch.promote_types(reference.dtype, torch.float32)

@@ -1,9 +1,16 @@
 """`python -m tst_ext` and the command `tst`."""
 
-import argparse
 import sys
 
-EXTRA = "needs the trainer's packages: pip install 'tst-ext[train]'"
+USAGE = """usage: tst COMMAND [OPTION...]
+
+commands:
+  train     train one model through both phases
+  compare   train a baseline and TST at equal FLOPs and show both losses
+  prepare   write text as token shards that train and compare read
+  info      print the facts of this installation
+
+tst COMMAND --help lists the options of a command."""
 
 
 def info() -> str:
@@ -21,24 +28,37 @@ def info() -> str:
         "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "threads": torch.get_num_threads(),
     }
-    return "\n".join(f"{name}: {value}" for name, value in facts.items())
+    return "\\n".join(f"{name}: {value}" for name, value in facts.items())
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit status. `info` works without the packages of the extra `train`."""
+    """Runs one command and returns its exit status: 0, or 2 for what the user can put right."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv == ["info"]:
+    if argv in (["-h"], ["--help"], ["help"]):
+        print(USAGE)
+        return 0
+    if argv == ["info"]:  # needs none of the packages of the extra `train`
         print(info())
         return 0
+    if not argv or argv[0] not in ("train", "compare", "prepare"):
+        print(f"tst: expected a command, got {' '.join(argv) or 'none'!r}\\n\\n{USAGE}", file=sys.stderr)
+        return 2
     try:
-        from .train.cli import main as train_main
+        from .train import cli
+        from .train.config import UserError
     except ModuleNotFoundError as error:
-        if error.name and error.name.split(".")[0] == "tst_ext":
+        if error.name is None or error.name.startswith("tst_ext"):
             raise
-        parser = argparse.ArgumentParser(prog="tst")
-        parser.add_argument("command", choices=["info"])
-        parser.error(f"{error.name} is missing; every command but 'info' {EXTRA}")
-    return train_main(argv)
+        print(f"tst {argv[0]}: {error.name} is missing: pip install 'tst-ext[train]'", file=sys.stderr)
+        return 2
+    try:
+        return getattr(cli, f"{argv[0]}_command")(argv[1:])
+    except UserError as error:
+        print(f"tst {argv[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"tst {argv[0]}: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

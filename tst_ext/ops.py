@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _C  # noqa: F401  (registers the ops)
+import tst_ext._C  # noqa: F401  (registers the ops)
+
 from .bags import position_weights as named_position_weights
 
 __all__ = ["bag_embedding", "linear_multi_hot_cross_entropy"]

@@ -1,0 +1,230 @@
+"""Text to token shards on disk, and shards to batches.
+
+A prepared folder holds `train.bin` and `val.bin`, little-endian uint16 or uint32 token ids of all documents one after
+the other, each followed by an end-of-text token; beside each a JSON header with the number of tokens, the vocabulary
+size and a checksum; and `tokenizer.json`.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from .config import DataConfig, UserError
+
+__all__ = ["Shard", "cache_folder", "prepare", "prepared_folder", "read_documents"]
+
+FORMAT = 1
+END_OF_TEXT = "<|endoftext|>"
+SPLITS = ("train", "val")
+SHUFFLE_SEED = 0  # of the documents, before the split: the same for every run, so that all share one held-out text
+CHECKSUM_LIMIT = 1 << 30  # bytes; opening a larger shard checks its size only, hashing it would take many seconds
+
+
+def cache_folder() -> Path:
+    """Where prepared text is kept between runs: `$XDG_CACHE_HOME/tst-ext`, by default `~/.cache/tst-ext`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tst-ext"
+
+
+def read_documents(config: DataConfig) -> list[str]:
+    """The documents of `config.data` in the order of the files, or those of the default corpus.
+
+    Raises:
+        UserError: a path is missing, of an unknown kind, or unreadable; names file and line.
+    """
+    if not config.data:
+        stdlib = Path(sysconfig.get_paths()["stdlib"])
+        files = sorted(p for p in stdlib.rglob("*.py") if not {"site-packages", "dist-packages"} & set(p.parts))
+        return [text for text in (p.read_text(encoding="utf-8", errors="replace") for p in files) if text]
+    return [text for path in config.data for text in _read(path, config.text_key) if text]
+
+
+def _read(path: Path, text_key: str) -> Iterator[str]:
+    try:
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
+            if not files:
+                raise UserError(f"data {path}: the folder holds no .txt or .jsonl file and is no prepared one")
+            for file in files:
+                yield from _read(file, text_key)
+        elif path.suffix == ".txt":
+            yield path.read_text(encoding="utf-8")
+        elif path.suffix == ".jsonl":
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+                if not line.strip():
+                    continue
+                record = json.loads(line)
+                if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
+                    raise UserError(f"data {path}, line {number}: expected an object with a string {text_key!r}")
+                yield record[text_key]
+        elif path.exists():
+            raise UserError(f"data {path}: expected .txt, .jsonl, a folder of those, or a prepared folder")
+        else:
+            raise UserError(f"data {path}: no such file or folder")
+    except (OSError, ValueError) as error:
+        raise UserError(f"data {path}: {error}") from error
+
+
+def prepared_folder(config: DataConfig) -> Path:
+    """The prepared folder of `config`: the one it names, else one in the cache, made now unless it is there.
+
+    The cache's key covers the text itself, the settings and the tokenizer library, so a change of any makes a new one.
+
+    Raises:
+        UserError: as `read_documents` and `prepare` do.
+    """
+    if len(config.data) == 1 and (config.data[0] / "train.json").exists():
+        return config.data[0]
+    documents = read_documents(config)
+    key = hashlib.sha256(f"{FORMAT} {config.vocabulary} {config.holdout} {tokenizers.__version__}".encode())
+    for document in documents:
+        key.update(hashlib.sha256(document.encode()).digest())
+    folder = cache_folder() / key.hexdigest()[:16]
+    if not (folder / "train.json").exists():
+        prepare(documents, config, folder)
+    return folder
+
+
+def prepare(documents: list[str], config: DataConfig, folder: Path) -> None:
+    """Trains a byte-level BPE on the training documents and writes `folder`, whole or not at all.
+
+    Documents are shuffled by a fixed seed, then `config.holdout` of them (at least one) become the held-out split, so
+    that no document is in both. The folder is written under another name and renamed: a process that prepares the
+    same text at the same time does no harm.
+
+    Raises:
+        UserError: fewer than two documents, or the folder exists.
+    """
+    if len(documents) < 2:
+        raise UserError(f"data: expected at least 2 documents, one of them to hold out, got {len(documents)}")
+    documents = sorted(documents)
+    random.Random(SHUFFLE_SEED).shuffle(documents)
+    held_out = max(1, round(config.holdout * len(documents)))
+    split = {"val": documents[:held_out], "train": documents[held_out:]}
+
+    tokenizer = Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=config.vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(split["train"], trainer)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
+    try:
+        tokenizer.save(str(unfinished / "tokenizer.json"))
+        for name in SPLITS:
+            _write_shard(unfinished / name, split[name], tokenizer)
+        unfinished.chmod(0o755)  # mkdtemp's 0700 would keep a shared cache from its other users
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not (folder / "train.json").exists():
+                raise UserError(f"folder {folder}: it exists and is not empty") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_shard(path: Path, documents: list[str], tokenizer: Tokenizer) -> None:
+    vocabulary = tokenizer.get_vocab_size()
+    dtype = "uint16" if vocabulary <= 2**16 else "uint32"
+    separator = tokenizer.token_to_id(END_OF_TEXT)
+    count, checksum = 0, hashlib.sha256()
+    with open(path.with_suffix(".bin"), "wb") as file:
+        for start in range(0, len(documents), 256):
+            for encoding in tokenizer.encode_batch(documents[start : start + 256]):
+                ids = np.array([*encoding.ids, separator], dtype=np.dtype(dtype).newbyteorder("<")).tobytes()
+                file.write(ids)
+                checksum.update(ids)
+                count += len(encoding.ids) + 1
+    header = {
+        "format": FORMAT,
+        "dtype": dtype,
+        "tokens": count,
+        "documents": len(documents),
+        "vocabulary": vocabulary,
+        "end_of_text": separator,
+        "tokenizer": "tokenizer.json",
+        "sha256": checksum.hexdigest(),
+    }
+    path.with_suffix(".json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+
+
+class Shard:
+    """One split of a prepared folder, memory-mapped.
+
+    Args:
+        folder: what `prepared_folder` returned.
+        split: "train" or "val".
+
+    Raises:
+        UserError: a file is missing, truncated or altered, or its header is not one of ours.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        header_path, path = folder / f"{split}.json", folder / f"{split}.bin"
+        try:
+            header: dict[str, Any] = json.loads(header_path.read_text(encoding="utf-8"))
+            size = path.stat().st_size
+        except (OSError, ValueError) as error:
+            raise UserError(f"shard {folder}: {error}") from error
+        missing = {"format", "dtype", "tokens", "vocabulary", "sha256"} - set(header)
+        if missing or header["format"] != FORMAT or header["dtype"] not in ("uint16", "uint32"):
+            raise UserError(f"shard {header_path}: not a header of format {FORMAT}: got {header!r}")
+        dtype = np.dtype(header["dtype"]).newbyteorder("<")
+        if size != header["tokens"] * dtype.itemsize:
+            wanted = header["tokens"] * dtype.itemsize
+            raise UserError(f"shard {path}: expected {wanted} bytes by its header, got {size}; prepare it again")
+        if size <= CHECKSUM_LIMIT:
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != header["sha256"]:
+                    raise UserError(f"shard {path}: its checksum is not that of its header; prepare it again")
+        self.path = path
+        self.vocabulary: int = header["vocabulary"]
+        self.tokens = np.memmap(path, dtype=dtype, mode="r") if size else np.empty(0, dtype)
+
+    def _windows(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
+        windows = np.stack([self.tokens[start : start + length + 1] for start in starts]).astype(np.int64)
+        return torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(windows[:, 1:].copy())
+
+    def batch(self, seed: int, step: int, batch: int, length: int) -> tuple[Tensor, Tensor]:
+        """The batch of one step: input ids and labels, `[batch, length]` int64; labels are shifted by one token.
+
+        Stateless: the positions are a function of (seed, step), from a counter-based generator, so a run can be
+        repeated or entered at any step.
+
+        Raises:
+            UserError: the shard is shorter than one window.
+        """
+        self._check_length(length)
+        generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
+        return self._windows(generator.integers(0, len(self.tokens) - length, size=batch), length)
+
+    def windows(self, tokens: int, batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first `tokens` tokens (or all, where there are fewer) as consecutive windows, in batches as above."""
+        self._check_length(length)
+        starts = np.arange(0, min(tokens, len(self.tokens) - 1) - length + 1, length)
+        for first in range(0, len(starts), batch):
+            yield self._windows(starts[first : first + batch], length)
+
+    def _check_length(self, length: int) -> None:
+        if len(self.tokens) < length + 1:
+            raise UserError(
+                f"shard {self.path}: expected at least {length + 1} tokens for one sequence, got {len(self.tokens)}"
+            )
