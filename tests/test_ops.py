@@ -1,5 +1,7 @@
 """Both operations against plain torch in float64, and what their public functions promise."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_accurate, relative_error
 
-from tst_ext import _C, bag_embedding, linear_multi_hot_cross_entropy, reference
+from tst_ext import _C, bag_embedding, fallback, linear_multi_hot_cross_entropy, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 IGNORE = -100
@@ -561,3 +563,63 @@ class TestRegistration:
             results.append((loss, *torch.autograd.grad(2.5 * loss, parameters)))
         for a, b in zip(*results, strict=True):
             assert torch.equal(a, b)
+
+
+# ---- devices without kernels -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:tst_ext")
+class TestFallback:
+    """Plain torch stands in where there is no kernel. Called by name here, on the CPU, beside the kernels."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("mode", ["mean", "sum"])
+    def test_bag_embedding(self, dtype, mode):
+        ids, weight, grad = embedding_case((3, 5, 4), 23, 70, dtype, "cpu")
+        mine = fallback.bag_embedding(ids, weight, mode), fallback.bag_embedding_backward(grad, ids, 23, mode)
+        exact = embedding_and_gradient(reference.bag_embedding, ids, weight.double(), grad.double(), mode)
+        plain = embedding_and_gradient(reference.bag_embedding, ids, weight, grad, mode)
+        for actual, wanted, beside in zip(mine, exact, plain, strict=True):
+            assert_accurate(actual, wanted, beside, terms=20)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    @pytest.mark.parametrize("chunk_size", [None, 10])
+    @pytest.mark.parametrize("ignored", [0.2, 1.0])
+    def test_loss_and_gradients(self, dtype, reduction, chunk_size, ignored):
+        hidden, weight, labels = loss_case(37, 24, 101, 4, dtype, "cpu", ignored=ignored)
+        weights = torch.tensor([1, 0.5, 0, 0.25])
+        options = dict(position_weights=weights, reduction=reduction, grad_hidden=True, grad_weight=True)
+        mine = fallback.linear_multi_hot_cross_entropy(hidden, weight, labels, chunk_size=chunk_size, **options)
+        kernel = torch.ops.tst_ext.linear_multi_hot_cross_entropy(hidden, weight, labels, **options)
+        case = hidden.double(), weight.double(), labels
+        exact = loss_and_gradients(plain, *case, position_weights=weights, reduction=reduction)
+        for i, wanted in zip((0, 2, 3), exact, strict=True):
+            assert mine[i].dtype == kernel[i].dtype and mine[i].shape == kernel[i].shape
+            # Judged beside the kernel, whose own error TestLinearMultiHotCrossEntropy bounds.
+            assert_accurate(mine[i], wanted, kernel[i], terms=101)
+        assert_accurate(mine[1], kernel[1].double(), kernel[1], terms=101)
+
+    def test_no_rows(self):
+        out = fallback.linear_multi_hot_cross_entropy(
+            torch.empty(0, 8), torch.randn(50, 8), torch.empty(0, 4).long(), grad_hidden=True, grad_weight=True
+        )
+        assert out[0] == 0 and out[2].shape == (0, 8) and torch.equal(out[3], torch.zeros(50, 8))
+
+    def test_shapes_on_meta(self):
+        ids, weight, _ = embedding_case((2, 3, 4), 11, 5, torch.float32, "meta")
+        assert bag_embedding(ids, weight).shape == (2, 3, 5)
+        hidden, weight, labels = loss_case(6, 8, 50, 4, torch.float32, "cpu")
+        hidden = hidden.to("meta").requires_grad_()
+        loss = fused(hidden, weight.to("meta"), labels.to("meta"))
+        loss.backward()
+        assert loss.shape == () and hidden.grad.shape == hidden.shape and hidden.grad.is_meta
+
+    def test_warns_once(self):
+        fallback._warn.cache_clear()
+        ids, weight, _ = embedding_case((2, 3), 11, 5, torch.float32, "cpu")
+        with pytest.warns(UserWarning, match="bag_embedding: no compiled kernel for cpu"):
+            fallback.bag_embedding(ids, weight, "mean")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fallback.bag_embedding(ids, weight, "mean")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import tst_ext._C  # noqa: F401  (registers the ops)
+import tst_ext._C  # noqa: F401  (registers the ops and their kernels)
+import tst_ext.fallback  # noqa: F401  (registers plain torch for devices without kernels)
 
 from .bags import position_weights as named_position_weights
 

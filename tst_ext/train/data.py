@@ -52,6 +52,8 @@ def read_documents(config: DataConfig) -> list[str]:
 
 
 def _read(path: Path, text_key: str) -> Iterator[str]:
+    if not path.exists():
+        raise UserError(f"data {path}: no such file or folder")
     try:
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
@@ -69,10 +71,8 @@ def _read(path: Path, text_key: str) -> Iterator[str]:
                 if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
                     raise UserError(f"data {path}, line {number}: expected an object with a string {text_key!r}")
                 yield record[text_key]
-        elif path.exists():
-            raise UserError(f"data {path}: expected .txt, .jsonl, a folder of those, or a prepared folder")
         else:
-            raise UserError(f"data {path}: no such file or folder")
+            raise UserError(f"data {path}: expected .txt, .jsonl, a folder of those, or a prepared folder")
     except (OSError, ValueError) as error:
         raise UserError(f"data {path}: {error}") from error
 

@@ -1,0 +1,69 @@
+"""Small corpora made by fixed rules, and a cache folder that is not the user's."""
+
+import hashlib
+import json
+import random
+
+import numpy as np
+import pytest
+
+from tst_ext.train.config import DataConfig, ModelConfig, SuperpositionConfig, TrainConfig
+
+VOCABULARY = 64
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def documents():
+    """200 documents of words drawn with a fixed seed; the number in front makes each unique."""
+    rng = random.Random(0)
+    words = ["bag", "token", "step", "loss", "head", "row", "mean", "phase", "switch", "label"]
+    return [f"{i} " + " ".join(rng.choice(words) for _ in range(60)) for i in range(200)]
+
+
+def write_split(folder, split, tokens):
+    tokens = np.asarray(tokens, dtype="<u2")
+    (folder / f"{split}.bin").write_bytes(tokens.tobytes())
+    header = {
+        "format": 1,
+        "dtype": "uint16",
+        "tokens": len(tokens),
+        "vocabulary": VOCABULARY,
+        "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+    }
+    (folder / f"{split}.json").write_text(json.dumps(header))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A prepared folder with a sequence that can be learnt: each token is the one before it plus 1, 2 or 3."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    steps = np.random.Generator(np.random.Philox(key=1)).choice([1, 1, 1, 2, 3], size=22_000)
+    tokens = np.cumsum(steps) % VOCABULARY
+    write_split(folder, "train", tokens[:20_000])
+    write_split(folder, "val", tokens[20_000:])
+    return folder
+
+
+@pytest.fixture
+def tiny(shards):
+    """A run of 30 steps that crosses the phase switch at step 12."""
+    return TrainConfig(
+        model=ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, ffn_dim=64),
+        data=DataConfig(data=(shards,)),
+        superposition=SuperpositionConfig(bag_size=4, ratio=0.4),
+        steps=30,
+        batch=4,
+        latent_tokens=16,
+        eval_every=10,
+        eval_tokens=1024,
+        log_every=1,
+        device="cpu",
+        threads=1,
+    )
