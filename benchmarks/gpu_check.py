@@ -1,7 +1,8 @@
 """Builds with CUDA in the ambient Python, runs the CUDA tests and the benchmarks, and writes JSON results.
 
-Run by `make gpu-check`. Needs torch with CUDA, nvcc, pybind11, ninja, numpy, tokenizers, pytest, hypothesis and
-pytest-benchmark; no network. Results go to the folder named by the environment variable OUT, else to benchmarks/results.
+Run by `make gpu-check`. Needs torch with CUDA, nvcc, pybind11, ninja, pytest, hypothesis and pytest-benchmark, and the
+packages of the extra `train`; no network. Results go to the folder named by the environment variable OUT, else to
+benchmarks/results.
 """
 
 import json
