@@ -6,7 +6,7 @@ import sys
 
 if sys.platform == "win32":
     sys.exit("tst-ext: the kernels build with GCC or Clang on Linux and macOS, not on Windows (WSL works)")
-compiler = os.environ.get("CXX", "c++").split()[0]
+compiler = (os.environ.get("CXX") or "c++").split()[0]
 if shutil.which(compiler) is None:
     sys.exit(
         f"tst-ext: no C++ compiler ({compiler!r} is not on PATH). Install one (Debian and Ubuntu: apt-get install g++; "

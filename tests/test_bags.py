@@ -88,7 +88,7 @@ class TestPositionWeights:
     def test_values(self, name, expected):
         weights = position_weights(name, 3)
         assert weights.dtype == torch.float32
-        assert weights.tolist() == torch.tensor(expected, dtype=torch.float32).tolist()
+        assert weights.tolist() == pytest.approx(expected, rel=3 * torch.finfo(torch.float32).eps)
 
     def test_bad_arguments(self):
         with pytest.raises(ValueError, match="'power'"):

@@ -22,6 +22,13 @@ class TestBagEmbedding:
     def test_state_dict_is_that_of_an_embedding(self):
         torch.nn.Embedding(11, 5).load_state_dict(BagEmbedding(11, 5).state_dict())
 
+    def test_from_pretrained(self):
+        table, ids = torch.randn(11, 5), torch.randint(11, (2, 3, 4))
+        module = BagEmbedding.from_pretrained(table, mode="sum")
+        assert module.weight.data_ptr() == table.data_ptr() and not module.weight.requires_grad
+        torch.testing.assert_close(module(ids), reference.bag_embedding(ids, table, mode="sum"))
+        assert BagEmbedding.from_pretrained(table, freeze=False).weight.requires_grad
+
     def test_errors(self):
         with pytest.raises(ValueError, match="mode"):
             BagEmbedding(11, 5, mode="max")

@@ -28,7 +28,7 @@ def info() -> str:
         "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "threads": torch.get_num_threads(),
     }
-    return "\\n".join(f"{name}: {value}" for name, value in facts.items())
+    return "\n".join(f"{name}: {value}" for name, value in facts.items())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         print(info())
         return 0
     if not argv or argv[0] not in ("train", "compare", "prepare"):
-        print(f"tst: expected a command, got {' '.join(argv) or 'none'!r}\\n\\n{USAGE}", file=sys.stderr)
+        print(f"tst: expected a command, got {' '.join(argv) or 'none'!r}\n\n{USAGE}", file=sys.stderr)
         return 2
     try:
         from .train import cli

@@ -80,7 +80,7 @@ def position_weights(
     """
     if bag_size < 1:
         raise ValueError(f"bag_size: expected an integer >= 1, got {bag_size}")
-    i = torch.arange(1, bag_size + 1, device=device, dtype=torch.float64)
+    i = torch.arange(1, bag_size + 1, device=device, dtype=torch.promote_types(dtype, torch.float32))
     if name == "uniform":
         weights = torch.ones_like(i)
     elif name == "power_law":

@@ -3,6 +3,7 @@
 Importing this module registers them: the dispatcher prefers a compiled kernel where there is one.
 """
 
+import math
 import warnings
 from functools import cache
 from typing import Any
@@ -50,24 +51,27 @@ def linear_multi_hot_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _warn("linear_multi_hot_cross_entropy", hidden.device.type)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    h = hidden.reshape(-1, hidden.shape[-1])
+    compute = dtype if hidden.dtype == torch.float16 else hidden.dtype  # as the CPU kernel, and for its reasons
+    h = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1]).to(compute)
+    weight = weight.to(compute)
     rows, vocabulary = len(h), len(weight)
     y = labels.reshape(rows, -1).long() if rows else labels.new_zeros(0, 1).long()
     valid = y != ignore_index  # [N, s]
     y = torch.where(valid, y, 0)
     w = torch.ones(y.shape[1], dtype=dtype, device=h.device) if position_weights is None else position_weights.to(dtype)
+    if not bool(((w >= 0) & w.isfinite()).all()):
+        raise ValueError(f"position_weights: expected finite weights >= 0, got {w.tolist()}")
+    w = w / w.max().clamp_min(torch.finfo(dtype).tiny)  # so that their sum is finite too
     count = valid.sum(0) if reduction == "mean" else torch.ones_like(w)
     used = torch.where(count > 0, w, 0)
     # [s], as csrc/cpu/linear_multi_hot_cross_entropy.cpp has it; 0 where nothing is valid
     scale = torch.nan_to_num(used / (used.sum() * count), nan=0.0)
-    factor = scale.sum()  # multiplied in after the GEMMs: 1/N would underflow in float16
-    coefficients = torch.where(valid, torch.nan_to_num(scale / factor, nan=0.0), 0)  # [N, s]
+    coefficients = torch.where(valid, scale, 0)  # [N, s]
 
     loss, lse = torch.empty(rows, dtype=dtype, device=h.device), torch.empty(rows, dtype=dtype, device=h.device)
     dh = hidden.new_zeros(h.shape if grad_hidden else (0,), dtype=dtype)
     dw = weight.new_zeros(weight.shape if grad_weight else (0,), dtype=dtype)
-    # An eighth of the full logits in float32, or 64 MiB where that is more.
-    step = chunk_size or max(1, (64 << 20) // (4 * max(1, vocabulary)), rows // 8)
+    step = chunk_size or max(1, (64 << 20) // (4 * max(1, vocabulary)), min(rows // 8, 512))
     for start in range(0, rows, step):
         part = slice(start, start + step)
         z = (h[part] @ weight.T).to(dtype)
@@ -80,12 +84,12 @@ def linear_multi_hot_cross_entropy(
         z = torch.where(total > 0, z.sub_(lse[part, None]).exp_().mul_(total), 0)
         for i in range(y.shape[1]):  # one position at a time: scatter_add_ over duplicates has no fixed order on CUDA
             z.scatter_(1, y[part, i, None], z.gather(1, y[part, i, None]) - coefficients[part, i, None])
-        z = z.to(hidden.dtype)
+        z = z.to(compute)
         if grad_hidden:
-            dh[part] = (z @ weight).to(dtype) * factor
+            dh[part] = (z @ weight).to(dtype)
         if grad_weight:
-            dw += (z.T @ h[part]).to(dtype) * factor
-    return loss.sum() * factor, lse, dh.view_as(hidden) if grad_hidden else dh, dw, weight.new_empty(0, dtype=dtype)
+            dw += (z.T @ h[part]).to(dtype)
+    return loss.sum(), lse, dh.view_as(hidden) if grad_hidden else dh, dw, weight.new_empty(0, dtype=dtype)
 
 
 for _op in (bag_embedding, bag_embedding_backward, linear_multi_hot_cross_entropy):

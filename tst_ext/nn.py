@@ -38,6 +38,15 @@ class BagEmbedding(torch_nn.Embedding):
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
         self.mode = mode
 
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # nn.Embedding's other options do not apply to bags
+        cls, embeddings: Tensor, freeze: bool = True, *, mode: str = "mean"
+    ) -> "BagEmbedding":
+        """A module around the table `embeddings` `[V, d]`, which it shares; trained only with `freeze=False`."""
+        module = cls(*embeddings.shape, mode=mode, device="meta")
+        module.weight = torch_nn.Parameter(embeddings, requires_grad=not freeze)
+        return module
+
     def forward(self, input_ids: Tensor) -> Tensor:
         if input_ids.dim() == 2:
             return super().forward(input_ids)

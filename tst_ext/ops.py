@@ -4,6 +4,7 @@ The kernels are in csrc/; importing `tst_ext._C` registers them as `torch.ops.ts
 gradient formulas are here.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -21,10 +22,14 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER = (torch.int64, torch.int32)
 
 
-def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    if tensor.dtype not in allowed:
-        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected one of {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
 
 
 def _check_same_device(**tensors: Tensor) -> None:
@@ -55,12 +60,13 @@ def bag_embedding(input_ids: Tensor, weight: Tensor, *, mode: str = "mean") -> T
     Raises:
         TypeError: a dtype other than those above.
         ValueError: a shape, device or mode other than those above.
-        IndexError: an id outside `[0, V)`; names the id and its place (on CUDA the kernel stops instead).
+        IndexError: an id outside `[0, V)`; names the id and its place. On other devices than the CPU the device's own
+            check stops instead, as in torch's embedding.
 
     Source: arXiv 2605.06546, the input of the superposition phase.
     """
-    _check_dtype("input_ids", input_ids, INTEGER)
-    _check_dtype("weight", weight, FLOATING)
+    _check_tensor("input_ids", input_ids, INTEGER)
+    _check_tensor("weight", weight, FLOATING)
     if input_ids.dim() < 1 or input_ids.shape[-1] < 1:
         raise ValueError(f"input_ids: expected [..., bag_size] with bag_size >= 1, got shape {tuple(input_ids.shape)}")
     if weight.dim() != 2:
@@ -119,8 +125,8 @@ def linear_multi_hot_cross_entropy(
     backward pass: three GEMMs in all, and memory for one chunk of logits beyond the gradients.
 
     Args:
-        hidden: `[..., d]`, float32, bfloat16, float16 or float64.
-        weight: `[V, d]`, the output head, of hidden's dtype.
+        hidden: `[..., d]`, float32, bfloat16, float16 or float64. float16 is computed in float32.
+        weight: `[V, d]`, the output head, of hidden's dtype. Under autocast both are cast as `F.linear` casts them.
         labels: `[..., s]`, or `[...]` for s = 1 (plain next-token loss), int64 or int32, each in `[0, V)` or
             `ignore_index`.
         position_weights: weights w_i of the bag positions: a name that `tst_ext.position_weights` knows, or a tensor
@@ -137,15 +143,21 @@ def linear_multi_hot_cross_entropy(
         Scalar loss, in nats, float32 (float64 for float64).
 
     Raises:
-        TypeError: a dtype other than those above, or hidden and weight of different dtypes.
+        TypeError: a dtype other than those above, or hidden and weight of different dtypes outside autocast.
         ValueError: a shape, device, weight or option other than those above.
-        IndexError: a label outside `[0, V)` that is not `ignore_index`; names the label and its place.
+        IndexError: a label outside `[0, V)` that is not `ignore_index`; names the label and its place. On other
+            devices than the CPU torch's own check stops instead.
         RuntimeError: on a second derivative, which is not implemented.
 
     Source: arXiv 2605.06546, multi-hot cross-entropy.
     """
-    _check_dtype("hidden", hidden, FLOATING)
-    _check_dtype("labels", labels, INTEGER)
+    _check_tensor("hidden", hidden, FLOATING)
+    _check_tensor("weight", weight, FLOATING)
+    _check_tensor("labels", labels, INTEGER)
+    device_type = hidden.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        autocast = torch.get_autocast_dtype(device_type)
+        hidden, weight = (t if t.dtype == torch.float64 else t.to(autocast) for t in (hidden, weight))
     if weight.dtype != hidden.dtype:
         raise TypeError(f"weight: expected hidden's dtype {hidden.dtype}, got {weight.dtype}")
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
@@ -154,20 +166,22 @@ def linear_multi_hot_cross_entropy(
         )
     rows = hidden.shape[:-1]
     if labels.shape == rows:
-        labels = labels.unsqueeze(-1)
+        bag_size = 1
     elif labels.shape[:-1] != rows or labels.shape[-1] < 1:
         raise ValueError(
             f"labels: expected {tuple(rows)} or {(*rows, 's')} with s >= 1 for hidden of shape "
             f"{tuple(hidden.shape)}, got shape {tuple(labels.shape)}"
         )
+    else:
+        bag_size = labels.shape[-1]
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size: expected at least 1 row, got {chunk_size}")
-    bag_size = labels.shape[-1]
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size: expected an integer >= 1 or None, got {chunk_size!r}")
     if isinstance(position_weights, str):
         position_weights = named_position_weights(position_weights, bag_size, device=hidden.device)
     if position_weights is not None:
+        _check_tensor("position_weights", position_weights, FLOATING + INTEGER)
         if position_weights.shape != (bag_size,) or position_weights.requires_grad:
             raise ValueError(
                 f"position_weights: expected a constant tensor of shape ({bag_size},), got shape "
@@ -229,10 +243,17 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """`gradient * factor` rounded once to dtype; gradient itself where that is the same, the usual `loss.backward()`.
 
-    The shortcut spares a second copy of the weight gradient. It reads the factor on the host, so only on CPU, where
-    that is free, and not where a compiler traces.
+    The shortcut spares a second copy of the weight gradient. It reads the factor on the host, so it is taken only on
+    the CPU, where that is free, not where a compiler traces, and not from a graph that is kept: a second backward would
+    hand out the same memory again.
     """
-    if not torch.compiler.is_compiling() and gradient.dtype == dtype and factor.device.type == "cpu" and factor == 1:
+    if (
+        not torch.compiler.is_compiling()
+        and gradient.dtype == dtype
+        and factor.device.type == "cpu"
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and factor == 1
+    ):
         return gradient
     return (gradient * factor).to(dtype)
 
@@ -248,10 +269,9 @@ def _(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    rows = hidden.numel() // hidden.shape[-1] if hidden.shape[-1] else 0
     return (
         hidden.new_empty((), dtype=dtype),
-        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(math.prod(hidden.shape[:-1]), dtype=dtype),
         hidden.new_empty(hidden.shape if grad_hidden else (0,), dtype=dtype),
         weight.new_empty(weight.shape if grad_weight else (0,), dtype=dtype),
         weight.new_empty(0, dtype=dtype),

@@ -44,12 +44,11 @@ struct LossRows {
   double* lse;   // [rows]
 };
 
-// out[i] = scale * source[i], or out[i] += scale * source[i], with out in the accumulation type: what a GEMM with
-// float32 output would do for 16-bit factors, which ATen does not offer on CPU.
+// out[i] = source[i], or out[i] += source[i]: what a GEMM of bfloat16 with float32 output would do, which ATen does not
+// offer on CPU.
 struct Accumulate {
-  const void* source;
-  void* out;
-  double scale;
+  const void* source;  // bfloat16
+  float* out;
   bool add;
 };
 
@@ -61,8 +60,8 @@ struct Kernels {
   GatherSumFn gather_sum[kDTypes];          // source and out of the dtype
   GatherSumFn gather_sum_partial[kDTypes];  // source of the dtype, out in the accumulation type
   GatherSumFn gather_sum_finish[kDTypes];   // source in the accumulation type, out of the dtype
-  LossRowsFn loss_rows[kDTypes];
-  AccumulateFn accumulate[kDTypes];
+  LossRowsFn loss_rows[kDTypes];            // float16: null, the op computes in float32
+  AccumulateFn accumulate_bfloat16;
 };
 
 // Instruction sets. "default" is what the compiler's baseline offers: SSE2 on x86-64, NEON on aarch64.

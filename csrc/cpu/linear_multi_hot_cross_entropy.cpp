@@ -12,15 +12,15 @@
 namespace tst::cpu {
 namespace {
 
-// out = beta * out + alpha * a @ b by ATen. torch_call_dispatcher cannot pass the Scalars of aten::addmm, so this is
+// out = beta * out + a @ b by ATen. torch_call_dispatcher cannot pass the Scalars of aten::addmm, so this is
 // the C shim of the same CPU kernel.
-void addmm(const Tensor& out, const Tensor& a, const Tensor& b, double beta, double alpha) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, alpha));
+void addmm(const Tensor& out, const Tensor& a, const Tensor& b, double beta) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, 1.0));
 }
 
-void accumulate(const Tensor& out, const Tensor& source, DType dtype, double scale, bool add) {
-  const Accumulate args{source.const_data_ptr(), out.mutable_data_ptr(), scale, add};
-  const AccumulateFn kernel = kernels().accumulate[dtype];
+void accumulate(const Tensor& out, const Tensor& source, bool add) {
+  const Accumulate args{source.const_data_ptr(), static_cast<float*>(out.mutable_data_ptr()), add};
+  const AccumulateFn kernel = kernels().accumulate_bfloat16;
   torch::stable::parallel_for(0, source.numel(), 16384, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
@@ -77,27 +77,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
                   "hidden, weight: expected [..., d] and [V, d]");
   STD_TORCH_CHECK(hidden.scalar_type() == weight.scalar_type(), "hidden, weight: expected one dtype");
   STD_TORCH_CHECK(!chunk_size || *chunk_size >= 1, "chunk_size: expected at least 1 row");
-  const Tensor h = flatten_rows(hidden);  // [N, d]
-  const int64_t rows = h.size(0), d = h.size(1), vocabulary = weight.size(0);
+  // float16 is computed in float32: a sum of dlogits over the rows of a chunk passes 65504, a single one of them, 1/(N
+  // V), is below float16's smallest number, and few processors multiply float16 matrices any faster.
+  const bool half = hidden.scalar_type() == ScalarType::Half;
+  const Tensor h = flatten_rows(half ? torch::stable::to(hidden, ScalarType::Float) : hidden);  // [N, d]
+  const Tensor w = half ? torch::stable::to(weight, ScalarType::Float) : weight;                // [V, d]
+  const int64_t rows = h.size(0), d = h.size(1), vocabulary = w.size(0);
   const Tensor y = as_int64("labels", labels);
   STD_TORCH_CHECK(rows ? y.numel() % rows == 0 && y.numel() > 0 : y.numel() == 0, "labels: expected [..., bag_size]");
   const int64_t bag_size = rows ? y.numel() / rows : 1;
   const int64_t* label_data = y.const_data_ptr<int64_t>();
   const int64_t bad = find_out_of_range(label_data, y.numel(), vocabulary, ignore_index);
   if (bad >= 0) throw_out_of_range("labels", y, label_data, bad, vocabulary);
-  const DType dtype = dtype_of("hidden", hidden);
-  const bool wide = dtype == kFloat32 || dtype == kFloat64;
+  const DType dtype = dtype_of("hidden", h);
+  const bool wide = dtype != kBFloat16;
   const ScalarType accumulation = accumulation_type(dtype);
 
   std::vector<double> scale(bag_size, 0.0);
   if (rows) scale = position_scale(label_data, rows, bag_size, ignore_index, position_weights, reduction);
-  // The kernel sees coefficients that sum to 1 and the GEMMs multiply by the rest: 1/N would push the gradient of a
-  // float16 logit, at most 1/(N V), below float16's smallest number.
-  double factor = 0;
-  for (const double c : scale) factor += c;
-  for (double& c : scale) c = factor > 0 ? c / factor : 0.0;
-
-  const int64_t element_size = static_cast<int64_t>(hidden.element_size());
+  const int64_t element_size = static_cast<int64_t>(h.element_size());
   const int64_t chunk = chunk_size ? std::min(*chunk_size, std::max<int64_t>(1, rows))
                                    : default_chunk_size(rows, vocabulary, element_size);
   const bool gradient = grad_hidden || grad_weight;
@@ -107,23 +105,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
   Tensor dw = grad_weight ? torch::stable::new_empty(weight, {vocabulary, d}, accumulation)
                           : torch::stable::new_empty(weight, none, accumulation);
   if (grad_weight && rows == 0) torch::stable::zero_(dw);
-  const Tensor logits = torch::stable::new_empty(hidden, {rows ? chunk : 0, vocabulary});
-  const Tensor weight_t = torch::stable::transpose(weight, 0, 1);
+  const Tensor logits = torch::stable::new_empty(h, {rows ? chunk : 0, vocabulary});
+  const Tensor weight_t = torch::stable::transpose(w, 0, 1);
   std::vector<double> loss(rows), lse(rows);
 
-  // Gradients of 16-bit GEMMs come out rounded; at most 16 MiB of them wait to be added to the float32 sums.
+  // Gradients of bfloat16 GEMMs come out rounded; at most 16 MiB of them wait to be added to the float32 sums.
   const int64_t staged_rows = std::max<int64_t>(1, (int64_t(16) << 20) / std::max<int64_t>(1, d * element_size));
   Tensor staged;
   if (!wide && gradient) {
     const int64_t most = std::max(grad_hidden ? chunk : 0, grad_weight ? std::min(staged_rows, vocabulary) : 0);
-    staged = torch::stable::new_empty(hidden, {most, d});
+    staged = torch::stable::new_empty(h, {most, d});
   }
 
   for (int64_t start = 0; start < rows; start += chunk) {
     const int64_t size = std::min(chunk, rows - start);
     Tensor z = torch::stable::narrow(const_cast<Tensor&>(logits), 0, 0, size);
     Tensor h_chunk = torch::stable::narrow(const_cast<Tensor&>(h), 0, start, size);
-    addmm(z, h_chunk, weight_t, 0.0, 1.0);
+    addmm(z, h_chunk, weight_t, 0.0);
 
     const LossRows args{
         z.mutable_data_ptr(), vocabulary,   vocabulary, label_data + start * bag_size, bag_size,
@@ -135,22 +133,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
     if (grad_hidden) {
       const Tensor target = torch::stable::narrow(dh, 0, start, size);
       if (wide) {
-        addmm(target, z, weight, 0.0, factor);
+        addmm(target, z, w, 0.0);
       } else {
         const Tensor part = torch::stable::narrow(staged, 0, 0, size);
-        addmm(part, z, weight, 0.0, 1.0);
-        accumulate(target, part, dtype, factor, false);
+        addmm(part, z, w, 0.0);
+        accumulate(target, part, false);
       }
     }
     if (grad_weight && wide) {
-      addmm(dw, torch::stable::transpose(z, 0, 1), h_chunk, start ? 1.0 : 0.0, factor);
+      addmm(dw, torch::stable::transpose(z, 0, 1), h_chunk, start ? 1.0 : 0.0);
     } else if (grad_weight) {
       for (int64_t v = 0; v < vocabulary; v += staged_rows) {
         const int64_t count = std::min(staged_rows, vocabulary - v);
         Tensor columns = torch::stable::narrow(z, 1, v, count);
         const Tensor part = torch::stable::narrow(staged, 0, 0, count);
-        addmm(part, torch::stable::transpose(columns, 0, 1), h_chunk, 0.0, 1.0);
-        accumulate(torch::stable::narrow(dw, 0, v, count), part, dtype, factor, start > 0);
+        addmm(part, torch::stable::transpose(columns, 0, 1), h_chunk, 0.0);
+        accumulate(torch::stable::narrow(dw, 0, v, count), part, start > 0);
       }
     }
   }
@@ -158,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
   double total = 0;
   for (const double l : loss) total += l;  // in the order of the rows, whatever the chunks and threads were
   Tensor loss_out = torch::stable::new_empty(hidden, {}, accumulation);
-  torch::stable::fill_(loss_out, total * factor);
+  torch::stable::fill_(loss_out, total);
   Tensor lse_out = torch::stable::new_empty(hidden, {rows}, accumulation);
   if (dtype == kFloat64) {
     std::copy(lse.begin(), lse.end(), lse_out.mutable_data_ptr<double>());

@@ -118,6 +118,7 @@ double eps(DType dtype) {
 class KernelTest : public testing::TestWithParam<std::tuple<std::string, DType>> {
  protected:
   void SetUp() override { set_capability(std::get<0>(GetParam())); }
+  bool has_loss() const { return dtype() != kFloat16; }  // which the op computes in float32
   DType dtype() const { return std::get<1>(GetParam()); }
   double accumulation_eps() const { return eps(dtype() == kFloat64 ? kFloat64 : kFloat32); }
   std::mt19937_64 random{7};
@@ -125,6 +126,7 @@ class KernelTest : public testing::TestWithParam<std::tuple<std::string, DType>>
 };
 
 TEST_P(KernelTest, LossRows) {
+  if (!has_loss()) return;
   for (const int64_t vocabulary : {1, 2, 3, 7, 8, 9, 31, 32, 33, 64, 100, 4095, 4096, 4097, 8200}) {
     for (const int64_t bag_size : {1, 3, 9}) {
       const int64_t rows = 4, stride = vocabulary + 5;
@@ -169,8 +171,7 @@ TEST_P(KernelTest, LossRows) {
           const double p = std::exp((long double)before.get(r * stride + v) - m) / sum;
           const double wanted = gradient[v] + total * p, got = logits.get(r * stride + v);
           const double rounding = eps(dtype()) / 2 * std::fabs(wanted) + tolerance * (total * p - gradient[v] / 16);
-          const double smallest = dtype() == kFloat16 ? std::ldexp(1, -25) : 0;  // half its last subnormal place
-          EXPECT_NEAR(got, wanted, rounding + smallest) << "V " << vocabulary << " row " << r << " column " << v;
+          EXPECT_NEAR(got, wanted, rounding) << "V " << vocabulary << " row " << r << " column " << v;
         }
         for (int64_t v = vocabulary; v < stride; ++v) {
           EXPECT_EQ(logits.get(r * stride + v), before.get(r * stride + v)) << "wrote past the row";
@@ -181,6 +182,7 @@ TEST_P(KernelTest, LossRows) {
 }
 
 TEST_P(KernelTest, LossRowsExtremes) {
+  if (!has_loss()) return;
   const int64_t vocabulary = 70;
   Stored logits(dtype(), 3 * vocabulary);
   for (int64_t v = 0; v < vocabulary; ++v) {
@@ -243,22 +245,20 @@ TEST_P(KernelTest, GatherSumForwardAndPieces) {
 }
 
 TEST_P(KernelTest, Accumulate) {
+  if (dtype() != kBFloat16) return;
   const int64_t count = 77;
-  Stored source(dtype(), count), out(dtype() == kFloat64 ? kFloat64 : kFloat32, count);
+  Stored source(kBFloat16, count), out(kFloat32, count);
   for (int64_t i = 0; i < count; ++i) source.set(i, normal());
-  Accumulate args{source.bytes.data(), out.bytes.data(), -1.5, false};
-  kernels().accumulate[dtype()](args, 0, count);
-  for (int64_t i = 0; i < count; ++i) EXPECT_NEAR(out.get(i), -1.5 * source.get(i), 2 * accumulation_eps() * 6);
-  args.add = true, args.scale = 1;
-  kernels().accumulate[dtype()](args, 3, 70);
-  for (int64_t i = 0; i < count; ++i) {
-    const double factor = i >= 3 && i < 70 ? -0.5 : -1.5;
-    EXPECT_NEAR(out.get(i), factor * source.get(i), 2 * accumulation_eps() * 6) << i;
-  }
+  float* data = reinterpret_cast<float*>(out.bytes.data());
+  kernels().accumulate_bfloat16({source.bytes.data(), data, false}, 0, count);
+  for (int64_t i = 0; i < count; ++i) EXPECT_EQ(out.get(i), source.get(i));
+  kernels().accumulate_bfloat16({source.bytes.data(), data, true}, 3, 70);
+  for (int64_t i = 0; i < count; ++i) EXPECT_EQ(out.get(i), (i >= 3 && i < 70 ? 2 : 1) * source.get(i)) << i;
 }
 
 // One row per thread: under ThreadSanitizer this shows that rows share nothing.
 TEST_P(KernelTest, RowsAreIndependent) {
+  if (!has_loss()) return;
   const int64_t rows = 8, vocabulary = 50, bag_size = 4;
   Stored logits(dtype(), rows * vocabulary);
   for (int64_t i = 0; i < rows * vocabulary; ++i) logits.set(i, normal());
@@ -292,7 +292,9 @@ TEST_P(ConversionTest, EveryPattern) {
     Stored source(dtype, 65536);
     std::vector<float> wide(65536);
     for (int i = 0; i < 65536; ++i) source.raw<uint16_t>(i, static_cast<uint16_t>(i));
-    kernels().accumulate[dtype]({source.bytes.data(), wide.data(), 1.0, false}, 0, 65536);
+    const int64_t begin = 0, end = 1;
+    kernels().gather_sum_partial[dtype]({source.bytes.data(), nullptr, &begin, &end, nullptr, wide.data(), 65536, 1.0},
+                                        0, 1);
     for (int i = 0; i < 65536; ++i) {
       const double expected = source.get(i);
       if (std::isnan(expected)) {

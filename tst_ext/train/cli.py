@@ -1,5 +1,6 @@
 """The trainer's commands. Each takes its own command line; `tst_ext.__main__` chooses among them."""
 
+import signal
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -81,6 +82,9 @@ def compare_command(argv: list[str]) -> int:
     )
     from .compare import compare, table
 
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # an exception, so that both runs are ended
     summary = compare(arguments.config, arguments.out, arguments.seeds or (arguments.config.seed,))
     print(table(summary))
     print(f"table, figure (loss.png) and both runs: {arguments.out}")
