@@ -1,5 +1,6 @@
 """The commands as a user runs them."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,7 +11,8 @@ import time
 import pytest
 
 from tst_ext.__main__ import main
-from tst_ext.train.config import load_config, save_config
+from tst_ext.train import compare
+from tst_ext.train.config import UserError, load_config, save_config
 
 
 def tst(*arguments, **options):
@@ -85,6 +87,16 @@ class TestCompare:
         time.sleep(1)
         assert metrics.stat().st_size == size > 0
 
+    def test_a_killed_run_is_the_one_named(self, tiny, tmp_path, monkeypatch):
+        def follow(processes, arms, folders):
+            processes["tst"].kill()
+            processes["tst"].wait()
+
+        # The baseline comes first, and compare itself stops it then: it must not be the one blamed.
+        monkeypatch.setattr(compare, "_follow", follow)
+        with pytest.raises(UserError, match="tst run was killed by signal 9"):
+            compare.compare(dataclasses.replace(tiny, steps=10**6), tmp_path / "out", (0,))
+
     def test_baseline_against_itself_is_refused(self, config_file, tmp_path, capsys):
         assert main(["compare", "--config", str(config_file), "--ratio", "0", "--out", str(tmp_path / "out")]) == 2
         assert "ratio" in capsys.readouterr().err
@@ -110,7 +122,12 @@ class TestUserErrors:
             (["train", "--heads", "5"], "tst train: heads: expected"),
             (["train", "--config", "absent.toml"], "absent.toml"),
             (["train", "--config"], "--config: expected a file"),
+            (["train", "--config=absent.toml"], "absent.toml"),
             (["train", "--data", "absent.txt"], "absent.txt: no such"),
+            (["train", "--device", "abacus"], "device: expected auto, cpu or cuda, got 'abacus'"),
+            (["train", "--out", "/dev/null"], "out /dev/null: /dev/null is not a folder"),
+            (["compare", "--out", "/dev/null/x"], "out /dev/null/x: /dev/null is not a folder"),
+            (["prepare", "--out", "/dev/null"], "out /dev/null"),
             (["fly"], "expected a command, got 'fly'"),
             ([], "expected a command, got 'none'"),
         ],

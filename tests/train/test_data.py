@@ -89,6 +89,10 @@ class TestPrepare:
             prepare(["one"], CONFIG, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
+    def test_folder_that_cannot_be_made(self, documents):
+        with pytest.raises(UserError, match="/dev/null/out"):
+            prepare(documents, CONFIG, Path("/dev/null/out"))
+
     def test_does_not_replace_a_folder(self, documents, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious").write_text("x")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from .config import DataConfig, TrainConfig, UserError, load_config
+from .config import DataConfig, TrainConfig, UserError, check_out, load_config
 
 __all__ = ["compare_command", "prepare_command", "train_command"]
 
@@ -51,6 +51,7 @@ class PrepareArguments:
 def _parse(kind: type[T], argv: list[str], command: str, description: str) -> T:
     """Parses argv into `kind`; flags carry no section names (--dim, not --config.model.dim)."""
     parser: dict[str, Any] = {}
+    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     if "--config" in argv and kind is not PrepareArguments:
         at = argv.index("--config")
         if at + 1 == len(argv):
@@ -82,9 +83,8 @@ def compare_command(argv: list[str]) -> int:
     )
     from .compare import compare, table
 
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # an exception, so that both runs are ended
+    # SIGTERM, from a job queue or `timeout`, as an exception: so that both runs are ended with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     summary = compare(arguments.config, arguments.out, arguments.seeds or (arguments.config.seed,))
     print(table(summary))
     print(f"table, figure (loss.png) and both runs: {arguments.out}")
@@ -95,8 +95,7 @@ def prepare_command(argv: list[str]) -> int:
     arguments = _parse(PrepareArguments, argv, "prepare", "Writes text as token shards with a BPE trained on it.")
     from .data import prepare, read_documents
 
-    if arguments.out.exists() and any(arguments.out.iterdir()):
-        raise UserError(f"out {arguments.out}: the folder is not empty; choose another or remove it")
+    check_out(arguments.out)
     prepare(read_documents(arguments.data), arguments.data, arguments.out)
     print(f"prepared folder {arguments.out}; use it as --data {arguments.out}", file=sys.stderr)
     return 0

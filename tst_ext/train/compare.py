@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from .config import TrainConfig, UserError, save_config
+from .config import TrainConfig, UserError, check_out, save_config
 from .data import prepared_folder
 from .plot import plot_comparison, read_metrics
 
@@ -40,8 +41,7 @@ def compare(config: TrainConfig, folder: Path, seeds: tuple[int, ...]) -> dict[s
     Raises:
         UserError: the folder is not empty, the ratio is 0, no or repeated seeds, or a run failed; names its log file.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"out {folder}: the folder is not empty; choose another or remove it")
+    check_out(folder)
     if config.superposition.ratio == 0 or config.superposition.bag_size == 1:
         raise UserError("ratio, bag_size: expected ratio > 0 and bag_size > 1: TST would be the baseline itself")
     if not seeds or len(set(seeds)) < len(seeds):
@@ -59,7 +59,8 @@ def compare(config: TrainConfig, folder: Path, seeds: tuple[int, ...]) -> dict[s
         }
         folders = {name: folder / f"{name}-seed{seed}" for name in arms}
         # One process at a time on a single core, and on a GPU, where two would share its memory.
-        together = available_cores() > 1 and config.device == "cpu"
+        on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+        together = available_cores() > 1 and on_cpu
         for group in [list(arms)] if together else [[name] for name in arms]:
             _run({name: arms[name] for name in group}, folders)
         results = {name: json.loads((folders[name] / "result.json").read_text()) for name in arms}
@@ -106,19 +107,18 @@ def _run(arms: dict[str, TrainConfig], folders: dict[str, Path]) -> None:
                     [*command, "--no-progress"], stdout=log, stderr=subprocess.STDOUT, env=environment
                 )
         _follow(processes, arms, folders)
+        failed = {name: status for name, process in processes.items() if (status := process.poll())}
     finally:
         for process in processes.values():
             if process.poll() is None:
                 process.terminate()
         for process in processes.values():
             process.wait()
-    for name, process in processes.items():
-        if process.returncode > 0:
-            last = logs[name].read_text(errors="replace").strip().splitlines()[-1:]
-            raise UserError(f"{name} run failed with status {process.returncode} (log {logs[name]}): {' '.join(last)}")
-    for name, process in processes.items():
-        if process.returncode:
-            raise UserError(f"{name} run was killed by signal {-process.returncode} (log {logs[name]})")
+    for name, status in failed.items():
+        if status < 0:
+            raise UserError(f"{name} run was killed by signal {-status} (log {logs[name]})")
+        last = logs[name].read_text(errors="replace").strip().splitlines()[-1:]
+        raise UserError(f"{name} run failed with status {status} (log {logs[name]}): {' '.join(last)}")
 
 
 def _follow(
@@ -144,8 +144,7 @@ def _follow(
                 if not metrics:
                     continue
                 last = metrics[-1]
-                speed = last["data_tokens"] / last["seconds"]
-                text = f"{last['phase']} loss {last['loss']:.3f} lr {last['lr']:.1e} {speed:,.0f} tokens/s"
+                text = f"{last['phase']} loss {last['loss']:.3f} lr {last['lr']:.1e} {last['tokens_per_s']:,} tokens/s"
                 bar.set_postfix_str(text, refresh=False)
                 bar.update(last["step"] - bar.n)
                 if not terminal:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ __all__ = [
     "SuperpositionConfig",
     "TrainConfig",
     "UserError",
+    "check_out",
     "load_config",
     "save_config",
 ]
@@ -139,6 +141,19 @@ class TrainConfig:
         _check("seed", self.seed, 0 <= self.seed < 2**63, "an integer from 0 to 2**63 - 1")
         _check("threads", self.threads, self.threads >= 0, "an integer >= 0")
         _check("eval_tokens", self.eval_tokens, self.eval_tokens >= self.latent_tokens, "at least latent_tokens")
+
+
+def check_out(folder: Path) -> None:
+    """Checks, before any work is done, that `folder` can be made or is an empty one.
+
+    Raises:
+        UserError: it holds something, is a file, or lies where nothing can be written.
+    """
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"out {folder}: {existing} is not a folder that can be written to")
+    if existing == folder and any(folder.iterdir()):
+        raise UserError(f"out {folder}: the folder is not empty; choose another or remove it")
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -105,7 +105,7 @@ def prepare(documents: list[str], config: DataConfig, folder: Path) -> None:
     same text at the same time does no harm.
 
     Raises:
-        UserError: fewer than two documents, or the folder exists.
+        UserError: fewer than two documents, or the folder is not empty or cannot be written.
     """
     if len(documents) < 2:
         raise UserError(f"data: expected at least 2 documents, one of them to hold out, got {len(documents)}")
@@ -125,8 +125,11 @@ def prepare(documents: list[str], config: DataConfig, folder: Path) -> None:
     )
     tokenizer.train_from_iterator(split["train"], trainer)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
+    except OSError as error:
+        raise UserError(f"folder {folder}: {error}") from error
     try:
         tokenizer.save(str(unfinished / "tokenizer.json"))
         for name in SPLITS:
@@ -134,9 +137,9 @@ def prepare(documents: list[str], config: DataConfig, folder: Path) -> None:
         unfinished.chmod(0o755)  # mkdtemp's 0700 would keep a shared cache from its other users
         try:
             unfinished.rename(folder)
-        except OSError:
+        except OSError as error:
             if not (folder / "train.json").exists():
-                raise UserError(f"folder {folder}: it exists and is not empty") from None
+                raise UserError(f"folder {folder}: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -212,18 +215,19 @@ class Shard:
         Raises:
             UserError: the shard is shorter than one window.
         """
-        self._check_length(length)
+        self.check_length(length)
         generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
         return self._windows(generator.integers(0, len(self.tokens) - length, size=batch), length)
 
     def windows(self, tokens: int, batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The first `tokens` tokens (or all, where there are fewer) as consecutive windows, in batches as above."""
-        self._check_length(length)
+        self.check_length(length)
         starts = np.arange(0, min(tokens, len(self.tokens) - 1) - length + 1, length)
         for first in range(0, len(starts), batch):
             yield self._windows(starts[first : first + batch], length)
 
-    def _check_length(self, length: int) -> None:
+    def check_length(self, length: int) -> None:
+        """Raises UserError unless the shard holds a window of `length` tokens and the label of its last one."""
         if len(self.tokens) < length + 1:
             raise UserError(
                 f"shard {self.path}: expected at least {length + 1} tokens for one sequence, got {len(self.tokens)}"

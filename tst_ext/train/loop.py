@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .. import SuperpositionSchedule, __version__, fold_inputs, fold_labels
-from .config import OptimizerConfig, TrainConfig, UserError, save_config
+from .config import OptimizerConfig, TrainConfig, UserError, check_out, save_config
 from .data import Shard, prepared_folder
 from .model import Transformer
 from .plot import plot_run
@@ -30,8 +31,22 @@ def learning_rate(config: OptimizerConfig, steps: int, step: int) -> float:
     return config.learning_rate * min(rise, fall)
 
 
+def choose_device(name: str) -> torch.device:
+    """The device of that name, with "auto" the GPU where there is one; UserError where it cannot be used."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # a build without CUDA asserts
+        raise UserError(f"device: expected auto, cpu or cuda, got {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices, embedding and head among them, with weight decay; the gains of the norms without."""
+    """Matrices, embedding and head among them, with weight decay; the gains of the norms without.
+
+    Embedding and head are untied and feed normalised layers, so their scale carries nothing and decay bounds it, as it
+    does for the other matrices. Shrinking a gain instead would shrink the signal.
+    """
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -58,20 +73,21 @@ def train(config: TrainConfig, folder: Path, *, progress: bool = True) -> dict[s
         What result.json holds: steps, data tokens, seconds, final validation loss in nats, and more.
 
     Raises:
-        UserError: the folder is not empty, the data cannot be used, or the loss is no longer finite.
+        UserError: the folder, the device or the data cannot be used (nothing is written then), or the loss is no
+            longer finite.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"out {folder}: the folder is not empty; choose another or remove it")
+    check_out(folder)
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = (
-        torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if config.device == "auto"
-        else torch.device(config.device)
-    )
+    device = choose_device(config.device)
     data = prepared_folder(config.data)
     training, held_out = Shard(data, "train"), Shard(data, "val")
     schedule = SuperpositionSchedule(config.steps, config.superposition.ratio, config.superposition.bag_size)
+    training.check_length(config.latent_tokens * schedule.bag_size_at(0))
+    held_out.check_length(config.latent_tokens)
+    if len(held_out.tokens) <= config.eval_tokens:
+        got = f"{len(held_out.tokens):,} of the {config.eval_tokens:,} tokens wanted (--eval-tokens, --holdout)"
+        print(f"validation: the held-out text has only {got}", file=sys.stderr)
 
     torch.manual_seed(config.seed)
     model = Transformer(
@@ -95,7 +111,8 @@ def train(config: TrainConfig, folder: Path, *, progress: bool = True) -> dict[s
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
 
     data_tokens = 0
-    start = time.perf_counter()
+    start = logged = time.perf_counter()
+    tokens_logged = 0
     val_loss = math.nan
     bar = tqdm(range(config.steps), disable=not progress, unit="step", mininterval=1.0, dynamic_ncols=True)
     with open(folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1) as metrics:
@@ -121,16 +138,25 @@ def train(config: TrainConfig, folder: Path, *, progress: bool = True) -> dict[s
                 value = loss.item()
                 if not math.isfinite(value):
                     raise UserError(f"step {step}: the loss is {value}; a lower learning rate or clip may help")
-                seconds = time.perf_counter() - start
+                now = time.perf_counter()
+                # Since the last line: a mean over the run would mix the phases, whose speeds differ s times.
+                speed = (data_tokens - tokens_logged) / (now - logged)
+                logged, tokens_logged = now, data_tokens
                 phase = "superposition" if step < schedule.switch_step else "recovery"
                 line = {"step": step + 1, "phase": phase, "loss": value, "lr": lr, "grad_norm": norm.item()}
-                metrics.write(json.dumps({**line, "data_tokens": data_tokens, "seconds": round(seconds, 3)}) + "\n")
-                bar.set_postfix_str(
-                    f"{phase} loss {value:.3f} lr {lr:.1e} val {val_loss:.3f} {data_tokens / seconds:,.0f} tokens/s"
-                )
+                progressed = {
+                    "data_tokens": data_tokens,
+                    "seconds": round(now - start, 3),
+                    "tokens_per_s": round(speed),
+                }
+                metrics.write(json.dumps({**line, **progressed}) + "\n")
+                bar.set_postfix_str(f"{phase} loss {value:.3f} lr {lr:.1e} val {val_loss:.3f} {speed:,.0f} tokens/s")
             if last or (step + 1) % config.eval_every == 0:
                 val_loss = validate(model, held_out, config, device)
+                if not math.isfinite(val_loss):
+                    raise UserError(f"step {step}: the held-out loss is {val_loss}; a lower learning rate may help")
                 metrics.write(json.dumps({"step": step + 1, "val_loss": val_loss}) + "\n")
+                logged, tokens_logged = time.perf_counter(), data_tokens  # validation is no training time
 
     result = {
         "steps": config.steps,
