@@ -18,6 +18,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest tests
 
 bench: $(INSTALLED)
+	mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/latest.json
 
 lint: $(INSTALLED)
