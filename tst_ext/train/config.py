@@ -124,7 +124,7 @@ class TrainConfig:
     """Positions a sequence has in the model: tokens, or bags in the superposition phase."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
-    eval_every: int = 1000
+    eval_every: int = 2000
     """Steps between validations; the last step is always validated."""
     eval_tokens: int = 131072
     """Held-out tokens of a validation, the same ones each time; fewer than 100,000 make comparisons noise."""

@@ -151,7 +151,8 @@ def _write_shard(path: Path, documents: list[str], tokenizer: Tokenizer) -> None
     count, checksum = 0, hashlib.sha256()
     with open(path.with_suffix(".bin"), "wb") as file:
         for start in range(0, len(documents), 256):
-            for encoding in tokenizer.encode_batch(documents[start : start + 256]):
+            # _fast: without the character offsets, which nobody reads
+            for encoding in tokenizer.encode_batch_fast(documents[start : start + 256]):
                 ids = np.array([*encoding.ids, separator], dtype=np.dtype(dtype).newbyteorder("<")).tobytes()
                 file.write(ids)
                 checksum.update(ids)
