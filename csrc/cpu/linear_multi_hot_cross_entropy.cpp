@@ -77,8 +77,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
                   "hidden, weight: expected [..., d] and [V, d]");
   STD_TORCH_CHECK(hidden.scalar_type() == weight.scalar_type(), "hidden, weight: expected one dtype");
   STD_TORCH_CHECK(!chunk_size || *chunk_size >= 1, "chunk_size: expected at least 1 row");
-  // float16 is computed in float32: a sum of dlogits over the rows of a chunk passes 65504, a single one of them, 1/(N
-  // V), is below float16's smallest number, and few processors multiply float16 matrices any faster.
+  // float16 is computed in float32: its logit gradients, about 1/(N V), are below its smallest number, scaled up their
+  // sums over rows pass its largest, 65504, and few processors multiply float16 matrices any faster.
   const bool half = hidden.scalar_type() == ScalarType::Half;
   const Tensor h = flatten_rows(half ? torch::stable::to(hidden, ScalarType::Float) : hidden);  // [N, d]
   const Tensor w = half ? torch::stable::to(weight, ScalarType::Float) : weight;                // [V, d]
