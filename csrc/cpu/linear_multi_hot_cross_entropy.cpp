@@ -25,7 +25,7 @@ void accumulate(const Tensor& out, const Tensor& source, bool add) {
 }
 
 // Rows per chunk. Memory: at most an eighth of the full logits, or 64 MiB where that is more. Speed: the weight is
-// read again for every chunk, which costs under 5 % of the GEMMs from 256 rows on.
+// read again for every chunk, which from 256 to 512 rows saves another 4 % of the GEMMs (V = 128256, d = 1024).
 int64_t default_chunk_size(int64_t rows, int64_t vocabulary, int64_t element_size) {
   const int64_t floor = (int64_t(64) << 20) / std::max<int64_t>(1, vocabulary * element_size);
   const int64_t limit = std::max<int64_t>({1, floor, std::min<int64_t>(rows / 8, 512)});

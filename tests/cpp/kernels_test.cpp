@@ -161,7 +161,7 @@ TEST_P(KernelTest, LossRows) {
           total += scale[i];
           gradient[y] -= scale[i];
         }
-        // Logits up to 25 apart: an exponential errs by half an eps of its argument and 2 ulp, the sum by less.
+        // Logits up to 25 apart: an exponential errs by half an eps of its argument and 1 ulp, the sum by less.
         const double tolerance = 16 * accumulation_eps();
         EXPECT_NEAR(lse[r], double(m + std::log(sum)), tolerance) << "V " << vocabulary;
         EXPECT_NEAR(loss[r], expected, tolerance * (1 + expected));
