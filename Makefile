@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/installed
 CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 COMPARE ?=
 
-.PHONY: train test bench lint format cpp-test cuda-compile gpu-check clean
+.PHONY: train test bench lint format cpp-test cpp-test-baseline cuda-compile gpu-check clean
 
 train: $(INSTALLED)
 	$(BIN)/tst compare $(COMPARE)
@@ -39,6 +39,10 @@ cpp-test:
 	  cmake -S . -B $$folder -DTST_SANITIZE=$${sanitizer#none} -DTST_REQUIRE_TESTS=ON && \
 	  cmake --build $$folder --parallel && ctest --test-dir $$folder --output-on-failure || exit 1; \
 	done
+
+# The baseline instruction set on an emulated processor without AVX: no kernel but the chosen one may use more.
+cpp-test-baseline: cpp-test
+	qemu-x86_64 -cpu qemu64 build/cmake-none/tst_tests --gtest_brief=1
 
 cuda-compile: $(INSTALLED)
 	cmake -S . -B build/cmake-cuda -DTST_CUDA=ON -DPython3_EXECUTABLE=$(abspath $(BIN)/python)

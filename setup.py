@@ -43,6 +43,7 @@ sources = ["csrc/library.cpp"] + [
         "kernels_avx512",
         "kernels_default",
         "linear_multi_hot_cross_entropy",
+        "multi_hot_cross_entropy",
     )
 ]
 # The C++ side of torch's ABI is not used, so one build serves every torch from this version on.

@@ -12,19 +12,36 @@ std::string architectures();
 #endif
 
 STABLE_TORCH_LIBRARY(tst_ext, m) {
-  // input_ids [..., bag_size] int64 or int32, weight [V, d] -> [..., d]; mode "mean" or "sum"
-  m.def("bag_embedding(Tensor input_ids, Tensor weight, str mode) -> Tensor");
-  m.def("bag_embedding_backward(Tensor grad, Tensor input_ids, SymInt num_embeddings, str mode) -> Tensor");
-
-  // hidden [..., d], weight [V, d], labels [..., s] with one bag per row of hidden, position_weights [s].
-  // Returns the loss, lse [N], and the gradients asked for (else empty); those of 16-bit inputs are float32, so that
-  // the upstream gradient multiplies them before the last rounding.
+  // input_ids [..., bag_size] int64 or int32, weight [V, d] -> [..., d]; mode "mean" or "sum". Ids equal to padding_idx
+  // count for nothing; position_weights [bag_size].
   m.def(
-      "linear_multi_hot_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, *, Tensor? bias=None, "
-      "Tensor? position_weights=None, str objective='mce', int ignore_index=-100, str reduction='mean', "
-      "Tensor? normalizer=None, float? logit_softcap=None, float z_loss=0.0, float label_smoothing=0.0, "
+      "bag_embedding(Tensor input_ids, Tensor weight, str mode, *, int? padding_idx=None, "
+      "Tensor? position_weights=None) -> Tensor");
+  m.def(
+      "bag_embedding_backward(Tensor grad, Tensor input_ids, SymInt num_embeddings, str mode, *, "
+      "int? padding_idx=None, Tensor? position_weights=None) -> Tensor");
+
+  // hidden [..., d], weight [V, d], bias [V], labels [..., s] with one bag per row of hidden. position_scale [s]: what
+  // a valid label of each position weighs in the loss, normalisation included. reduction "sum" or "none": a scalar or
+  // [N]. grad_loss (a scalar or [N]) and grad_lse [N] are upstream gradients; without them that of the loss is 1, that
+  // of lse 0. Returns the loss, lse [N], and the gradients asked for (else empty); those of 16-bit inputs are float32,
+  // so that an upstream gradient can still multiply them before the last rounding.
+  m.def(
+      "linear_multi_hot_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor position_scale, *, "
+      "Tensor? bias=None, Tensor? grad_loss=None, Tensor? grad_lse=None, str objective='mce', int ignore_index=-100, "
+      "str reduction='sum', float? logit_softcap=None, float z_loss=0.0, float label_smoothing=0.0, "
       "SymInt? chunk_size=None, bool grad_hidden=False, bool grad_weight=False, bool grad_bias=False) "
       "-> (Tensor loss, Tensor lse, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+
+  // The same of logits [..., V] that exist already; the backward writes their gradient over them.
+  m.def(
+      "multi_hot_cross_entropy(Tensor logits, Tensor labels, Tensor position_scale, *, str objective='mce', "
+      "int ignore_index=-100, str reduction='sum', float? logit_softcap=None, float z_loss=0.0, "
+      "float label_smoothing=0.0) -> (Tensor loss, Tensor lse)");
+  m.def(
+      "multi_hot_cross_entropy_backward_(Tensor(a!) logits, Tensor labels, Tensor position_scale, *, "
+      "Tensor? grad_loss=None, Tensor? grad_lse=None, str objective='mce', int ignore_index=-100, "
+      "float? logit_softcap=None, float z_loss=0.0, float label_smoothing=0.0) -> ()");
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -8,8 +8,8 @@ maths in plain torch.
 from importlib.metadata import version
 
 from . import nn
-from .bags import fold_inputs, fold_labels, position_weights
-from .ops import bag_embedding, linear_multi_hot_cross_entropy
+from .bags import document_offsets, fold_inputs, fold_labels, position_weights
+from .ops import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 from .schedule import SuperpositionSchedule
 
 __version__ = version("tst-ext")
@@ -17,9 +17,11 @@ __version__ = version("tst-ext")
 __all__ = [
     "SuperpositionSchedule",
     "bag_embedding",
+    "document_offsets",
     "fold_inputs",
     "fold_labels",
     "linear_multi_hot_cross_entropy",
+    "multi_hot_cross_entropy",
     "nn",
     "position_weights",
 ]

@@ -6,58 +6,157 @@ Pure tensor code, no kernel. Notation: B sequences of L tokens, bag size s, l = 
 import torch
 from torch import Tensor
 
-__all__ = ["fold_inputs", "fold_labels", "position_weights"]
+__all__ = ["document_offsets", "fold_inputs", "fold_labels", "position_weights"]
 
 # C0 + a * i**k: how the mutual information of two tokens decays with their distance, fitted on DCLM (arXiv 2605.06546).
 FITTED = (3.63, 1.35, -1.25)
 
 
-def _check_fold(name: str, tokens: Tensor, bag_size: int) -> None:
+def _check_fold(name: str, tokens: Tensor, bag_size: int, divides: bool = True) -> None:
     if bag_size < 1:
         raise ValueError(f"bag_size: expected an integer >= 1, got {bag_size}")
     if tokens.dim() < 1:
         raise ValueError(f"{name}: expected [..., L], got a 0-d tensor")
-    if tokens.shape[-1] % bag_size:
+    if divides and tokens.shape[-1] % bag_size:
         raise ValueError(
             f"{name}: expected a last dimension that bag_size = {bag_size} divides, got shape {tuple(tokens.shape)}"
         )
 
 
-def fold_inputs(input_ids: Tensor, bag_size: int) -> Tensor:
+def document_offsets(input_ids: Tensor, eos_token_id: int) -> Tensor:
+    """Where documents begin and end, from the end-of-text token: `[..., L] -> [D + 1]`, int64; `cu_seqlens` of folds.
+
+    A document ends after each `eos_token_id` and at the end of each sequence. Offsets count tokens of `input_ids`
+    flattened: document i holds tokens `[out[i], out[i + 1])`.
+
+    Raises:
+        ValueError: `input_ids` is 0-d.
+    """
+    _check_fold("input_ids", input_ids, 1)
+    ends = input_ids == eos_token_id
+    if input_ids.shape[-1]:
+        ends[..., -1] = True
+    return torch.nn.functional.pad(ends.flatten().nonzero().squeeze(1) + 1, (1, 0))
+
+
+def fold_inputs(
+    input_ids: Tensor,
+    bag_size: int,
+    *,
+    cu_seqlens: Tensor | None = None,
+    num_bags: int | None = None,
+    padding_idx: int = -100,
+) -> Tensor:
     """Folds a sequence into contiguous bags that do not overlap: `[..., L] -> [..., L / s, s]`.
 
     A view where the strides allow one. Bag j holds tokens `[j s, (j + 1) s)`.
 
+    With `cu_seqlens` no bag holds tokens of two documents: each document begins a bag, its last bag may be short, and
+    the result is `[..., l, s]`, l the bags of the sequence that needs most, with `padding_idx` in all empty slots. Give
+    it to `bag_embedding` too. L need not be a multiple of s then.
+
+    Args:
+        input_ids: integer tensor `[..., L]`.
+        bag_size: s, tokens a bag; divides L where there is no `cu_seqlens`.
+        cu_seqlens: `[D + 1]`, int64 or int32, from 0 to `input_ids.numel()`: where documents begin and end, counted in
+            `input_ids` flattened, as `document_offsets` and variable-length attention have it. The end of a sequence
+            ends its last document anyway.
+        num_bags: l, for a shape that does not depend on the documents: fewer bags are filled up with empty ones, bags
+            beyond it are dropped, as inputs; as labels their tokens remain. Only with `cu_seqlens`.
+        padding_idx: what empty slots hold.
+
     Raises:
-        ValueError: `bag_size` is below 1 or does not divide L.
+        ValueError: `bag_size` is below 1 or does not divide L; `cu_seqlens` is not as above.
     """
-    _check_fold("input_ids", input_ids, bag_size)
-    return input_ids.unflatten(-1, (input_ids.shape[-1] // bag_size, bag_size))
+    _check_fold("input_ids", input_ids, bag_size, divides=cu_seqlens is None)
+    if cu_seqlens is None:
+        if num_bags is not None:
+            raise ValueError("num_bags: only with cu_seqlens; without, there are L / bag_size bags")
+        return input_ids.unflatten(-1, (input_ids.shape[-1] // bag_size, bag_size))
+    bag, slot, _ = _document_bags("input_ids", input_ids, bag_size, cu_seqlens)
+    return _scatter_bags(input_ids, bag, slot, bag_size, _count(bag, num_bags), padding_idx)
 
 
-def fold_labels(labels: Tensor, bag_size: int, *, shifted: bool, ignore_index: int = -100) -> Tensor:
+def fold_labels(
+    labels: Tensor,
+    bag_size: int,
+    *,
+    shifted: bool,
+    ignore_index: int = -100,
+    cu_seqlens: Tensor | None = None,
+    num_bags: int | None = None,
+) -> Tensor:
     """Folds labels so that each bag is trained on the tokens of the bag after it: `[..., L] -> [..., L / s, s]`.
 
     Bag j reads tokens `[j s, (j + 1) s)` and its labels are the tokens `[(j + 1) s, (j + 2) s)`, so no target is
     visible to its own bag. Folding labels without this shift would put s - 1 of the s targets inside the input bag.
     Slots past the end of the sequence hold `ignore_index`.
 
+    With `cu_seqlens`, that of `fold_inputs`, a bag is trained on the next bag of its own document alone: the last bag
+    of a document has no label, and a short one is a target with as many labels as it has tokens.
+
     Args:
         labels: integer tensor `[..., L]`.
-        bag_size: s, tokens a bag; divides L. With s = 1 the result is ordinary next-token labels `[..., L, 1]`.
+        bag_size: s, tokens a bag; divides L where there is no `cu_seqlens`. With s = 1 the result is ordinary
+            next-token labels `[..., L, 1]`.
         shifted: True where `labels[t]` is already the token after `input_ids[t]` (most pre-training loaders), so that
-            the last bag keeps one valid label. False where `labels[t]` is `input_ids[t]` itself (Hugging Face).
+            the last bag of a sequence keeps one valid label, unless `cu_seqlens` ends a document there. False where
+            `labels[t]` is `input_ids[t]` itself (Hugging Face).
         ignore_index: the label that the loss skips.
+        cu_seqlens, num_bags: as in `fold_inputs`.
 
     Raises:
-        ValueError: `bag_size` is below 1 or does not divide L.
+        ValueError: `bag_size` is below 1 or does not divide L; `cu_seqlens` is not as in `fold_inputs`.
 
     Source: arXiv 2605.06546, the label fold of the superposition phase.
     """
-    _check_fold("labels", labels, bag_size)
-    drop = min(bag_size - 1 if shifted else bag_size, labels.shape[-1])
-    filler = labels.new_full((*labels.shape[:-1], drop), ignore_index)
-    return fold_inputs(torch.cat((labels[..., drop:], filler), dim=-1), bag_size)
+    _check_fold("labels", labels, bag_size, divides=cu_seqlens is None)
+    if cu_seqlens is None:
+        drop = min(bag_size - 1 if shifted else bag_size, labels.shape[-1])
+        filler = labels.new_full((*labels.shape[:-1], drop), ignore_index)
+        return fold_inputs(torch.cat((labels[..., drop:], filler), dim=-1), bag_size, num_bags=num_bags)
+    if shifted and labels.shape[-1]:  # tokens where they are read; the first of a sequence is nobody's target
+        labels = torch.cat((labels[..., :1], labels[..., :-1]), dim=-1)
+    bag, slot, position = _document_bags("labels", labels, bag_size, cu_seqlens)
+    target = torch.where(position < bag_size, -1, bag - 1)  # a document's first bag has no predecessor in it
+    return _scatter_bags(labels, target, slot, bag_size, _count(bag, num_bags), ignore_index)
+
+
+def _document_bags(name: str, tokens: Tensor, bag_size: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each token its bag in its sequence, its slot in the bag, its position in its document: `[..., L]` each."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"cu_seqlens: expected [D + 1], int64 or int32, got shape {tuple(cu_seqlens.shape)}, {cu_seqlens.dtype}"
+        )
+    if type(cu_seqlens) is Tensor and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        ends = cu_seqlens[:1].tolist() + cu_seqlens[-1:].tolist()
+        if ends != [0, tokens.numel()] or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(
+                f"cu_seqlens: expected offsets that rise from 0 to {name}.numel() = {tokens.numel()}, got "
+                f"{cu_seqlens.tolist() if len(cu_seqlens) < 20 else ends}"
+            )
+    starts = torch.zeros(tokens.numel() + 1, dtype=torch.bool, device=tokens.device)
+    starts = starts.index_fill(0, cu_seqlens.to(tokens.device, torch.int64), True)[:-1].view(tokens.shape)
+    t = torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens.shape)
+    position = t - torch.where(starts, t, 0).cummax(-1).values if t.shape[-1] else t
+    slot = position % bag_size
+    return (slot == 0).cumsum(-1) - 1, slot, position
+
+
+def _count(bag: Tensor, num_bags: int | None) -> int:
+    if num_bags is not None and num_bags < 1:
+        raise ValueError(f"num_bags: expected an integer >= 1 or None, got {num_bags}")
+    return num_bags if num_bags is not None else int(bag.max()) + 1 if bag.numel() else 0
+
+
+def _scatter_bags(tokens: Tensor, bag: Tensor, slot: Tensor, bag_size: int, bags: int, filler: int) -> Tensor:
+    """Tokens to their bags and slots, `[..., L] -> [..., bags, s]`; bag numbers outside `[0, bags)` are dropped."""
+    slots, length = bags * bag_size, tokens.shape[-1]
+    # Each dropped token has a place of its own behind the bags: equal places would be written in no fixed order.
+    behind = slots + torch.arange(length, device=tokens.device)
+    place = torch.where((bag >= 0) & (bag < bags), bag * bag_size + slot, behind)
+    out = tokens.new_full((*tokens.shape[:-1], slots + length), filler).scatter(-1, place, tokens)
+    return out[..., :slots].unflatten(-1, (bags, bag_size))
 
 
 def position_weights(

@@ -1,6 +1,7 @@
 """The ops in plain torch, for tensors on a device that this build has no kernel for. Chunked, deterministic, slower.
 
-Importing this module registers them: the dispatcher prefers a compiled kernel where there is one.
+Importing this module registers them: the dispatcher prefers a compiled kernel where there is one. The formulas are
+those of csrc/cpu/kernels.h.
 """
 
 import math
@@ -11,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-
 __all__: list[str] = []
 
 
@@ -21,76 +20,195 @@ def _warn(op: str, device: str) -> None:
     warnings.warn(f"tst_ext.{op}: no compiled kernel for {device} in this build, running plain torch", stacklevel=2)
 
 
-def bag_embedding(input_ids: Tensor, weight: Tensor, mode: str) -> Tensor:
-    _warn("bag_embedding", weight.device.type)
-    return reference.bag_embedding(input_ids, weight, mode=mode)
+# ---- bag_embedding ----------------------------------------------------------------------------------------------
 
 
-def bag_embedding_backward(grad: Tensor, input_ids: Tensor, num_embeddings: int, mode: str) -> Tensor:
-    _warn("bag_embedding", grad.device.type)
-    rows = grad.to(torch.promote_types(grad.dtype, torch.float32))
+def _coefficients(
+    input_ids: Tensor, dtype: torch.dtype, mode: str, padding_idx: int | None, position_weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Ids with 0 for `padding_idx`, and what each id's row counts in its bag, 0 for those: both `[..., s]`."""
+    w = torch.ones_like(input_ids, dtype=dtype)
+    if position_weights is not None:
+        w = w * position_weights.to(dtype)
+    if padding_idx is not None:
+        padded = input_ids == padding_idx
+        w, input_ids = w.masked_fill(padded, 0), input_ids.masked_fill(padded, 0)
     if mode == "mean":
-        rows = rows / input_ids.shape[-1]
-    rows = rows.unsqueeze(-2).expand(*input_ids.shape, grad.shape[-1])
-    out = torch.ops.aten.embedding_dense_backward(rows, input_ids, num_embeddings, -1, False)
-    return out.to(grad.dtype)
+        w = torch.where(w == 0, 0, w / w.sum(-1, keepdim=True))
+    return input_ids, w
+
+
+def bag_embedding(
+    input_ids: Tensor,
+    weight: Tensor,
+    mode: str,
+    *,
+    padding_idx: int | None = None,
+    position_weights: Tensor | None = None,
+) -> Tensor:
+    _warn("bag_embedding", weight.device.type)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    ids, w = _coefficients(input_ids, dtype, mode, padding_idx, position_weights)
+    if weight.shape[0] == 0:  # nothing but padding can be read from an empty table
+        return weight.new_zeros(*ids.shape[:-1], weight.shape[1])
+    rows = torch.nn.functional.embedding(ids, weight).to(dtype)  # [..., s, d]
+    return torch.where(w == 0, 0, w).unsqueeze(-2).matmul(rows).squeeze(-2).to(weight.dtype)
+
+
+def bag_embedding_backward(
+    grad: Tensor,
+    input_ids: Tensor,
+    num_embeddings: int,
+    mode: str,
+    *,
+    padding_idx: int | None = None,
+    position_weights: Tensor | None = None,
+) -> Tensor:
+    _warn("bag_embedding", grad.device.type)
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    ids, w = _coefficients(input_ids, dtype, mode, padding_idx, position_weights)
+    rows = w.unsqueeze(-1) * grad.to(dtype).unsqueeze(-2)  # [..., s, d]
+    return torch.ops.aten.embedding_dense_backward(rows, ids, num_embeddings, -1, False).to(grad.dtype)
+
+
+# ---- the loss ---------------------------------------------------------------------------------------------------
+
+
+def _rows(
+    x: Tensor,  # [N, V] raw logits, float32 or float64
+    labels: Tensor,  # [N, s]
+    position_scale: Tensor,  # [s]
+    grad_loss: Tensor | None,  # [] or [N]
+    grad_lse: Tensor | None,  # [N]
+    gradient: bool,
+    *,
+    objective: str = "mce",
+    ignore_index: int = -100,
+    logit_softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row losses `[N]`, lse `[N]` and, if asked for, the gradient of the logits `[N, V]` (else x)."""
+    z = x if logit_softcap is None else logit_softcap * torch.tanh(x / logit_softcap)
+    lse = z.logsumexp(-1)
+    valid = labels != ignore_index
+    y = torch.where(valid, labels, 0).long()
+    logit = z.gather(1, y) if z.shape[1] else torch.zeros_like(y, dtype=z.dtype)
+    same = (y[:, :, None] == y[:, None, :]) & valid[:, None, :]  # [N, s, s]
+    leads = valid & ~same.tril(-1).any(-1)  # the first occurrence of a label stands for all
+    if objective == "mce":
+        c = torch.where(valid, position_scale, 0)
+        scale = c.sum(1)
+        fit = torch.where(c == 0, 0, c * (lse[:, None] - logit)).sum(1)
+        pull = torch.where(leads, (same * c[:, None, :]).sum(-1), 0)  # [N, s]
+    else:
+        scale = torch.where(valid.any(1), position_scale[0], 0)
+        best = torch.where(leads, logit, -math.inf).amax(1, keepdim=True)
+        share = torch.where(leads, torch.where(logit == best, 1, (logit - best).exp()), 0)
+        total = share.sum(1, keepdim=True)
+        fit = scale * (lse - best.squeeze(1) - total.log().squeeze(1)).clamp_min(0)
+        pull = torch.where(leads, scale[:, None] * share / total, 0)
+    loss = (1 - label_smoothing) * fit + z_loss * scale * lse.square()
+    uniform = torch.zeros_like(z)
+    if label_smoothing:
+        unmasked = z > -math.inf
+        columns = unmasked.sum(1)
+        loss = loss + label_smoothing * scale * (lse - torch.where(unmasked, z, 0).sum(1) / columns)
+        uniform = torch.where(unmasked, (label_smoothing * scale / columns)[:, None], 0)
+    loss = torch.where(scale == 0, 0, loss)
+    if not gradient:
+        return loss, lse, x
+    g = torch.ones_like(lse) if grad_loss is None else grad_loss.to(lse.dtype).expand_as(lse)
+    u = torch.zeros_like(lse) if grad_lse is None else grad_lse.to(lse.dtype)
+    d = (g * scale * (1 + 2 * z_loss * lse) + u)[:, None] * (z - lse[:, None]).exp() - g[:, None] * uniform
+    pull = g[:, None] * (1 - label_smoothing) * pull
+    for i in range(y.shape[1]):  # one position at a time: scatter_add_ over duplicates has no fixed order on CUDA
+        if z.shape[1]:
+            d.scatter_(1, y[:, i, None], d.gather(1, y[:, i, None]) - pull[:, i, None])
+    if logit_softcap is not None:
+        d = d * (1 - (z / logit_softcap).square())
+    nothing = ((scale == 0) | (g == 0)) & (u == 0)
+    return loss, lse, torch.where(nothing[:, None], 0, d)
 
 
 def linear_multi_hot_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
+    position_scale: Tensor,
     *,
-    position_weights: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
+    bias: Tensor | None = None,
+    grad_loss: Tensor | None = None,
+    grad_lse: Tensor | None = None,
+    reduction: str = "sum",
     chunk_size: int | None = None,
     grad_hidden: bool = False,
     grad_weight: bool = False,
-    **unused: Any,
+    grad_bias: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _warn("linear_multi_hot_cross_entropy", hidden.device.type)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     compute = dtype if hidden.dtype == torch.float16 else hidden.dtype  # as the CPU kernel, and for its reasons
     h = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1]).to(compute)
     weight = weight.to(compute)
+    bias = None if bias is None else bias.to(compute)
     rows, vocabulary = len(h), len(weight)
-    y = labels.reshape(rows, -1).long() if rows else labels.new_zeros(0, 1).long()
-    valid = y != ignore_index  # [N, s]
-    y = torch.where(valid, y, 0)
-    w = torch.ones(y.shape[1], dtype=dtype, device=h.device) if position_weights is None else position_weights.to(dtype)
-    if not bool(((w >= 0) & w.isfinite()).all()):
-        raise ValueError(f"position_weights: expected finite weights >= 0, got {w.tolist()}")
-    w = w / w.max().clamp_min(torch.finfo(dtype).tiny)  # so that their sum is finite too
-    count = valid.sum(0) if reduction == "mean" else torch.ones_like(w)
-    used = torch.where(count > 0, w, 0)
-    # [s], as csrc/cpu/linear_multi_hot_cross_entropy.cpp has it; 0 where nothing is valid
-    scale = torch.nan_to_num(used / (used.sum() * count), nan=0.0)
-    coefficients = torch.where(valid, scale, 0)  # [N, s]
-
-    loss, lse = torch.empty(rows, dtype=dtype, device=h.device), torch.empty(rows, dtype=dtype, device=h.device)
+    y = labels.reshape(rows, len(position_scale))
+    loss, lse = (torch.empty(rows, dtype=dtype, device=h.device) for _ in range(2))
     dh = hidden.new_zeros(h.shape if grad_hidden else (0,), dtype=dtype)
     dw = weight.new_zeros(weight.shape if grad_weight else (0,), dtype=dtype)
+    db = weight.new_zeros(vocabulary if grad_bias else 0, dtype=dtype)
     step = chunk_size or max(1, (64 << 20) // (4 * max(1, vocabulary)), min(rows // 8, 512))
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        z = (h[part] @ weight.T).to(dtype)
-        lse[part] = z.logsumexp(-1)
-        nll = lse[part, None] - z.gather(1, y[part])
-        loss[part] = torch.where(coefficients[part] > 0, coefficients[part] * nll, 0).sum(-1)
-        if not (grad_hidden or grad_weight):
-            continue
-        total = coefficients[part].sum(-1, keepdim=True)
-        z = torch.where(total > 0, z.sub_(lse[part, None]).exp_().mul_(total), 0)
-        for i in range(y.shape[1]):  # one position at a time: scatter_add_ over duplicates has no fixed order on CUDA
-            z.scatter_(1, y[part, i, None], z.gather(1, y[part, i, None]) - coefficients[part, i, None])
-        z = z.to(compute)
+        upstream = grad_loss if grad_loss is None or grad_loss.dim() == 0 else grad_loss[part]
+        upstream_lse = None if grad_lse is None else grad_lse[part]
+        x = torch.nn.functional.linear(h[part], weight, bias).to(dtype)
+        gradient = grad_hidden or grad_weight or grad_bias
+        loss[part], lse[part], d = _rows(x, y[part], position_scale, upstream, upstream_lse, gradient, **options)
+        d = d.to(compute)
         if grad_hidden:
-            dh[part] = (z @ weight).to(dtype)
+            dh[part] = (d @ weight).to(dtype)
         if grad_weight:
-            dw += (z.T @ h[part]).to(dtype)
-    return loss.sum(), lse, dh.view_as(hidden) if grad_hidden else dh, dw, weight.new_empty(0, dtype=dtype)
+            dw += (d.T @ h[part]).to(dtype)
+        if grad_bias:
+            db += d.sum(0, dtype=dtype)
+    total = loss if reduction == "none" else loss.sum()
+    return total, lse, dh.view_as(hidden) if grad_hidden else dh, dw, db
 
 
-for _op in (bag_embedding, bag_embedding_backward, linear_multi_hot_cross_entropy):
+def multi_hot_cross_entropy(
+    logits: Tensor, labels: Tensor, position_scale: Tensor, *, reduction: str = "sum", **options: Any
+) -> tuple[Tensor, Tensor]:
+    _warn("multi_hot_cross_entropy", logits.device.type)
+    x = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    loss, lse, _ = _rows(x, labels.reshape(len(x), -1), position_scale, None, None, False, **options)
+    return loss if reduction == "none" else loss.sum(), lse
+
+
+def multi_hot_cross_entropy_backward_(
+    logits: Tensor,
+    labels: Tensor,
+    position_scale: Tensor,
+    *,
+    grad_loss: Tensor | None = None,
+    grad_lse: Tensor | None = None,
+    **options: Any,
+) -> None:
+    _warn("multi_hot_cross_entropy", logits.device.type)
+    x = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = labels.reshape(len(x), len(position_scale))
+    logits.copy_(_rows(x, y, position_scale, grad_loss, grad_lse, True, **options)[2].view_as(logits))
+
+
+for _op in (
+    bag_embedding,
+    bag_embedding_backward,
+    linear_multi_hot_cross_entropy,
+    multi_hot_cross_entropy,
+    multi_hot_cross_entropy_backward_,
+):
     torch.library.impl(f"tst_ext::{_op.__name__}", "CompositeExplicitAutograd", _op)

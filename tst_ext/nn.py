@@ -1,12 +1,20 @@
 """The two operations as modules that stand where `nn.Embedding` and the output `nn.Linear` of a model stand."""
 
+import inspect
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch import nn as torch_nn
 
 from .ops import bag_embedding, linear_multi_hot_cross_entropy
 
 __all__ = ["BagEmbedding", "LinearMultiHotCrossEntropy"]
+
+OPTIONS = set(inspect.signature(linear_multi_hot_cross_entropy).parameters) - {
+    "hidden", "weight", "labels", "bias", "logit_softcap"
+}  # fmt: skip
 
 
 class BagEmbedding(torch_nn.Embedding):
@@ -16,12 +24,14 @@ class BagEmbedding(torch_nn.Embedding):
         num_embeddings: V, rows of the table.
         embedding_dim: d.
         mode: "mean" (the paper's) or "sum" over the bag.
+        padding_idx, position_weights: as in `bag_embedding`. Unlike `nn.Embedding`'s, this `padding_idx` may lie
+            outside the vocabulary, and its row of the table, if it has one, is initialised as every other.
 
     Shapes: ids `[B, L] -> [B, L, d]`, the ordinary embedding; ids `[B, l, s] -> [B, l, d]`, one embedding a bag.
 
     Raises:
         ValueError: unknown mode, or ids of another rank.
-        IndexError: an id outside `[0, V)`.
+        IndexError: an id outside `[0, V)` that is not `padding_idx`.
     """
 
     def __init__(
@@ -30,6 +40,8 @@ class BagEmbedding(torch_nn.Embedding):
         embedding_dim: int,
         *,
         mode: str = "mean",
+        padding_idx: int | None = None,
+        position_weights: str | Tensor | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -37,35 +49,55 @@ class BagEmbedding(torch_nn.Embedding):
             raise ValueError(f"mode: expected 'mean' or 'sum', got {mode!r}")
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
         self.mode = mode
+        self.padding_idx = padding_idx  # type: ignore[assignment]  # nn.Embedding's cannot lie outside the vocabulary
+        self.position_weights = position_weights
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # nn.Embedding's other options do not apply to bags
-        cls, embeddings: Tensor, freeze: bool = True, *, mode: str = "mean"
+        cls, embeddings: Tensor, freeze: bool = True, **options: Any
     ) -> "BagEmbedding":
-        """A module around the table `embeddings` `[V, d]`, which it shares; trained only with `freeze=False`."""
-        module = cls(*embeddings.shape, mode=mode, device="meta")
+        """A module around the table `embeddings` `[V, d]`, which it shares; trained only with `freeze=False`.
+
+        `options` are those of the constructor: mode, padding_idx, position_weights.
+        """
+        module = cls(*embeddings.shape, **options, device="meta")
         module.weight = torch_nn.Parameter(embeddings, requires_grad=not freeze)
         return module
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if input_ids.dim() == 2:
-            return super().forward(input_ids)
-        if input_ids.dim() == 3:
-            return bag_embedding(input_ids, self.weight, mode=self.mode)
-        raise ValueError(f"input_ids: expected [B, L] tokens or [B, l, s] bags, got shape {tuple(input_ids.shape)}")
+            if self.padding_idx is None:
+                return F.embedding(input_ids, self.weight)
+            return bag_embedding(input_ids.unsqueeze(-1), self.weight, padding_idx=self.padding_idx)
+        if input_ids.dim() != 3:
+            raise ValueError(f"input_ids: expected [B, L] tokens or [B, l, s] bags, got shape {tuple(input_ids.shape)}")
+        return bag_embedding(
+            input_ids,
+            self.weight,
+            mode=self.mode,
+            padding_idx=self.padding_idx,
+            position_weights=self.position_weights,
+        )
 
 
 class LinearMultiHotCrossEntropy(torch_nn.Linear):
     """An output head that computes its loss without the full logits; parameters are those of `nn.Linear`.
 
-    `head(hidden)` returns logits `[..., V]`; `head(hidden, labels)` returns the loss of
-    `linear_multi_hot_cross_entropy`. The weight lives here, so that a wrapper such as FSDP2 gathers it for the loss
-    alone.
+    `head(hidden)` returns logits `[..., V]`, capped if there is a `logit_softcap`; `head(hidden, labels)` returns the
+    loss of `linear_multi_hot_cross_entropy`. The weight lives here, so that a wrapper such as FSDP2 gathers it for the
+    loss alone.
 
     Args:
         in_features: d.
         out_features: V.
-        position_weights, ignore_index, reduction, chunk_size: as in `linear_multi_hot_cross_entropy`.
+        bias: whether the head has one.
+        logit_softcap: as in `linear_multi_hot_cross_entropy`.
+        options: every other option of `linear_multi_hot_cross_entropy` that is not a tensor of the batch, such as
+            position_weights, objective, ignore_index, reduction, z_loss, chunk_size. What depends on the batch, such as
+            `normalizer`, goes to the call: `head(hidden, labels, normalizer=tokens)`.
+
+    Raises:
+        TypeError: an unknown option.
     """
 
     def __init__(
@@ -73,28 +105,35 @@ class LinearMultiHotCrossEntropy(torch_nn.Linear):
         in_features: int,
         out_features: int,
         *,
-        position_weights: str | Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        chunk_size: int | None = None,
+        bias: bool = False,
+        logit_softcap: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
-        self.position_weights = position_weights
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.chunk_size = chunk_size
+        unknown = set(options) - OPTIONS
+        if unknown:
+            raise TypeError(f"LinearMultiHotCrossEntropy: unknown option {', '.join(sorted(unknown))}")
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.logit_softcap = logit_softcap
+        self.options = options
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # with labels it is the loss
+        self, hidden: Tensor, labels: Tensor | None = None, **options: Any
+    ) -> Any:
         if labels is None:
-            return super().forward(hidden)
+            logits = super().forward(hidden)
+            cap = self.logit_softcap
+            return logits if cap is None else cap * torch.tanh(logits / cap)
         return linear_multi_hot_cross_entropy(
             hidden,
             self.weight,
             labels,
-            position_weights=self.position_weights,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            chunk_size=self.chunk_size,
+            bias=self.bias,
+            logit_softcap=self.logit_softcap,
+            **{**self.options, **options},
         )
+
+    def extra_repr(self) -> str:
+        shown = {**({} if self.logit_softcap is None else {"logit_softcap": self.logit_softcap}), **self.options}
+        return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in shown.items())])

@@ -1,8 +1,10 @@
-"""The maths of the two operations in plain torch with full logits: the oracle of the tests and a peer in benchmarks.
+"""The maths of the operations in plain torch with full logits: the oracle of the tests and a peer in benchmarks.
 
 It follows the paper's listings (arXiv 2605.06546), one cross-entropy per bag position over the same logits, except that
-a position without a valid label drops out of the mean where the listing gives NaN.
+a position without a valid label drops out of the mean where the listing gives NaN. Gradients are autograd's.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +13,32 @@ from torch import Tensor
 __all__ = ["bag_embedding", "multi_hot_cross_entropy"]
 
 
-def bag_embedding(input_ids: Tensor, weight: Tensor, *, mode: str = "mean") -> Tensor:
+def bag_embedding(
+    input_ids: Tensor,
+    weight: Tensor,
+    *,
+    mode: str = "mean",
+    padding_idx: int | None = None,
+    position_weights: Tensor | None = None,
+) -> Tensor:
     """Mean or sum of the embeddings of each bag: ids `[..., s]`, weight `[V, d]` -> `[..., d]` in weight's dtype.
 
-    Summed in float32 (float64 for float64) and rounded once.
+    Summed in float32 (float64 for float64) and rounded once. Options as in `tst_ext.bag_embedding`.
     """
-    embedded = F.embedding(input_ids, weight).to(torch.promote_types(weight.dtype, torch.float32))
-    return (embedded.mean(-2) if mode == "mean" else embedded.sum(-2)).to(weight.dtype)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if padding_idx is None and position_weights is None:
+        embedded = F.embedding(input_ids, weight).to(dtype)
+        return (embedded.mean(-2) if mode == "mean" else embedded.sum(-2)).to(weight.dtype)
+    w = torch.ones(input_ids.shape, dtype=dtype, device=weight.device)
+    if position_weights is not None:
+        w = w * position_weights.to(dtype)
+    if padding_idx is not None:
+        w = w.masked_fill(input_ids == padding_idx, 0)
+        input_ids = input_ids.masked_fill(input_ids == padding_idx, 0)
+    if mode == "mean":
+        total = w.sum(-1, keepdim=True)
+        w = w / torch.where(total == 0, 1, total)
+    return (F.embedding(input_ids, weight).to(dtype) * w.unsqueeze(-1)).sum(-2).to(weight.dtype)
 
 
 def multi_hot_cross_entropy(
@@ -25,26 +46,51 @@ def multi_hot_cross_entropy(
     labels: Tensor,
     *,
     position_weights: Tensor | None = None,
+    objective: str = "mce",
     ignore_index: int = -100,
     reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    logit_softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Multi-hot cross-entropy of full logits `[N, V]` and labels `[N, s]`: a scalar.
+    """Multi-hot cross-entropy of full logits `[N, V]` and labels `[N, s]`: a scalar, or `[N]` for reduction "none".
 
-    `"mean"`: sum_i w_i m_i / sum_i w_i over the positions i that have a valid label, m_i the mean cross-entropy of
-    position i over its valid rows; 0 if no position has one. `"sum"`: the same with sums over rows, and sum_i w_i over
-    all positions.
+    Options as in `tst_ext.linear_multi_hot_cross_entropy`. Computed in float32 (float64 for float64).
     """
-    bag_size = labels.shape[-1]
-    if position_weights is None:
-        position_weights = torch.ones(bag_size, dtype=torch.float64)
-    total = logits[:0].sum(dtype=torch.promote_types(logits.dtype, torch.float32))  # 0, and part of the graph
-    weight = 0.0
-    for i in range(bag_size):
-        w = float(position_weights[i])
-        valid = int((labels[:, i] != ignore_index).sum())
-        if valid or reduction == "sum":
-            weight += w
-        if valid and w:
-            target = labels[:, i].long()
-            total = total + w * F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
-    return total / weight if weight else total
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if logit_softcap is not None:
+        z = logit_softcap * torch.tanh(z / logit_softcap)
+    lse = z.logsumexp(-1)
+    labels = labels.long()
+    valid = labels != ignore_index  # [N, s]
+    w = torch.ones_like(labels, dtype=z.dtype)
+    if objective == "mce":
+        # One cross-entropy per position, 0 where the label is ignored.
+        losses = [
+            F.cross_entropy(z, y, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
+            for y in labels.unbind(1)
+        ]
+        loss = torch.stack(losses, 1)  # [N, s]
+        if position_weights is not None:
+            w = w * position_weights.to(z)
+    else:
+        # One loss per row: the cross-entropy of the set of labels.
+        columns = torch.where(valid, labels, labels.amax(1, keepdim=True).clamp_min(0))
+        outside = torch.ones_like(z, dtype=torch.bool).scatter(1, columns, False)
+        fit = lse - z.masked_fill(outside, -math.inf).logsumexp(-1)
+        loss = ((1 - label_smoothing) * fit + label_smoothing * (lse - z.mean(-1)))[:, None]  # [N, 1]
+        valid, w = valid.any(1, keepdim=True), w[:, :1]
+    if normalizer is not None:
+        scale = w / normalizer
+    elif reduction == "mean":  # for each position the mean over its valid rows, then over the positions that have any
+        count = valid.sum(0)
+        w = torch.where(count > 0, w, 0)
+        scale = w / (w.sum(1, keepdim=True) * count)
+    else:
+        scale = w / w.sum(1, keepdim=True)
+    scale = torch.where(valid & (w != 0), scale, 0)
+    rows = (scale * loss.where(scale != 0, 0)).sum(1)
+    if z_loss:
+        rows = rows + z_loss * scale.sum(1) * lse.square()
+    return rows if reduction == "none" else rows.sum()

@@ -6,20 +6,27 @@
 
 namespace tst::cpu {
 
-int64_t find_out_of_range(const int64_t* ids, int64_t count, int64_t limit, int64_t ignore_index) {
+int64_t find_out_of_range(const int64_t* ids, int64_t count, int64_t limit, std::optional<int64_t> ignored) {
   for (int64_t i = 0; i < count; ++i) {
-    if ((ids[i] < 0 || ids[i] >= limit) && ids[i] != ignore_index) return i;
+    if ((ids[i] < 0 || ids[i] >= limit) && ids[i] != ignored) return i;
   }
   return -1;
 }
 
-BagsById bags_by_id(const int64_t* ids, int64_t bags, int64_t bag_size, int64_t rows) {
+BagsById bags_by_id(const int64_t* ids, int64_t bags, int64_t bag_size, int64_t rows, std::optional<int64_t> ignored,
+                    const double* coefficients) {
   const int64_t total = bags * bag_size;
+  int64_t hits = 0;
   std::vector<int64_t> cursor(rows);  // hits, then the next free place in plan.bags
-  for (int64_t p = 0; p < total; ++p) ++cursor[ids[p]];
+  for (int64_t p = 0; p < total; ++p) {
+    if (ids[p] == ignored) continue;
+    ++cursor[ids[p]];
+    ++hits;
+  }
 
   BagsById plan;
-  plan.bags.resize(total);
+  plan.bags.resize(hits);
+  if (coefficients) plan.coefficients.resize(hits);
   plan.offsets.resize(rows + 1);
   plan.long_offsets.push_back(0);
   int64_t next = 0;
@@ -28,9 +35,9 @@ BagsById bags_by_id(const int64_t* ids, int64_t bags, int64_t bag_size, int64_t 
     if (cursor[v] > BagsById::kPiece) {
       plan.long_rows.push_back(v);
     } else {
-      const int64_t hits = cursor[v];
+      const int64_t end = next + cursor[v];
       cursor[v] = next;
-      next += hits;
+      next = end;
     }
   }
   plan.offsets[rows] = next;
@@ -45,7 +52,12 @@ BagsById bags_by_id(const int64_t* ids, int64_t bags, int64_t bag_size, int64_t 
     plan.long_offsets.push_back(static_cast<int64_t>(plan.piece_offsets.size()) - 1);
   }
   for (int64_t bag = 0, p = 0; bag < bags; ++bag) {
-    for (int64_t i = 0; i < bag_size; ++i, ++p) plan.bags[cursor[ids[p]]++] = bag;
+    for (int64_t i = 0; i < bag_size; ++i, ++p) {
+      if (ids[p] == ignored) continue;
+      const int64_t place = cursor[ids[p]]++;
+      plan.bags[place] = bag;
+      if (coefficients) plan.coefficients[place] = coefficients[p];
+    }
   }
   return plan;
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,8 +14,9 @@ namespace tst::cpu {
 
 enum DType : int { kFloat32, kBFloat16, kFloat16, kFloat64, kDTypes };
 
-// out[r] = scale * sum_{k in [begin[r], end[r])} source[index[k]], accumulated in float32 (float64 for float64) in the
-// order of k and rounded once. An empty range writes zeros, which is what clears the rows of an embedding gradient.
+// out[r] = scale * sum_{k in [begin[r], end[r])} coefficients[k] * source[index[k]], accumulated in float32 (float64
+// for float64) in the order of k and rounded once. An empty range writes zeros, which is what clears the rows of an
+// embedding gradient.
 struct GatherSum {
   const void* source;       // [*, dim]
   const int64_t* index;     // rows of source; nullptr: k itself
@@ -24,13 +26,22 @@ struct GatherSum {
   void* out;                // [*, dim]
   int64_t dim;
   double scale;
+  const double* coefficients;  // like index; nullptr: all 1
 };
 
-// One pass over a chunk of logits. For each row, with c_i = position_scale[i] where labels[i] is not ignore_index,
-// else 0, S = sum c_i, m = max z:
-//   lse  = m + log sum_v exp(z_v - m)
-//   loss = sum_i c_i (lse - z[labels[i]])
-//   and, if gradient, z_v <- S softmax(z)_v - sum_{i : labels[i] = v} c_i
+enum class Objective : int { kMce, kMceAlt };
+
+// One pass over a chunk of logits. A row's raw logits x are capped, z = logit_softcap * tanh(x / logit_softcap) (z = x
+// for a cap of 0). With e = label_smoothing, c_i = position_scale[i] where labels[i] is not ignore_index, else 0, and
+// S = sum c_i (kMceAlt: position_scale[0] where any label counts, else 0):
+//   lse  = m + log sum_v exp(z_v - m), m = max z
+//   fit  = sum_i c_i (lse - z[labels[i]])                               kMce
+//        = S (lse - log sum_{v in set(labels)} exp z_v)                 kMceAlt
+//   loss = (1 - e) fit + e S (lse - mean_v z_v) + z_loss S lse^2        the mean over the V' columns with z > -inf
+// and, if gradient, with g = grad_loss and u = grad_lse of the row,
+//   x_v <- ((g S (1 + 2 z_loss lse) + u) softmax(z)_v - g (1 - e) a_v - g e S / V') (1 - (z_v / logit_softcap)^2)
+//   a_v  = sum_{i : labels[i] = v} c_i                                  kMce
+//        = S exp(z_v) / sum_{w in set(labels)} exp z_w                  kMceAlt, for v in the set
 struct LossRows {
   void* logits;    // [rows, vocabulary], row stride `stride`
   int64_t stride;  // in elements
@@ -39,9 +50,15 @@ struct LossRows {
   int64_t bag_size;
   int64_t ignore_index;
   const double* position_scale;  // [bag_size]
+  Objective objective;
+  double logit_softcap;
+  double z_loss;
+  double label_smoothing;
   bool gradient;
-  double* loss;  // [rows]
-  double* lse;   // [rows]
+  const double* grad_loss;  // [rows]; nullptr: all 1
+  const double* grad_lse;   // [rows]; nullptr: all 0
+  double* loss;             // [rows]
+  double* lse;              // [rows]
 };
 
 // out[i] = source[i], or out[i] += source[i]: what a GEMM of bfloat16 with float32 output would do, which ATen does not
@@ -52,15 +69,27 @@ struct Accumulate {
   bool add;
 };
 
+// out[v] = sum_r source[r, v], or out[v] += it: the gradient of the bias, in float32 (float64 for float64). Its range
+// is one of columns.
+struct ColumnSum {
+  const void* source;  // [rows, *], row stride `stride`
+  int64_t stride;      // in elements
+  int64_t rows;
+  void* out;
+  bool add;
+};
+
 using GatherSumFn = void (*)(const GatherSum&, int64_t begin, int64_t end);
 using LossRowsFn = void (*)(const LossRows&, int64_t begin, int64_t end);
 using AccumulateFn = void (*)(const Accumulate&, int64_t begin, int64_t end);
+using ColumnSumFn = void (*)(const ColumnSum&, int64_t begin, int64_t end);
 
 struct Kernels {
   GatherSumFn gather_sum[kDTypes];          // source and out of the dtype
   GatherSumFn gather_sum_partial[kDTypes];  // source of the dtype, out in the accumulation type
   GatherSumFn gather_sum_finish[kDTypes];   // source in the accumulation type, out of the dtype
-  LossRowsFn loss_rows[kDTypes];            // float16: null, the op computes in float32
+  LossRowsFn loss_rows[kDTypes];
+  ColumnSumFn column_sum[kDTypes];
   AccumulateFn accumulate_bfloat16;
 };
 
@@ -70,21 +99,25 @@ std::string capability();                      // the one in use
 void set_capability(const std::string& name);  // std::invalid_argument names what is available
 const Kernels& kernels();                      // of the capability in use
 
-// Flat position of the first id outside [0, limit) that is not ignore_index, or -1.
-int64_t find_out_of_range(const int64_t* ids, int64_t count, int64_t limit, int64_t ignore_index);
+// Flat position of the first id outside [0, limit) that is not `ignored`, or -1.
+int64_t find_out_of_range(const int64_t* ids, int64_t count, int64_t limit, std::optional<int64_t> ignored);
 
-// Which bags hit which row of the embedding table: a counting sort of (id, position), stable, hence deterministic.
-// Ids with more than kPiece hits are cut into pieces of kPiece, whose partial sums are added in order afterwards: the
-// most frequent token of the default corpus makes 4.4 % of it, and must not be one thread's work.
+// Which bags hit which row of the embedding table: a counting sort of (id, position), stable, hence deterministic. An
+// id equal to `ignored` hits nothing. Ids with more than kPiece hits are cut into pieces of kPiece, whose partial sums
+// are added in order afterwards: the most frequent token of the default corpus makes 4.4 % of it, and must not be one
+// thread's work.
 struct BagsById {
   static constexpr int64_t kPiece = 256;  // a partial row is written and read once per 256 rows read: < 1 % more bytes
-  std::vector<int64_t> bags;              // [ids] bag numbers; those of ids without pieces first, ordered by id
+  std::vector<int64_t> bags;              // [hits] bag numbers; those of ids without pieces first, ordered by id
+  std::vector<double> coefficients;       // [hits] of each hit, or empty
   std::vector<int64_t> offsets;           // [rows + 1] into bags; empty ranges for ids without hits or with pieces
   std::vector<int64_t> piece_offsets;     // [pieces + 1] into bags
   std::vector<int64_t> long_rows;         // ids cut into pieces
   std::vector<int64_t> long_offsets;      // [long_rows + 1] into the pieces
 };
-BagsById bags_by_id(const int64_t* ids, int64_t bags, int64_t bag_size, int64_t rows);
+// coefficients: [bags, bag_size], or nullptr.
+BagsById bags_by_id(const int64_t* ids, int64_t bags, int64_t bag_size, int64_t rows,
+                    std::optional<int64_t> ignored = std::nullopt, const double* coefficients = nullptr);
 
 // First row of part `part` of `parts` such that parts have equal work, where a row costs one write and one read per
 // hit.

@@ -157,8 +157,28 @@ TST_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
   return x;
 }
 
-template <typename T, typename O>
-void gather_sum(const GatherSum& a, int64_t begin, int64_t end) {
+// tanh, 2 ulp at worst: Cephes tanhf's polynomial below 0.625, where (1 - e) / (1 + e) would cancel.
+TST_INLINE F32 tanh(F32 x) {
+  const F32 magnitude = bit_cast<F32>(bit_cast<U32>(x) & 0x7fffffff);
+  const F32 e = exp_nonpositive(magnitude * -2.0f);
+  const F32 far = (1.0f - e) / (1.0f + e);
+  const F32 square = x * x;
+  F32 p = square * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const F32 near = p * square * x + x;
+  const F32 signed_far = bit_cast<F32>(bit_cast<U32>(far) | (bit_cast<U32>(x) & 0x80000000));
+  return magnitude < 0.625f ? near : (x == x ? signed_far : x);
+}
+
+TST_INLINE Vec<double> tanh(Vec<double> x) {
+  for (int lane = 0; lane < kLanes; ++lane) x[lane] = std::tanh(x[lane]);
+  return x;
+}
+
+template <typename T, typename O, bool weighted>
+void gather_sum_rows(const GatherSum& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
   static_assert(std::is_same_v<A, Acc<O>>);
   const T* source = static_cast<const T*>(a.source);
@@ -167,21 +187,30 @@ void gather_sum(const GatherSum& a, int64_t begin, int64_t end) {
     O* out = static_cast<O*>(a.out) + (a.out_rows ? a.out_rows[r] : r) * a.dim;
     const int64_t first = a.begin[r], last = a.end[r];
     const auto row = [&](int64_t k) { return source + (a.index ? a.index[k] : k) * a.dim; };
+    const auto coefficient = [&](int64_t k) { return weighted ? static_cast<A>(a.coefficients[k]) : A(1); };
     int64_t c = 0;
     for (; c + kUnroll * kLanes <= a.dim; c += kUnroll * kLanes) {
       Vec<A> sum[kUnroll] = {};
       for (int64_t k = first; k < last; ++k) {
-        for (int u = 0; u < kUnroll; ++u) sum[u] += load(row(k) + c + u * kLanes);
+        for (int u = 0; u < kUnroll; ++u) sum[u] += coefficient(k) * load(row(k) + c + u * kLanes);
       }
       for (int u = 0; u < kUnroll; ++u) store(out + c + u * kLanes, sum[u] * scale);
     }
     for (; c < a.dim; c += kLanes) {
       const int64_t count = a.dim - c < kLanes ? a.dim - c : kLanes;
       Vec<A> sum = {};
-      for (int64_t k = first; k < last; ++k) sum += load(row(k) + c, count, A(0));
+      for (int64_t k = first; k < last; ++k) sum += coefficient(k) * load(row(k) + c, count, A(0));
       store(out + c, sum * scale, count);
     }
   }
+}
+
+template <typename T, typename O>
+void gather_sum(const GatherSum& a, int64_t begin, int64_t end) {
+  if (a.coefficients)
+    gather_sum_rows<T, O, true>(a, begin, end);
+  else
+    gather_sum_rows<T, O, false>(a, begin, end);
 }
 
 template <typename T>
@@ -203,89 +232,180 @@ Acc<T> row_maximum(const T* z, int64_t n) {
   return m;
 }
 
-// sum_v exp(z_v - m). With `keep`, z_v becomes exp(z_v - m), which spares the second exp; the 16-bit formats would lose
-// digits, so they call this without.
-template <typename T, bool keep>
-double row_sum_exp(T* z, int64_t n, Acc<T> m) {
-  using A = Acc<T>;
-  constexpr int64_t kBlock = 128 * kLanes;  // each lane adds 128 terms, then moves to float64: lse within 16 eps
-  double total = 0;
-  for (int64_t start = 0; start < n; start += kBlock) {
-    const int64_t stop = n - start < kBlock ? n : start + kBlock;
-    Vec<A> sum = {};
-    int64_t v = start;
-    for (; v + kLanes <= stop; v += kLanes) {
-      const Vec<A> e = exp_nonpositive(load(z + v) - m);
-      if constexpr (keep) store(z + v, e);
-      sum += e;
-    }
-    if (v < stop) {
-      const Vec<A> e = exp_nonpositive(load(z + v, stop - v, -std::numeric_limits<A>::infinity()) - m);
-      if constexpr (keep) store(z + v, e, stop - v);
-      sum += e;
-    }
-    for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
-  }
-  return total;
+// What the logits go through before the softmax.
+template <typename A>
+TST_INLINE Vec<A> capped(Vec<A> x, A cap) {
+  return cap == 0 ? x : cap * tanh(x / cap);
 }
 
-// z_v <- factor * exp(z_v - m), or factor * z_v where row_sum_exp kept the exponentials.
-template <typename T, bool kept>
-void row_softmax(T* z, int64_t n, Acc<T> m, Acc<T> factor) {
-  int64_t v = 0;
-  for (; v + kLanes <= n; v += kLanes) {
-    const Vec<Acc<T>> e = kept ? load(z + v) : exp_nonpositive(load(z + v) - m);
-    store(z + v, e * factor);
+struct RowSums {
+  double exps = 0;    // sum_v exp(z_v - m)
+  double logits = 0;  // sum of the z_v above -inf, and their number: only where smoothing wants them
+  double columns = 0;
+};
+
+// `plain`: no softcap, no smoothing. With `keep`, x_v becomes exp(z_v - m), which spares the second exp; the 16-bit
+// formats would lose digits, a softcap and smoothing need the logit itself, so they go without.
+template <typename T, bool plain, bool keep>
+RowSums row_sums(T* x, int64_t n, Acc<T> m, Acc<T> cap) {
+  using A = Acc<T>;
+  static_assert(plain || !keep);
+  constexpr A kLowest = -std::numeric_limits<A>::infinity();
+  constexpr int64_t kBlock = 128 * kLanes;  // each lane adds 128 terms, then moves to float64: lse within 16 eps
+  RowSums sums;
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t stop = n - start < kBlock ? n : start + kBlock;
+    Vec<A> exps = {}, logits = {}, columns = {};
+    const auto add = [&](Vec<A> z) {
+      const Vec<A> e = exp_nonpositive(z - m);
+      exps += e;
+      if constexpr (!plain) {
+        logits += z > kLowest ? z : Vec<A>{};
+        columns += z > kLowest ? Vec<A>{} + A(1) : Vec<A>{};
+      }
+      return e;
+    };
+    int64_t v = start;
+    for (; v + kLanes <= stop; v += kLanes) {
+      const Vec<A> e = add(plain ? load(x + v) : capped(load(x + v), cap));
+      if constexpr (keep) store(x + v, e);
+    }
+    if (v < stop) {
+      Vec<A> z = load(x + v, stop - v, kLowest);
+      if constexpr (!plain) {
+        z = capped(z, cap);  // which lifts the lanes past the end to -cap
+        for (int lane = static_cast<int>(stop - v); lane < kLanes; ++lane) z[lane] = kLowest;
+      }
+      const Vec<A> e = add(z);
+      if constexpr (keep) store(x + v, e, stop - v);
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      sums.exps += exps[lane], sums.logits += logits[lane], sums.columns += columns[lane];
+    }
   }
-  if (v < n) {
-    const Vec<Acc<T>> x = load(z + v, n - v, Acc<T>(0));
-    store(z + v, (kept ? x : exp_nonpositive(x - m)) * factor, n - v);
+  return sums;
+}
+
+// x_v <- factor * exp(z_v - m), or factor * x_v where row_sums kept the exponentials. Without `plain`, minus `uniform`
+// in the columns above -inf, times the derivative of the cap.
+template <typename T, bool plain, bool kept>
+void row_gradient(T* x, int64_t n, Acc<T> m, Acc<T> cap, Acc<T> factor, Acc<T> uniform) {
+  using A = Acc<T>;
+  constexpr A kLowest = -std::numeric_limits<A>::infinity();
+  const auto gradient = [&](Vec<A> z) -> Vec<A> {
+    if constexpr (kept) return z * factor;
+    if constexpr (plain) return exp_nonpositive(z - m) * factor;
+    z = capped(z, cap);
+    const Vec<A> t = cap == 0 ? Vec<A>{} : z / cap;
+    return (exp_nonpositive(z - m) * factor - (z > kLowest ? Vec<A>{} + uniform : Vec<A>{})) * (A(1) - t * t);
+  };
+  int64_t v = 0;
+  for (; v + kLanes <= n; v += kLanes) store(x + v, gradient(load(x + v)));
+  if (v < n) store(x + v, gradient(load(x + v, n - v, A(0))), n - v);
+}
+
+struct Target {  // a distinct label of a row
+  int64_t label;
+  double logit;  // z
+  double pull;   // a_v of kernels.h
+};
+
+template <typename T, bool plain>
+void loss_rows_as(const LossRows& a, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  constexpr bool kKeep = plain && sizeof(T) > 2;
+  const int64_t n = a.vocabulary, s = a.bag_size;
+  const A cap = static_cast<A>(a.logit_softcap);
+  const bool set = a.objective == Objective::kMceAlt;
+  std::vector<Target> targets;
+  targets.reserve(s);
+  for (int64_t r = begin; r < end; ++r) {
+    T* x = static_cast<T*>(a.logits) + r * a.stride;
+    const int64_t* labels = a.labels + r * s;
+    double scale = 0;  // S
+    targets.clear();
+    for (int64_t i = 0; i < s; ++i) {
+      if (labels[i] == a.ignore_index || a.position_scale[i] == 0) continue;
+      scale = set ? a.position_scale[0] : scale + a.position_scale[i];
+      auto target = targets.begin();
+      while (target != targets.end() && target->label != labels[i]) ++target;
+      if (target == targets.end()) {  // its logit is read here, before the row is overwritten
+        const Vec<A> z = capped(Vec<A>{} + load_one(x + labels[i]), cap);
+        target = targets.insert(target, {labels[i], double(z[0]), 0.0});
+      }
+      target->pull += a.position_scale[i];
+    }
+
+    const A m = capped(Vec<A>{} + row_maximum(x, n), cap)[0];
+    const RowSums sums = a.gradient ? row_sums<T, plain, kKeep>(x, n, m, cap) : row_sums<T, plain, false>(x, n, m, cap);
+    const double log_sum = std::log(sums.exps), lse = m + log_sum;
+    a.lse[r] = lse;
+    // Differences from m rather than from lse: lse near 1e4 would cost three digits in float32.
+    double fit = 0;
+    if (set) {
+      double best = -std::numeric_limits<double>::infinity(), total = 0;
+      for (const Target& t : targets) best = t.logit > best ? t.logit : best;
+      for (Target& t : targets) total += t.pull = t.logit == best ? 1.0 : std::exp(t.logit - best);
+      for (Target& t : targets) t.pull *= scale / total;
+      const double nll = (double(m) - best) + log_sum - std::log(total);
+      fit = scale * (nll < 0 ? 0.0 : nll);  // the labels are part of the vocabulary: below 0 only by rounding
+    } else {
+      for (const Target& t : targets) fit += t.pull * ((double(m) - t.logit) + log_sum);
+    }
+    const double smoothing = a.label_smoothing;
+    double loss = (1 - smoothing) * fit + a.z_loss * scale * lse * lse;
+    if (smoothing != 0) loss += smoothing * scale * ((double(m) - sums.logits / sums.columns) + log_sum);
+    a.loss[r] = scale == 0 ? 0.0 : loss;
+    if (!a.gradient) continue;
+
+    const double g = a.grad_loss ? a.grad_loss[r] : 1.0, u = a.grad_lse ? a.grad_lse[r] : 0.0;
+    if ((scale == 0 || g == 0) && u == 0) {  // nothing to learn from this row, whatever its logits are
+      std::memset(x, 0, n * sizeof(T));
+      continue;
+    }
+    const double factor = (g * scale * (1 + 2 * a.z_loss * lse) + u) / sums.exps;
+    const double uniform = smoothing == 0 ? 0.0 : g * smoothing * scale / sums.columns;
+    row_gradient<T, plain, kKeep>(x, n, m, cap, static_cast<A>(factor), static_cast<A>(uniform));
+    for (const Target& t : targets) {
+      // From the saved logit and rounded once: subtracting from a probability already rounded to bfloat16 turns
+      // p = 0.999 into a zero gradient.
+      double gradient = factor * std::exp(t.logit - m) - g * (1 - smoothing) * t.pull;
+      if (t.logit > -std::numeric_limits<double>::infinity()) gradient -= uniform;
+      if (a.logit_softcap != 0) gradient *= 1 - (t.logit / a.logit_softcap) * (t.logit / a.logit_softcap);
+      store_one(x + t.label, static_cast<A>(gradient));
+    }
   }
 }
 
 template <typename T>
 void loss_rows(const LossRows& a, int64_t begin, int64_t end) {
+  if (a.logit_softcap == 0 && a.label_smoothing == 0)
+    loss_rows_as<T, true>(a, begin, end);
+  else
+    loss_rows_as<T, false>(a, begin, end);
+}
+
+template <typename T>
+void column_sum(const ColumnSum& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  constexpr bool kKeep = sizeof(T) > 2;
-  const int64_t n = a.vocabulary, s = a.bag_size;
-  std::vector<A> label_logits(s);
-  for (int64_t r = begin; r < end; ++r) {
-    T* z = static_cast<T*>(a.logits) + r * a.stride;
-    const int64_t* labels = a.labels + r * s;
-    double scale = 0;  // S
-    for (int64_t i = 0; i < s; ++i) {
-      if (labels[i] == a.ignore_index) continue;
-      scale += a.position_scale[i];
-      label_logits[i] = load_one(z + labels[i]);  // before the row is overwritten
-    }
-    const A m = row_maximum(z, n);
-    const double sum = a.gradient ? row_sum_exp<T, kKeep>(z, n, m) : row_sum_exp<T, false>(z, n, m);
-    a.lse[r] = m + std::log(sum);
-    a.loss[r] = 0;
-    for (int64_t i = 0; i < s; ++i) {
-      if (labels[i] == a.ignore_index || a.position_scale[i] == 0) continue;
-      // (m - z) + log sum rather than lse - z: lse near 1e4 would cost three digits in float32.
-      a.loss[r] += a.position_scale[i] * ((double(m) - label_logits[i]) + std::log(sum));
-    }
-    if (!a.gradient) continue;
-    if (scale == 0) {  // nothing to learn from this row, whatever its logits are
-      std::memset(z, 0, n * sizeof(T));
-      continue;
-    }
-    row_softmax<T, kKeep>(z, n, m, static_cast<A>(scale / sum));
-    for (int64_t i = 0; i < s; ++i) {
-      if (labels[i] == a.ignore_index) continue;
-      bool leads = true;  // the first occurrence of a label writes for all
-      double coefficient = 0;
-      for (int64_t j = 0; j < s; ++j) {
-        if (labels[j] != labels[i]) continue;
-        leads = leads && j >= i;
-        coefficient += a.position_scale[j];
+  constexpr int kTile = 32;        // vectors: rows are read 1 to 2 KiB at a time, sums stay in the first-level cache
+  constexpr int64_t kBlock = 128;  // rows summed apart: adding 100,000 one by one would drift in float32
+  for (int64_t v = begin; v < end; v += kTile * kLanes) {
+    const int64_t width = end - v < kTile * kLanes ? end - v : kTile * kLanes;
+    A* out = static_cast<A*>(a.out) + v;
+    if (!a.add) std::memset(out, 0, width * sizeof(A));
+    for (int64_t start = 0; start < a.rows; start += kBlock) {
+      Vec<A> sum[kTile] = {};
+      for (int64_t r = start; r < a.rows && r < start + kBlock; ++r) {
+        const T* source = static_cast<const T*>(a.source) + r * a.stride + v;
+        for (int64_t c = 0; c < width; c += kLanes) {
+          sum[c / kLanes] += load(source + c, width - c < kLanes ? width - c : kLanes, A(0));
+        }
       }
-      // From the saved logit and rounded once: subtracting from a probability already rounded to bfloat16 turns
-      // p = 0.999 into a zero gradient.
-      const double p = std::exp(double(label_logits[i]) - m) / sum;
-      if (leads) store_one(z + labels[i], static_cast<A>(scale * p - coefficient));
+      for (int64_t c = 0; c < width; c += kLanes) {
+        const int64_t count = width - c < kLanes ? width - c : kLanes;
+        store(out + c, load(out + c, count, A(0)) + sum[c / kLanes], count);
+      }
     }
   }
 }
@@ -307,7 +427,8 @@ const Kernels table = {
      gather_sum<double, double>},
     {gather_sum<float, float>, gather_sum<BFloat16, float>, gather_sum<Float16, float>, gather_sum<double, double>},
     {gather_sum<float, float>, gather_sum<float, BFloat16>, gather_sum<float, Float16>, gather_sum<double, double>},
-    {loss_rows<float>, loss_rows<BFloat16>, nullptr, loss_rows<double>},
+    {loss_rows<float>, loss_rows<BFloat16>, loss_rows<Float16>, loss_rows<double>},
+    {column_sum<float>, column_sum<BFloat16>, column_sum<Float16>, column_sum<double>},
     accumulate_bfloat16,
 };
 

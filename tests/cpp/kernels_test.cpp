@@ -118,63 +118,141 @@ double eps(DType dtype) {
 class KernelTest : public testing::TestWithParam<std::tuple<std::string, DType>> {
  protected:
   void SetUp() override { set_capability(std::get<0>(GetParam())); }
-  bool has_loss() const { return dtype() != kFloat16; }  // which the op computes in float32
   DType dtype() const { return std::get<1>(GetParam()); }
   double accumulation_eps() const { return eps(dtype() == kFloat64 ? kFloat64 : kFloat32); }
   std::mt19937_64 random{7};
   double normal() { return std::normal_distribution<double>()(random); }
 };
 
+// The formulas of kernels.h, row by row in long double: a plain sum of thousands of doubles would err more than what it
+// judges.
+struct Expected {
+  double loss, lse, size;  // size: of the terms of the loss, for its tolerance
+  std::vector<double> gradient, gradient_size;
+};
+
+Expected expected_row(const std::vector<double>& x, const int64_t* labels, const LossRows& a, int64_t r) {
+  const size_t n = x.size();
+  const long double g = a.grad_loss ? a.grad_loss[r] : 1, u = a.grad_lse ? a.grad_lse[r] : 0, e = a.label_smoothing;
+  std::vector<long double> z(n), pull(n, 0);
+  std::vector<bool> labelled(n, false);
+  long double m = -INFINITY, sum = 0, scale = 0, mean = 0, columns = 0, set = 0, fit = 0;
+  for (size_t v = 0; v < n; ++v) {
+    z[v] = a.logit_softcap ? a.logit_softcap * std::tanh((long double)x[v] / a.logit_softcap) : (long double)x[v];
+    m = std::max(m, z[v]);
+    if (z[v] > -INFINITY) mean += z[v], columns += 1;
+  }
+  mean /= columns;
+  for (const long double value : z) sum += std::exp(value - m);
+  const long double lse = m + std::log(sum);
+  for (int64_t i = 0; i < a.bag_size; ++i) {
+    if (labels[i] == a.ignore_index) continue;
+    scale = a.objective == Objective::kMce ? scale + a.position_scale[i] : a.position_scale[0];
+    labelled[labels[i]] = true;
+    if (a.objective == Objective::kMce) {
+      pull[labels[i]] += a.position_scale[i];
+      if (a.position_scale[i] != 0) fit += a.position_scale[i] * (lse - z[labels[i]]);
+    }
+  }
+  if (a.objective == Objective::kMceAlt && scale != 0) {
+    for (size_t v = 0; v < n; ++v) set += labelled[v] ? std::exp(z[v] - m) : 0.0L;
+    for (size_t v = 0; v < n; ++v) pull[v] = labelled[v] ? scale * std::exp(z[v] - m) / set : 0.0L;
+    fit = scale * std::log(sum / set);
+  }
+  Expected out;
+  out.lse = double(lse);
+  out.loss =
+      scale == 0 ? 0.0 : double((1 - e) * fit + (e ? e * scale * (lse - mean) : 0) + a.z_loss * scale * lse * lse);
+  out.size = double(fit + scale + a.z_loss * scale * lse * lse);
+  for (size_t v = 0; v < n; ++v) {
+    const long double p = std::exp(z[v] - m) / sum, attraction = g * scale * (1 + 2 * a.z_loss * lse) + u;
+    const long double uniform = z[v] > -INFINITY ? g * e * scale / columns : 0.0L, t = z[v] / a.logit_softcap;
+    const long double slope = a.logit_softcap ? 1 - t * t : 1.0L;
+    const bool nothing = (scale == 0 || g == 0) && u == 0;
+    out.gradient.push_back(nothing ? 0.0 : double((attraction * p - g * (1 - e) * pull[v] - uniform) * slope));
+    // kMceAlt's pull is a quotient of exponentials, always in double; kMce's is a sum of a few numbers.
+    const long double pulled = std::fabs(g) * pull[v] / (a.objective == Objective::kMce ? 16 : 2);
+    out.gradient_size.push_back(double(std::fabs(attraction) * p + pulled + std::fabs(uniform)));
+  }
+  return out;
+}
+
+struct LossOptions {
+  const char* name;
+  Objective objective = Objective::kMce;
+  double logit_softcap = 0, z_loss = 0, label_smoothing = 0;
+  bool upstream = false;
+};
+
+const LossOptions kLossOptions[] = {
+    {"plain"},
+    {"upstream", Objective::kMce, 0, 0, 0, true},
+    {"mce_alt", Objective::kMceAlt},
+    {"mce_alt, everything", Objective::kMceAlt, 4, 0.1, 0.2, true},
+    {"softcap", Objective::kMce, 4},
+    {"z-loss", Objective::kMce, 0, 0.1},
+    {"smoothing", Objective::kMce, 0, 0, 0.3},
+    {"everything", Objective::kMce, 5, 0.1, 0.2, true},
+};
+
 TEST_P(KernelTest, LossRows) {
-  if (!has_loss()) return;
-  for (const int64_t vocabulary : {1, 2, 3, 7, 8, 9, 31, 32, 33, 64, 100, 4095, 4096, 4097, 8200}) {
-    for (const int64_t bag_size : {1, 3, 9}) {
-      const int64_t rows = 4, stride = vocabulary + 5;
-      Stored logits(dtype(), rows * stride);
-      for (int64_t i = 0; i < rows * stride; ++i) logits.set(i, 3 * normal());
-      std::vector<int64_t> labels(rows * bag_size);
-      for (int64_t& y : labels) y = random() % 4 == 0 ? kIgnore : static_cast<int64_t>(random() % vocabulary);
-      for (int64_t i = 0; i < bag_size; ++i) labels[2 * bag_size + i] = kIgnore;
-      std::vector<double> scale(bag_size);
-      for (double& c : scale) c = (1.0 + random() % 5) / (5.0 * bag_size);
-      const Stored before = logits;
+  for (const LossOptions& options : kLossOptions) {
+    for (const int64_t vocabulary : {1, 2, 3, 7, 8, 9, 31, 32, 33, 64, 100, 4095, 4096, 4097, 8200}) {
+      for (const int64_t bag_size : {1, 3, 9}) {
+        if (vocabulary > 4000 && bag_size != 3) continue;
+        SCOPED_TRACE(std::string(options.name) + ", V " + std::to_string(vocabulary));
+        const int64_t rows = 5, stride = vocabulary + 5;
+        Stored logits(dtype(), rows * stride);
+        for (int64_t i = 0; i < rows * stride; ++i) logits.set(i, 3 * normal());
+        std::vector<int64_t> labels(rows * bag_size);
+        for (int64_t& y : labels) y = random() % 4 == 0 ? kIgnore : static_cast<int64_t>(random() % vocabulary);
+        for (int64_t i = 0; i < bag_size; ++i) labels[2 * bag_size + i] = labels[3 * bag_size + i] = kIgnore;
+        std::vector<double> scale(bag_size), grad_loss(rows), grad_lse(rows);
+        for (double& c : scale) c = (1.0 + random() % 5) / (5.0 * bag_size);
+        if (bag_size == 9) scale[4] = 0;
+        if (options.objective == Objective::kMceAlt) scale.assign(bag_size, 0.4);
+        for (double& g : grad_loss) g = normal();
+        for (double& g : grad_lse) g = normal();
+        grad_lse[3] = 0, grad_loss[4] = 0, grad_lse[4] = 0;
+        const Stored before = logits;
 
-      std::vector<double> loss(rows, -1), lse(rows, -1), loss_only(rows, -1), lse_only(rows, -1);
-      const LossRows forward{logits.bytes.data(), stride, vocabulary,       labels.data(),  bag_size, kIgnore,
-                             scale.data(),        false,  loss_only.data(), lse_only.data()};
-      kernels().loss_rows[dtype()](forward, 0, rows);
-      EXPECT_EQ(logits.bytes, before.bytes) << "without a gradient the logits stay";
-      LossRows both = forward;
-      both.gradient = true, both.loss = loss.data(), both.lse = lse.data();
-      kernels().loss_rows[dtype()](both, 0, rows);
+        std::vector<double> loss(rows, -1), lse(rows, -1), loss_only(rows, -1), lse_only(rows, -1);
+        LossRows forward{};
+        forward.logits = logits.bytes.data(), forward.stride = stride, forward.vocabulary = vocabulary;
+        forward.labels = labels.data(), forward.bag_size = bag_size, forward.ignore_index = kIgnore;
+        forward.position_scale = scale.data(), forward.objective = options.objective;
+        forward.logit_softcap = options.logit_softcap, forward.z_loss = options.z_loss;
+        forward.label_smoothing = options.label_smoothing;
+        forward.loss = loss_only.data(), forward.lse = lse_only.data();
+        if (options.upstream) forward.grad_loss = grad_loss.data(), forward.grad_lse = grad_lse.data();
+        kernels().loss_rows[dtype()](forward, 0, rows);
+        EXPECT_EQ(logits.bytes, before.bytes) << "without a gradient the logits stay";
+        LossRows both = forward;
+        both.gradient = true, both.loss = loss.data(), both.lse = lse.data();
+        kernels().loss_rows[dtype()](both, 0, rows);
 
-      for (int64_t r = 0; r < rows; ++r) {
-        long double sum = 0;  // a plain sum of thousands of doubles would err more than what it judges
-        double m = -INFINITY, expected = 0, total = 0;
-        for (int64_t v = 0; v < vocabulary; ++v) m = std::max(m, before.get(r * stride + v));
-        for (int64_t v = 0; v < vocabulary; ++v) sum += std::exp((long double)before.get(r * stride + v) - m);
-        std::vector<double> gradient(vocabulary);
-        for (int64_t i = 0; i < bag_size; ++i) {
-          const int64_t y = labels[r * bag_size + i];
-          if (y == kIgnore) continue;
-          expected += scale[i] * (m + std::log(sum) - before.get(r * stride + y));
-          total += scale[i];
-          gradient[y] -= scale[i];
-        }
-        // Logits up to 25 apart: an exponential errs by half an eps of its argument and 1 ulp, the sum by less.
-        const double tolerance = 16 * accumulation_eps();
-        EXPECT_NEAR(lse[r], double(m + std::log(sum)), tolerance) << "V " << vocabulary;
-        EXPECT_NEAR(loss[r], expected, tolerance * (1 + expected));
-        EXPECT_EQ(loss_only[r], loss[r]);
-        EXPECT_EQ(lse_only[r], lse[r]);
-        for (int64_t v = 0; v < vocabulary; ++v) {
-          const double p = std::exp((long double)before.get(r * stride + v) - m) / sum;
-          const double wanted = gradient[v] + total * p, got = logits.get(r * stride + v);
-          const double rounding = eps(dtype()) / 2 * std::fabs(wanted) + tolerance * (total * p - gradient[v] / 16);
-          EXPECT_NEAR(got, wanted, rounding) << "V " << vocabulary << " row " << r << " column " << v;
-        }
-        for (int64_t v = vocabulary; v < stride; ++v) {
-          EXPECT_EQ(logits.get(r * stride + v), before.get(r * stride + v)) << "wrote past the row";
+        for (int64_t r = 0; r < rows; ++r) {
+          std::vector<double> x(vocabulary);
+          for (int64_t v = 0; v < vocabulary; ++v) x[v] = before.get(r * stride + v);
+          const Expected wanted = expected_row(x, labels.data() + r * bag_size, both, r);
+          // Logits up to 25 apart: an exponential errs by half an eps of its argument and 1 ulp, the sum by less; a
+          // softcap adds 2 ulp of a number below its cap.
+          const double tolerance = 16 * accumulation_eps();
+          EXPECT_NEAR(lse[r], wanted.lse, tolerance);
+          EXPECT_NEAR(loss[r], wanted.loss, tolerance * (1 + wanted.size));
+          EXPECT_GE(loss[r], 0);
+          EXPECT_EQ(loss_only[r], loss[r]);
+          EXPECT_EQ(lse_only[r], lse[r]);
+          for (int64_t v = 0; v < vocabulary; ++v) {
+            const double rounding =
+                eps(dtype()) / 2 * std::fabs(wanted.gradient[v]) + tolerance * wanted.gradient_size[v];
+            // Below float16's smallest normal number the last place is 2^-24.
+            EXPECT_NEAR(logits.get(r * stride + v), wanted.gradient[v], rounding + (dtype() == kFloat16 ? 3e-8 : 0))
+                << "row " << r << " column " << v;
+          }
+          for (int64_t v = vocabulary; v < stride; ++v) {
+            EXPECT_EQ(logits.get(r * stride + v), before.get(r * stride + v)) << "wrote past the row";
+          }
         }
       }
     }
@@ -182,24 +260,111 @@ TEST_P(KernelTest, LossRows) {
 }
 
 TEST_P(KernelTest, LossRowsExtremes) {
-  if (!has_loss()) return;
   const int64_t vocabulary = 70;
-  Stored logits(dtype(), 3 * vocabulary);
-  for (int64_t v = 0; v < vocabulary; ++v) {
-    logits.set(v, v == 69 ? 0 : -INFINITY);                 // a masked vocabulary
-    logits.set(vocabulary + v, v == 3 ? 60000 : -60000.0);  // far beyond exp's range
-    logits.set(2 * vocabulary + v, v == 66 ? NAN : 1);      // must not be hidden
+  for (const LossOptions& options : kLossOptions) {
+    if (options.upstream || options.logit_softcap || options.z_loss) continue;  // a cap lifts -inf
+    SCOPED_TRACE(options.name);
+    Stored logits(dtype(), 4 * vocabulary);
+    for (int64_t v = 0; v < vocabulary; ++v) {
+      logits.set(v, v == 69 ? 0 : -INFINITY);                 // a masked vocabulary
+      logits.set(vocabulary + v, v == 3 ? 60000 : -60000.0);  // far beyond exp's range
+      logits.set(2 * vocabulary + v, v == 66 ? NAN : 1);      // must not be hidden
+      logits.set(3 * vocabulary + v, NAN);                    // no label: what it is does not matter
+    }
+    const std::vector<int64_t> labels = {69, 3, 3, kIgnore};
+    const double scale = 1;
+    std::vector<double> loss(4), lse(4);
+    LossRows args{};
+    args.logits = logits.bytes.data(), args.stride = args.vocabulary = vocabulary;
+    args.labels = labels.data(), args.bag_size = 1, args.ignore_index = kIgnore, args.position_scale = &scale;
+    args.objective = options.objective, args.label_smoothing = options.label_smoothing;
+    args.gradient = true, args.loss = loss.data(), args.lse = lse.data();
+    kernels().loss_rows[dtype()](args, 0, 4);
+    // 0 but for the rounding of 1 - label_smoothing.
+    EXPECT_NEAR(loss[0], 0, eps(kFloat64)) << "the only column that is not masked";
+    EXPECT_TRUE(std::isnan(loss[2]));
+    EXPECT_EQ(loss[3], 0);
+    for (int64_t v = 0; v < vocabulary; ++v) {
+      EXPECT_NEAR(logits.get(v), 0, eps(kFloat64)) << v;
+      EXPECT_EQ(logits.get(3 * vocabulary + v), 0) << v;
+    }
+    if (options.label_smoothing) continue;
+    EXPECT_EQ(loss[1], 0);
+    for (int64_t v = vocabulary; v < 2 * vocabulary; ++v) EXPECT_EQ(logits.get(v), 0) << v;
   }
-  const std::vector<int64_t> labels = {69, 3, 3};
+}
+
+TEST_P(KernelTest, MaskedColumnsGetNoSmoothing) {
+  const int64_t vocabulary = 40;
+  Stored logits(dtype(), vocabulary);
+  for (int64_t v = 0; v < vocabulary; ++v) logits.set(v, v % 2 ? 1.0 : -INFINITY);
+  const int64_t label = 5;
   const double scale = 1;
-  std::vector<double> loss(3), lse(3);
-  const LossRows args{logits.bytes.data(), vocabulary, vocabulary, labels.data(), 1, kIgnore, &scale, true,
-                      loss.data(),         lse.data()};
-  kernels().loss_rows[dtype()](args, 0, 3);
-  EXPECT_EQ(loss[0], 0);
-  EXPECT_EQ(loss[1], 0);
-  EXPECT_TRUE(std::isnan(loss[2]));
-  for (int64_t v = 0; v < 2 * vocabulary; ++v) EXPECT_EQ(logits.get(v), 0) << v;
+  double loss, lse;
+  LossRows args{};
+  args.logits = logits.bytes.data(), args.stride = args.vocabulary = vocabulary;
+  args.labels = &label, args.bag_size = 1, args.ignore_index = kIgnore, args.position_scale = &scale;
+  args.label_smoothing = 0.5, args.gradient = true, args.loss = &loss, args.lse = &lse;
+  kernels().loss_rows[dtype()](args, 0, 1);
+  EXPECT_NEAR(loss, std::log(20.0), 16 * accumulation_eps());
+  for (int64_t v = 0; v < vocabulary; ++v) {
+    const double wanted = v == 5 ? 0.05 - 0.5 - 0.025 : v % 2 ? 0.05 - 0.025 : 0.0;
+    EXPECT_NEAR(logits.get(v), wanted, eps(dtype())) << v;
+  }
+}
+
+TEST_P(KernelTest, SetObjectiveWithMaskedLabels) {
+  const int64_t vocabulary = 9;
+  const std::vector<int64_t> labels = {2, 3, 3};
+  const std::vector<double> scale = {1, 1, 1};
+  for (const bool both : {false, true}) {  // one of the labels masked, or both
+    Stored logits(dtype(), vocabulary);
+    for (int64_t v = 0; v < vocabulary; ++v) logits.set(v, v == 2 || (both && v == 3) ? -INFINITY : 0.0);
+    double loss, lse;
+    LossRows args{};
+    args.logits = logits.bytes.data(), args.stride = args.vocabulary = vocabulary;
+    args.labels = labels.data(), args.bag_size = 3, args.ignore_index = kIgnore, args.position_scale = scale.data();
+    args.objective = Objective::kMceAlt, args.gradient = true, args.loss = &loss, args.lse = &lse;
+    kernels().loss_rows[dtype()](args, 0, 1);
+    const double tolerance = 16 * accumulation_eps() + eps(dtype());
+    if (both) {
+      EXPECT_EQ(loss, INFINITY);
+      EXPECT_NEAR(logits.get(2), -0.5, tolerance) << "the pull is shared, not NaN";
+      EXPECT_NEAR(logits.get(3), -0.5, tolerance);
+    } else {
+      EXPECT_NEAR(loss, std::log(8.0), tolerance);
+      EXPECT_EQ(logits.get(2), 0);
+      EXPECT_NEAR(logits.get(3), 0.125 - 1, tolerance);
+    }
+  }
+}
+
+TEST_P(KernelTest, ColumnSum) {
+  for (const int64_t columns : {1, 7, 8, 9, 511, 512, 513, 1100}) {
+    for (const int64_t rows : {1, 3, 127, 128, 129, 300}) {
+      const int64_t stride = columns + 3;
+      Stored source(dtype(), rows * stride), out(dtype() == kFloat64 ? kFloat64 : kFloat32, columns + 3);
+      for (int64_t i = 0; i < rows * stride; ++i) source.set(i, normal());
+      for (int64_t v = 0; v < columns + 3; ++v) out.set(v, 0.5);
+      ColumnSum args{source.bytes.data(), stride, rows, out.bytes.data(), false};
+      const int64_t middle = columns / 2;  // two ranges, as two threads would
+      for (const bool add : {false, true}) {
+        args.add = add;
+        kernels().column_sum[dtype()](args, 0, middle);
+        kernels().column_sum[dtype()](args, middle, columns);
+      }
+      for (int64_t v = 0; v < columns + 3; ++v) {
+        double sum = 0, size = 0;
+        for (int64_t r = 0; r < rows && v < columns; ++r) {
+          sum += source.get(r * stride + v);
+          size += std::fabs(source.get(r * stride + v));
+        }
+        // Twice, for `add`. Rounding: half an eps of the partial sums, whose size is that of sqrt(rows) terms.
+        const double wanted = v < columns ? 2 * sum : 0.5;
+        EXPECT_NEAR(out.get(v), wanted, 4 * accumulation_eps() * (size + 1)) << columns << " x " << rows << ": " << v;
+      }
+    }
+  }
 }
 
 TEST_P(KernelTest, GatherSumForwardAndPieces) {
@@ -209,8 +374,8 @@ TEST_P(KernelTest, GatherSumForwardAndPieces) {
     for (int64_t i = 0; i < table * dim; ++i) source.set(i, normal());
     const std::vector<int64_t> index = {3, 3, 0, 10, 5, 6, 7, 1, 2, 4}, begin = {0, 2, 2, 9, 3}, end = {2, 2, 9, 10, 7};
     const std::vector<int64_t> out_rows = {1, 3, 5, 7, 9};
-    const GatherSum args{source.bytes.data(), index.data(),     begin.data(), end.data(),
-                         out_rows.data(),     out.bytes.data(), dim,          0.25};
+    const GatherSum args{source.bytes.data(), index.data(), begin.data(), end.data(), out_rows.data(),
+                         out.bytes.data(),    dim,          0.25,         nullptr};
     const Stored poisoned = out;
     kernels().gather_sum[dtype()](args, 0, rows);
     Stored partial(dtype() == kFloat64 ? kFloat64 : kFloat32, rows * dim), joined(dtype(), rows * dim);
@@ -220,16 +385,25 @@ TEST_P(KernelTest, GatherSumForwardAndPieces) {
     std::vector<int64_t> each(rows + 1);
     for (int64_t r = 0; r <= rows; ++r) each[r] = r;
     const GatherSum join{partial.bytes.data(), nullptr, each.data(), each.data() + 1, nullptr,
-                         joined.bytes.data(),  dim,     0.25};
+                         joined.bytes.data(),  dim,     0.25,        nullptr};
     kernels().gather_sum_finish[dtype()](join, 0, rows);
+    std::vector<double> coefficients;
+    for (size_t k = 0; k < index.size(); ++k) coefficients.push_back(k == 1 ? 0.0 : normal());
+    Stored weighted(dtype(), rows * dim);
+    GatherSum with = args;
+    with.out = weighted.bytes.data(), with.out_rows = nullptr, with.coefficients = coefficients.data();
+    kernels().gather_sum[dtype()](with, 0, rows);
 
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < dim; ++c) {
-        double sum = 0, size = 0;
+        double sum = 0, size = 0, weighted_sum = 0, weighted_size = 0;
         for (int64_t k = begin[r]; k < end[r]; ++k) {
-          sum += source.get(index[k] * dim + c);
-          size += std::fabs(source.get(index[k] * dim + c));
+          const double value = source.get(index[k] * dim + c);
+          sum += value, size += std::fabs(value);
+          weighted_sum += coefficients[k] * value, weighted_size += std::fabs(coefficients[k] * value);
         }
+        EXPECT_NEAR(weighted.get(r * dim + c), weighted_sum / 4,
+                    8 * accumulation_eps() * weighted_size + eps(dtype()) / 2 * std::fabs(weighted_sum) / 4 + 3e-8);
         const double tolerance = 8 * accumulation_eps() * size + eps(dtype()) / 2 * std::fabs(sum) / 4 + 1e-12;
         EXPECT_NEAR(out.get(out_rows[r] * dim + c), sum / 4, tolerance + (dtype() == kFloat16 ? 3e-8 : 0));
         EXPECT_EQ(joined.get(r * dim + c), out.get(out_rows[r] * dim + c));
@@ -258,7 +432,6 @@ TEST_P(KernelTest, Accumulate) {
 
 // One row per thread: under ThreadSanitizer this shows that rows share nothing.
 TEST_P(KernelTest, RowsAreIndependent) {
-  if (!has_loss()) return;
   const int64_t rows = 8, vocabulary = 50, bag_size = 4;
   Stored logits(dtype(), rows * vocabulary);
   for (int64_t i = 0; i < rows * vocabulary; ++i) logits.set(i, normal());
@@ -266,8 +439,10 @@ TEST_P(KernelTest, RowsAreIndependent) {
   const std::vector<int64_t> labels(rows * bag_size, 7);
   const std::vector<double> scale(bag_size, 0.25);
   std::vector<double> loss(rows), lse(rows), loss2(rows), lse2(rows);
-  LossRows args{logits.bytes.data(), vocabulary, vocabulary,  labels.data(), bag_size, kIgnore,
-                scale.data(),        true,       loss.data(), lse.data()};
+  LossRows args{};
+  args.logits = logits.bytes.data(), args.stride = args.vocabulary = vocabulary;
+  args.labels = labels.data(), args.bag_size = bag_size, args.ignore_index = kIgnore;
+  args.position_scale = scale.data(), args.gradient = true, args.loss = loss.data(), args.lse = lse.data();
   std::vector<std::thread> threads;
   for (int64_t r = 0; r < rows; ++r) threads.emplace_back([&, r] { kernels().loss_rows[dtype()](args, r, r + 1); });
   for (std::thread& t : threads) t.join();
@@ -293,8 +468,8 @@ TEST_P(ConversionTest, EveryPattern) {
     std::vector<float> wide(65536);
     for (int i = 0; i < 65536; ++i) source.raw<uint16_t>(i, static_cast<uint16_t>(i));
     const int64_t begin = 0, end = 1;
-    kernels().gather_sum_partial[dtype]({source.bytes.data(), nullptr, &begin, &end, nullptr, wide.data(), 65536, 1.0},
-                                        0, 1);
+    kernels().gather_sum_partial[dtype](
+        {source.bytes.data(), nullptr, &begin, &end, nullptr, wide.data(), 65536, 1.0, nullptr}, 0, 1);
     for (int i = 0; i < 65536; ++i) {
       const double expected = source.get(i);
       if (std::isnan(expected)) {
@@ -329,7 +504,8 @@ TEST_P(ConversionTest, EveryRounding) {
                          nullptr,
                          out.bytes.data(),
                          static_cast<int64_t>(source.size()),
-                         1.0};
+                         1.0,
+                         nullptr};
     kernels().gather_sum_finish[dtype](args, 0, 1);
     for (size_t i = 0; i < source.size(); ++i) {
       const uint16_t expected = dtype == kBFloat16 ? to_bf16(source[i]) : to_f16(source[i]);
@@ -373,6 +549,23 @@ TEST(BagsById, SortsStablyAndCutsLongRows) {
   EXPECT_TRUE(expected[8].empty());
 }
 
+TEST(BagsById, SkipsIgnoredIdsAndSortsCoefficients) {
+  const std::vector<int64_t> ids = {2, kIgnore, 0, 2, kIgnore, kIgnore, 1, 2};
+  std::vector<double> coefficients = {0.5, 9, 1, 2, 9, 9, 3, 4};
+  const BagsById plan = bags_by_id(ids.data(), 4, 2, 3, kIgnore, coefficients.data());
+  EXPECT_EQ(plan.offsets, (std::vector<int64_t>{0, 1, 2, 5}));
+  EXPECT_EQ(plan.bags, (std::vector<int64_t>{1, 3, 0, 1, 3}));
+  EXPECT_EQ(plan.coefficients, (std::vector<double>{1, 3, 0.5, 2, 4}));
+
+  std::vector<int64_t> many(600, 1);  // cut into pieces: the coefficients go with their bags
+  many[5] = kIgnore;
+  std::vector<double> each(600);
+  for (size_t p = 0; p < each.size(); ++p) each[p] = double(p);
+  const BagsById cut = bags_by_id(many.data(), 600, 1, 2, kIgnore, each.data());
+  EXPECT_EQ(cut.piece_offsets, (std::vector<int64_t>{0, 256, 512, 599}));
+  for (size_t k = 0; k < cut.bags.size(); ++k) EXPECT_EQ(cut.coefficients[k], double(cut.bags[k]));
+}
+
 TEST(BalancedStart, CoversEveryRowOnceAndEvenly) {
   std::vector<int64_t> offsets = {0};
   for (int v = 0; v < 1000; ++v) offsets.push_back(offsets.back() + (v < 10 ? 100 : v % 2));
@@ -395,6 +588,7 @@ TEST(FindOutOfRange, NamesTheFirst) {
   EXPECT_EQ(find_out_of_range(ids.data(), 5, 10, kIgnore), 3);
   EXPECT_EQ(find_out_of_range(ids.data(), 5, 9, kIgnore), 1);
   EXPECT_EQ(find_out_of_range(ids.data(), 5, 10, 0), 2);
+  EXPECT_EQ(find_out_of_range(ids.data(), 5, 10, std::nullopt), 2);
   EXPECT_EQ(find_out_of_range(ids.data(), 0, 0, kIgnore), -1);
 }
 

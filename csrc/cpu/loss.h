@@ -1,0 +1,107 @@
+// What the two loss ops share on CPU: their options in the terms of the row kernel, and its call.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "dtype.h"
+
+namespace tst::cpu {
+
+class RowLoss {
+ public:
+  // labels [..., s] for `rows` rows; position_scale [s]; grad_loss a scalar or one number a row; grad_lse one a row.
+  RowLoss(int64_t rows, int64_t vocabulary, const Tensor& labels, const Tensor& position_scale,
+          const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_lse, const std::string& objective,
+          int64_t ignore_index, std::optional<double> logit_softcap, double z_loss, double label_smoothing)
+      : labels_(as_int64("labels", labels)),
+        position_scale_(numbers("position_scale", position_scale)),
+        loss_(rows),
+        lse_(rows) {
+    STD_TORCH_CHECK(objective == "mce" || objective == "mce_alt", "objective: expected 'mce' or 'mce_alt', got '",
+                    objective, "'");
+    STD_TORCH_CHECK(!logit_softcap || (*logit_softcap > 0 && *logit_softcap < HUGE_VAL),
+                    "logit_softcap: expected a finite number > 0");
+    STD_TORCH_CHECK(z_loss >= 0 && z_loss < HUGE_VAL, "z_loss: expected a finite number >= 0");
+    STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing: expected 0 to 1");
+    const int64_t bag_size = static_cast<int64_t>(position_scale_.size()), count = labels_.numel();
+    STD_TORCH_CHECK(bag_size >= 1 && count == rows * bag_size,
+                    "labels, position_scale: expected [..., s] for each row, and [s]");
+    const int64_t* data = labels_.const_data_ptr<int64_t>();
+    const int64_t bad = find_out_of_range(data, count, vocabulary, ignore_index);
+    if (bad >= 0) throw_out_of_range("labels", labels_, data, bad, vocabulary);
+    if (grad_loss) {
+      grad_loss_ = numbers("grad_loss", *grad_loss);
+      if (grad_loss->dim() == 0) grad_loss_.resize(rows, grad_loss_[0]);
+      STD_TORCH_CHECK(static_cast<int64_t>(grad_loss_.size()) == rows, "grad_loss: expected a scalar or one a row");
+    }
+    if (grad_lse) {
+      grad_lse_ = numbers("grad_lse", *grad_lse);
+      STD_TORCH_CHECK(static_cast<int64_t>(grad_lse_.size()) == rows, "grad_lse: expected one number a row");
+    }
+    args_.vocabulary = vocabulary;
+    args_.bag_size = bag_size;
+    args_.ignore_index = ignore_index;
+    args_.position_scale = position_scale_.data();
+    args_.objective = objective == "mce" ? Objective::kMce : Objective::kMceAlt;
+    args_.logit_softcap = logit_softcap.value_or(0.0);
+    args_.z_loss = z_loss;
+    args_.label_smoothing = label_smoothing;
+  }
+
+  // Rows [start, start + logits.size(0)); logits contiguous [*, V], overwritten by their gradient if asked for.
+  void run(int64_t start, const Tensor& logits, bool gradient) {
+    LossRows args = args_;
+    args.logits = gradient ? logits.mutable_data_ptr() : const_cast<void*>(logits.const_data_ptr());
+    args.stride = args.vocabulary;
+    args.labels = labels_.const_data_ptr<int64_t>() + start * args.bag_size;
+    args.gradient = gradient;
+    args.grad_loss = grad_loss_.empty() ? nullptr : grad_loss_.data() + start;
+    args.grad_lse = grad_lse_.empty() ? nullptr : grad_lse_.data() + start;
+    args.loss = loss_.data() + start;
+    args.lse = lse_.data() + start;
+    const LossRowsFn kernel = kernels().loss_rows[dtype_of("logits", logits)];
+    const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, args.vocabulary));
+    torch::stable::parallel_for(0, logits.size(0), grain,
+                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  }
+
+  // The loss, one number a row or their sum, and lse [N]: in float32, or float64 where `like` is.
+  std::tuple<Tensor, Tensor> results(const Tensor& like, const std::string& reduction) const {
+    STD_TORCH_CHECK(reduction == "none" || reduction == "sum", "reduction: expected 'none' or 'sum', got '", reduction,
+                    "'");
+    if (reduction == "none") return {tensor(like, loss_), tensor(like, lse_)};
+    double total = 0;
+    for (const double l : loss_) total += l;  // in the order of the rows, whatever the chunks and threads were
+    Tensor sum = torch::stable::new_empty(like, {}, accumulation_type(dtype_of("logits", like)));
+    torch::stable::fill_(sum, total);
+    return {sum, tensor(like, lse_)};
+  }
+
+ private:
+  static std::vector<double> numbers(const char* name, const Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.dim() <= 1, name, ": expected at most one dimension");
+    const Tensor wide = torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Double));
+    const double* data = wide.const_data_ptr<double>();
+    return std::vector<double>(data, data + wide.numel());
+  }
+
+  static Tensor tensor(const Tensor& like, const std::vector<double>& values) {
+    const ScalarType type = accumulation_type(dtype_of("logits", like));
+    Tensor out = torch::stable::new_empty(like, {static_cast<int64_t>(values.size())}, type);
+    if (type == ScalarType::Double) {
+      std::copy(values.begin(), values.end(), out.mutable_data_ptr<double>());
+    } else {
+      std::copy(values.begin(), values.end(), out.mutable_data_ptr<float>());
+    }
+    return out;
+  }
+
+  Tensor labels_;
+  std::vector<double> position_scale_, grad_loss_, grad_lse_, loss_, lse_;
+  LossRows args_ = {};
+};
+
+}  // namespace tst::cpu
