@@ -1,7 +1,11 @@
 """Fixtures shared by all tests: every op test runs on CPU, and on CUDA where there is a device."""
 
+import warnings
+
 import pytest
 import torch
+
+from tst_ext import _C, fallback
 
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 
@@ -9,3 +13,28 @@ CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 @pytest.fixture(params=["cpu", CUDA] if torch.cuda.is_available() else ["cpu"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture(params=_C.cpu_capabilities())
+def capability(request):
+    """Each instruction set in turn."""
+    before = _C.cpu_capability()
+    _C.set_cpu_capability(request.param)
+    yield request.param
+    _C.set_cpu_capability(before)
+
+
+@pytest.fixture(params=["compiled", "plain_torch"])
+def kernels(request):
+    """The compiled kernels, then the ops as on a device that has none."""
+    if request.param == "compiled":
+        yield request.param
+        return
+    library = torch.library.Library("tst_ext", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a kernel is replaced, and that there is none
+        for op in fallback.OPS:
+            for key in ("CPU", "CUDA"):
+                library.impl(op.__name__, op, key, allow_override=True)
+        yield request.param
+    library._destroy()

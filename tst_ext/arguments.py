@@ -16,9 +16,9 @@ INTEGER = (torch.int64, torch.int32)
 def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if type(tensor).__module__.startswith("torch.distributed"):  # a DTensor, without importing torch.distributed
+    if hasattr(tensor, "placements"):  # a DTensor, without importing torch.distributed
         raise TypeError(
-            f"{name}: expected a plain tensor, got a {type(tensor).__name__} with placements {tensor.placements}. "  # type: ignore[attr-defined]
+            f"{name}: expected a plain tensor, got a {type(tensor).__name__} with placements {tensor.placements}. "
             "Call the op inside the forward of the module that FSDP2 wraps, where its parameters are whole, or pass "
             f"{name}.full_tensor()"
         )
@@ -48,20 +48,22 @@ def _values(tensor: Tensor) -> list[float] | None:
     return tensor.flatten().tolist() if readable and not torch.compiler.is_compiling() else None
 
 
-def checked_position_weights(given: str | Tensor | None, bag_size: int, device: torch.device) -> Tensor | None:
+def checked_position_weights(given: str | Tensor | None, bag_size: int, like: Tensor) -> Tensor | None:
     if given is None:
         return None
-    weights = named_position_weights(given, bag_size, device=device) if isinstance(given, str) else given
-    check_tensor("position_weights", weights, FLOATING + INTEGER)
-    if weights.shape != (bag_size,) or weights.requires_grad:
+    if isinstance(given, str):
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return named_position_weights(given, bag_size, device=like.device, dtype=dtype)
+    check_tensor("position_weights", given, FLOATING + INTEGER)
+    if given.shape != (bag_size,) or given.requires_grad:
         raise ValueError(
-            f"position_weights: expected a constant tensor of shape ({bag_size},), got shape {tuple(weights.shape)}, "
-            f"requires_grad={weights.requires_grad}"
+            f"position_weights: expected a constant tensor of shape ({bag_size},), got shape {tuple(given.shape)}, "
+            f"requires_grad={given.requires_grad}"
         )
-    for i, w in enumerate(_values(weights) or ()):
+    for i, w in enumerate(_values(given) or ()):
         if not 0 <= w <= torch.finfo(torch.float32).max:
             raise ValueError(f"position_weights[{i}]: expected a finite float32 number >= 0, got {w}")
-    return weights.to(device)
+    return given.to(like.device)
 
 
 def checked_bag_size(labels: Tensor, rows: torch.Size, of: str) -> int:

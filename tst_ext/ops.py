@@ -78,7 +78,7 @@ def bag_embedding(
     if padding_idx is not None and not isinstance(padding_idx, int):
         raise ValueError(f"padding_idx: expected an integer or None, got {padding_idx!r}")
     check_same_device(input_ids=input_ids, weight=weight)
-    weights = checked_position_weights(position_weights, input_ids.shape[-1], weight.device)
+    weights = checked_position_weights(position_weights, input_ids.shape[-1], weight)
     return _BagEmbedding.apply(input_ids, weight, mode, padding_idx, weights)
 
 
@@ -268,7 +268,7 @@ def linear_multi_hot_cross_entropy(
     bag_size = checked_bag_size(labels, rows, f"hidden of shape {tuple(hidden.shape)}")
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size: expected an integer >= 1 or None, got {chunk_size!r}")
-    weights = checked_position_weights(position_weights, bag_size, hidden.device)
+    weights = checked_position_weights(position_weights, bag_size, hidden)
     check_same_device(hidden=hidden, weight=weight, bias=bias, labels=labels)
 
     bags = labels.reshape(math.prod(rows), bag_size)
@@ -444,7 +444,7 @@ def multi_hot_cross_entropy(
         )
     rows = logits.shape[:-1]
     bag_size = checked_bag_size(labels, rows, f"logits of shape {tuple(logits.shape)}")
-    weights = checked_position_weights(position_weights, bag_size, logits.device)
+    weights = checked_position_weights(position_weights, bag_size, logits)
     check_same_device(logits=logits, labels=labels)
     bags = labels.reshape(math.prod(rows), bag_size)
     dtype = torch.promote_types(logits.dtype, torch.float32)

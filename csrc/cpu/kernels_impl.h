@@ -240,7 +240,7 @@ TST_INLINE Vec<A> capped(Vec<A> x, A cap) {
 
 struct RowSums {
   double exps = 0;    // sum_v exp(z_v - m)
-  double logits = 0;  // sum of the z_v above -inf, and their number: only where smoothing wants them
+  double logits = 0;  // sum of z_v - m where z_v > -inf, and the number of those: only where smoothing wants them
   double columns = 0;
 };
 
@@ -260,7 +260,7 @@ RowSums row_sums(T* x, int64_t n, Acc<T> m, Acc<T> cap) {
       const Vec<A> e = exp_nonpositive(z - m);
       exps += e;
       if constexpr (!plain) {
-        logits += z > kLowest ? z : Vec<A>{};
+        logits += z > kLowest ? z - m : Vec<A>{};
         columns += z > kLowest ? Vec<A>{} + A(1) : Vec<A>{};
       }
       return e;
@@ -354,7 +354,7 @@ void loss_rows_as(const LossRows& a, int64_t begin, int64_t end) {
     }
     const double smoothing = a.label_smoothing;
     double loss = (1 - smoothing) * fit + a.z_loss * scale * lse * lse;
-    if (smoothing != 0) loss += smoothing * scale * ((double(m) - sums.logits / sums.columns) + log_sum);
+    if (smoothing != 0) loss += smoothing * scale * (log_sum - sums.logits / sums.columns);
     a.loss[r] = scale == 0 ? 0.0 : loss;
     if (!a.gradient) continue;
 

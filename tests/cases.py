@@ -1,0 +1,125 @@
+"""Random cases for the ops, and their results beside float64 and plain torch: shared by the tests of the ops."""
+
+import torch
+import torch.nn.functional as F
+from numerics import assert_accurate
+
+from tst_ext import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy, position_weights, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+IGNORE = -100
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def zipf_ids(shape, vocabulary, seed=0):
+    """Token ids as frequent as text's: p(k) ~ 1 / k, so that bags repeat tokens."""
+    p = 1 / torch.arange(1, vocabulary + 1, dtype=torch.float64)
+    count = torch.Size(shape).numel()
+    if count == 0:
+        return torch.empty(shape, dtype=torch.long)
+    return torch.multinomial(p, count, replacement=True, generator=generator(seed)).reshape(shape)
+
+
+# ---- bag_embedding ---------------------------------------------------------------------------------------------------
+
+
+def embedding_case(shape, vocabulary, dim, dtype, device, seed=0):
+    g = generator(seed)
+    ids = zipf_ids(shape, vocabulary, seed).to(device)
+    weight = torch.randn(vocabulary, dim, dtype=torch.float64, generator=g).to(device, dtype)
+    grad = torch.randn(*shape[:-1], dim, dtype=torch.float64, generator=g).to(device, dtype)
+    return ids, weight, grad
+
+
+def embedding_and_gradient(function, ids, weight, grad, **options):
+    weight = weight.detach().clone().requires_grad_()
+    out = function(ids, weight, **options)
+    (gradient,) = torch.autograd.grad(out, weight, grad)
+    return out.detach(), gradient
+
+
+def plain_embedding(ids, weight, **options):
+    if isinstance(options.get("position_weights"), str):
+        options["position_weights"] = position_weights(options["position_weights"], ids.shape[-1], device=weight.device)
+    return reference.bag_embedding(ids, weight, **options)
+
+
+def check_embedding(ids, weight, grad, **options):
+    out, gradient = embedding_and_gradient(bag_embedding, ids, weight, grad, **options)
+    exact = embedding_and_gradient(plain_embedding, ids, weight.double(), grad.double(), **options)
+    if weight.element_size() > 2:
+        plain = embedding_and_gradient(plain_embedding, ids, weight, grad, **options)
+    else:  # torch sums gradients in 16 bits, which drifts: float64 rounded once is what to stand beside
+        plain = tuple(t.to(weight.dtype) for t in exact)
+    assert out.dtype == gradient.dtype == weight.dtype
+    assert out.is_contiguous() and gradient.is_contiguous()
+    hits = int(torch.bincount(ids[ids >= 0].flatten()).max()) if (ids >= 0).any() else 0
+    assert_accurate(out, exact[0], plain[0], terms=ids.shape[-1])
+    assert_accurate(gradient, exact[1], plain[1], terms=hits)
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+
+def loss_case(rows, dim, vocabulary, bag_size, dtype, device, seed=0, ignored=0.2, bias=False):
+    """hidden, weight, bias (or None), labels"""
+    g = generator(seed)
+    hidden = torch.randn(rows, dim, dtype=torch.float64, generator=g).to(device, dtype)
+    weight = (2 * torch.randn(vocabulary, dim, dtype=torch.float64, generator=g) / max(1, dim) ** 0.5).to(device, dtype)
+    labels = zipf_ids((rows, bag_size), vocabulary, seed)
+    labels[torch.rand(rows, bag_size, generator=g) < ignored] = IGNORE
+    b = torch.randn(vocabulary, dtype=torch.float64, generator=g).to(device, dtype) if bias else None
+    return hidden, weight, b, labels.to(device)
+
+
+def fused(hidden, weight, bias, labels, **options):
+    return linear_multi_hot_cross_entropy(hidden, weight, labels, bias=bias, **options)
+
+
+def on_logits(hidden, weight, bias, labels, chunk_size=None, **options):
+    return multi_hot_cross_entropy(F.linear(hidden, weight, bias), labels, **options)
+
+
+def on_logits_inplace(hidden, weight, bias, labels, chunk_size=None, **options):
+    return multi_hot_cross_entropy(F.linear(hidden, weight, bias), labels, inplace=True, **options)
+
+
+def plain(hidden, weight, bias, labels, chunk_size=None, **options):
+    if isinstance(options.get("position_weights"), str):
+        options["position_weights"] = position_weights(
+            options["position_weights"], labels.shape[-1], device=hidden.device, dtype=torch.float64
+        )
+    return reference.multi_hot_cross_entropy(F.linear(hidden, weight, bias), labels, **options)
+
+
+FUNCTIONS = [fused, on_logits, on_logits_inplace]
+
+
+def loss_and_gradients(function, hidden, weight, bias, labels, upstream=1.0, **options):
+    """The loss, and the gradients of hidden, weight and, if there is one, bias. upstream: a number, or one per row."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
+    loss = function(*leaves, labels, **options)
+    upstream = torch.as_tensor(upstream, dtype=loss.dtype, device=loss.device).expand_as(loss)
+    return loss.detach(), *torch.autograd.grad(loss, [t for t in leaves if t is not None], upstream)
+
+
+def check_loss(hidden, weight, bias, labels, upstream=1.0, function=fused, **options):
+    """Loss and gradients are as close to float64 as plain torch's, label columns and the others judged apart."""
+    mine = loss_and_gradients(function, hidden, weight, bias, labels, upstream, **options)
+    wide = [None if t is None else t.double() for t in (hidden, weight, bias)]
+    exact = loss_and_gradients(plain, *wide, labels, upstream, **options)
+    beside = loss_and_gradients(plain, hidden, weight, bias, labels, upstream, **options)
+    assert mine[0].dtype == torch.promote_types(hidden.dtype, torch.float32)
+    assert all(gradient.dtype == hidden.dtype for gradient in mine[1:])
+    terms = max(*hidden.shape, *weight.shape, labels.shape[-1])
+    for actual, wanted, other in zip(mine, exact, beside, strict=True):
+        assert_accurate(actual, wanted, other, terms)
+    # At a label p - 1 cancels: an error there would drown in the other columns, and theirs in the labels'.
+    target = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
+    target[labels[labels != options.get("ignore_index", IGNORE)].long()] = True
+    for columns in (target, ~target):
+        for actual, wanted, other in zip(mine[2:], exact[2:], beside[2:], strict=True):
+            assert_accurate(actual[columns], wanted[columns], other[columns], terms)
