@@ -43,7 +43,9 @@ def embedding_and_gradient(function, ids, weight, grad, **options):
 
 def plain_embedding(ids, weight, **options):
     if isinstance(options.get("position_weights"), str):
-        options["position_weights"] = position_weights(options["position_weights"], ids.shape[-1], device=weight.device)
+        options["position_weights"] = position_weights(
+            options["position_weights"], ids.shape[-1], device=weight.device, dtype=torch.float64
+        )
     return reference.bag_embedding(ids, weight, **options)
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, check_embedding, embedding_and_gradient, embedding_case
+from cases import DTYPES, check_embedding, embedding_and_gradient, embedding_case, generator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numerics import relative_error
 
 from tst_ext import bag_embedding
 
@@ -127,6 +128,113 @@ class TestBagEmbedding:
             assert torch.equal(out, results[0][0]) and torch.equal(gradient, results[0][1])
 
 
+class TestPaddingAndWeights:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("mode", ["mean", "sum"])
+    @pytest.mark.parametrize("weights", [None, "power_law", torch.tensor([0.5, 0, 3, 0.125])])
+    @pytest.mark.parametrize("padding_idx", [PADDING, 0, None])
+    def test_forward_and_gradient(self, device, dtype, mode, weights, padding_idx, kernels):
+        ids, weight, grad = embedding_case((4, 5, 4), 23, 35, dtype, device)
+        if padding_idx is not None:
+            ids[torch.rand(ids.shape, generator=generator()) < 0.4] = padding_idx
+        check_embedding(ids, weight, grad, mode=mode, position_weights=weights, padding_idx=padding_idx)
+
+    @pytest.mark.parametrize("dim", [1, 16, 31, 65])
+    def test_every_instruction_set(self, device, dim, capability):
+        ids, weight, grad = embedding_case((6, 3), 7, dim, torch.float32, device)
+        ids[2, 1:] = PADDING
+        check_embedding(ids, weight, grad, padding_idx=PADDING, position_weights="power_law")
+
+    def test_a_short_bag_is_the_bag_without_the_padding(self, device, kernels):
+        ids, weight, _ = embedding_case((5, 3), 11, 6, torch.float32, device)
+        padded = F.pad(ids, (0, 2), value=PADDING)
+        for mode in ("mean", "sum"):  # three thirds of rows, or a third of their sum
+            out = bag_embedding(padded, weight, mode=mode, padding_idx=PADDING)
+            assert relative_error(out, bag_embedding(ids, weight, mode=mode)) < 2 * torch.finfo(torch.float32).eps
+
+    def test_a_bag_of_padding_is_zeros_and_has_no_gradient(self, device, kernels):
+        ids, weight, grad = embedding_case((4, 3), 11, 6, torch.float32, device)
+        ids[2] = PADDING
+        others = [0, 1, 3]
+        options = dict(padding_idx=PADDING, mode="sum")
+        out, gradient = embedding_and_gradient(bag_embedding, ids, weight, grad, **options)
+        rest = embedding_and_gradient(bag_embedding, ids[others], weight, grad[others], **options)
+        assert not out[2].any() and torch.equal(out[others], rest[0]) and torch.equal(gradient, rest[1])
+
+    def test_padding_inside_the_vocabulary_learns_nothing(self, device, kernels):
+        ids, weight, grad = embedding_case((40, 3), 11, 6, torch.float32, device)
+        assert (ids == 0).sum() > 5
+        assert not embedding_and_gradient(bag_embedding, ids, weight, grad, padding_idx=0)[1][0].any()
+        # Nor does it lend anything to its bag.
+        changed = weight.clone()
+        changed[0] = torch.nan
+        for w in (None, "power_law"):
+            out = bag_embedding(ids, changed, padding_idx=0, position_weights=w)
+            assert torch.equal(out, bag_embedding(ids, weight, padding_idx=0, position_weights=w))
+
+    def test_a_position_of_weight_zero_lends_nothing(self, device, kernels):
+        ids, weight, grad = embedding_case((4, 3), 11, 6, torch.float32, device)
+        ids[:, 1] = 7
+        ids[:, [0, 2]] %= 7
+        weight[7] = torch.nan
+        w = torch.tensor([1.0, 0, 1])
+        out, gradient = embedding_and_gradient(bag_embedding, ids, weight, grad, position_weights=w)
+        rest = embedding_and_gradient(bag_embedding, ids[:, [0, 2]], weight, grad, position_weights=w[[0, 2]])
+        assert torch.equal(out, rest[0]) and torch.equal(gradient[:7], rest[1][:7]) and not gradient[7].any()
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_one_token_with_10000_hits(self, device, dtype):
+        ids, weight, grad = embedding_case((5000, 4), 6, 17, dtype, device)
+        ids[:, :2] = 3
+        ids[::3, 1] = PADDING
+        ids[1::3, 3] = 3
+        assert (ids == 3).sum() >= 10_000 - 5000 // 3
+        check_embedding(ids, weight, grad, padding_idx=PADDING, position_weights="power_law")
+
+    def test_equal_weights_change_nothing(self, device, kernels):
+        ids, weight, grad = embedding_case((40, 4), 11, 6, torch.float32, device)
+        expected = embedding_and_gradient(bag_embedding, ids, weight, grad)
+        for w in ("uniform", torch.full((4,), 2), torch.ones(4, dtype=torch.float64)):
+            results = embedding_and_gradient(bag_embedding, ids, weight, grad, position_weights=w)
+            for a, b in zip(results, expected, strict=True):  # sums of at most 160 terms, one rounding more in each
+                assert relative_error(a, b) < 4 * torch.finfo(torch.float32).eps
+
+    def test_gradcheck(self, device, kernels):
+        ids, weight, _ = embedding_case((3, 2, 4), 7, 5, torch.float64, device)
+        ids[1, 0, 2:] = PADDING
+
+        def call(w):
+            return bag_embedding(ids, w, padding_idx=PADDING, position_weights="exponential")
+
+        assert torch.autograd.gradcheck(call, weight.requires_grad_())
+
+    @given(
+        bags=st.integers(0, 9), bag_size=st.integers(1, 9), vocabulary=st.integers(1, 40), dim=st.integers(1, 40),
+        padded=st.sampled_from([0, 0.3, 1]), padding_idx=st.sampled_from([PADDING, -1, 0]),
+        weights=st.sampled_from([None, "power_law", "first"]), mode=st.sampled_from(["mean", "sum"]),
+        dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), seed=st.integers(0, 1000),
+    )  # fmt: skip
+    @settings(max_examples=100, deadline=None)
+    def test_any_shape(self, bags, bag_size, vocabulary, dim, padded, padding_idx, weights, mode, dtype, seed):
+        ids, weight, grad = embedding_case((bags, bag_size), vocabulary, dim, dtype, "cpu", seed)
+        ids[torch.rand(ids.shape, generator=generator(seed)) < padded] = padding_idx
+        check_embedding(ids, weight, grad, mode=mode, padding_idx=padding_idx, position_weights=weights)
+
+    def test_thread_counts_are_bitwise_equal(self):
+        ids, weight, grad = embedding_case((3000, 6), 500, 64, torch.float32, "cpu")
+        ids[torch.rand(ids.shape, generator=generator()) < 0.3] = PADDING
+        results, threads = [], torch.get_num_threads()
+        try:
+            for count in (1, 2, 3, 4):
+                torch.set_num_threads(count)
+                options = dict(padding_idx=PADDING, position_weights="power_law")
+                results.append(embedding_and_gradient(bag_embedding, ids, weight, grad, **options))
+        finally:
+            torch.set_num_threads(threads)
+        for out, gradient in results[1:]:
+            assert torch.equal(out, results[0][0]) and torch.equal(gradient, results[0][1])
+
+
 class TestBagEmbeddingErrors:
     WEIGHT = torch.randn(10, 3)
 
@@ -156,6 +264,31 @@ class TestBagEmbeddingErrors:
     def test_shapes_and_dtypes(self, ids, weight, error, message):
         with pytest.raises(error, match=message):
             bag_embedding(ids, weight)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            (dict(padding_idx=1.5), ValueError, "padding_idx.*1.5"),
+            (dict(position_weights="cubic"), ValueError, "'cubic'"),
+            (dict(position_weights=[1, 1, 1]), TypeError, "position_weights.*list"),
+            (dict(position_weights=torch.ones(4)), ValueError, r"position_weights.*\(3,\).*\(4,\)"),
+            (
+                dict(position_weights=torch.ones(3, requires_grad=True)),
+                ValueError,
+                "position_weights.*requires_grad=True",
+            ),
+            (dict(position_weights=torch.tensor([1, -1.0, 1])), ValueError, r"position_weights\[1\].*-1"),
+            (dict(position_weights=torch.tensor([1, 1, torch.nan])), ValueError, r"position_weights\[2\].*nan"),
+            (dict(position_weights=torch.tensor([torch.inf, 1, 1])), ValueError, r"position_weights\[0\].*inf"),
+        ],
+    )
+    def test_options(self, options, error, message):
+        with pytest.raises(error, match=message):
+            bag_embedding(torch.zeros(2, 3).long(), self.WEIGHT, **options)
+
+    def test_an_id_that_is_not_the_padding(self):
+        with pytest.raises(IndexError, match=r"input_ids\[0, 1\] = -100 .* 0 <= id < 10"):
+            bag_embedding(torch.tensor([[-1, -100]]), self.WEIGHT, padding_idx=-1)
 
     def test_mode(self):
         with pytest.raises(ValueError, match="mode.*'max'"):

@@ -52,7 +52,8 @@ def bag_embedding(
     if weight.shape[0] == 0:  # nothing but padding can be read from an empty table
         return weight.new_zeros(*ids.shape[:-1], weight.shape[1])
     rows = torch.nn.functional.embedding(ids, weight).to(dtype)  # [..., s, d]
-    return torch.where(w == 0, 0, w).unsqueeze(-2).matmul(rows).squeeze(-2).to(weight.dtype)
+    w = w.unsqueeze(-1)
+    return torch.where(w == 0, 0, w * rows).sum(-2).to(weight.dtype)
 
 
 def bag_embedding_backward(

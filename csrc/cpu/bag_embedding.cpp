@@ -11,7 +11,7 @@ namespace {
 // Mean or sum over a bag as one factor, or, with ignored ids or position weights, as a coefficient for every id.
 struct Pooling {
   double scale;
-  std::vector<double> coefficients;  // [ids] or empty; not used where the id is ignored
+  std::vector<double> coefficients;  // [ids], 0 for ignored ones, or empty
 };
 
 Pooling pooling(const std::string& mode, const Tensor& ids, std::optional<int64_t> padding_idx,
@@ -30,12 +30,11 @@ Pooling pooling(const std::string& mode, const Tensor& ids, std::optional<int64_
   }
   Pooling result{1.0, std::vector<double>(count)};
   for (int64_t bag = 0; bag < count; bag += bag_size) {
+    const auto weight = [&](int64_t i) { return padded && data[bag + i] == *padding_idx ? 0.0 : weights[i]; };
     double total = 0;
-    for (int64_t i = 0; i < bag_size; ++i) total += padded && data[bag + i] == *padding_idx ? 0.0 : weights[i];
-    const double divisor = mode == "sum" ? 1.0 : total;
-    for (int64_t i = 0; i < bag_size; ++i) {
-      result.coefficients[bag + i] = divisor == 0.0 ? 0.0 : weights[i] / divisor;
-    }
+    for (int64_t i = 0; i < bag_size; ++i) total += weight(i);
+    const double divisor = mode == "sum" || total == 0 ? 1.0 : total;
+    for (int64_t i = 0; i < bag_size; ++i) result.coefficients[bag + i] = weight(i) / divisor;
   }
   return result;
 }
@@ -70,12 +69,12 @@ Tensor bag_embedding(const Tensor& input_ids, const Tensor& weight, const std::s
   std::vector<int64_t> offsets(bags + 1), kept;
   std::vector<double> coefficients = pool.coefficients;
   for (int64_t bag = 0; bag <= bags; ++bag) offsets[bag] = bag * bag_size;
-  if (padding_idx && !coefficients.empty()) {  // drop the ignored ids
+  if (!coefficients.empty()) {  // rows that count 0 are not read: 0 times their infinity would be NaN
     coefficients.clear();
     for (int64_t bag = 0; bag < bags; ++bag) {
       offsets[bag] = static_cast<int64_t>(kept.size());
       for (int64_t p = bag * bag_size; p < (bag + 1) * bag_size; ++p) {
-        if (index[p] == *padding_idx) continue;
+        if (pool.coefficients[p] == 0) continue;
         kept.push_back(index[p]);
         coefficients.push_back(pool.coefficients[p]);
       }
