@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from numerics import assert_accurate
 
 from tst_ext import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy, position_weights, reference
+from tst_ext.arguments import position_scale_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 IGNORE = -100
@@ -108,6 +109,32 @@ def loss_and_gradients(function, hidden, weight, bias, labels, upstream=1.0, **o
     return loss.detach(), *torch.autograd.grad(loss, [t for t in leaves if t is not None], upstream)
 
 
+def magnitudes(hidden, weight, bias, labels, upstream, options):
+    """For the loss and hidden's, weight's and bias's gradient the sum of the absolute values of what it is made of."""
+    ignored, objective = options.get("ignore_index", IGNORE), options.get("objective", "mce")
+    weights, reduction = options.get("position_weights"), options.get("reduction", "mean")
+    if isinstance(weights, str):
+        weights = position_weights(weights, labels.shape[1], device=hidden.device, dtype=torch.float64)
+    elif weights is not None:
+        weights = weights.to(hidden.device)
+    scale = position_scale_of(
+        labels, torch.float64, weights, objective, ignored, reduction, options.get("normalizer")
+    )  # what one label of a position weighs
+    z, cap = F.linear(hidden, weight, bias), options.get("logit_softcap")
+    z = z if cap is None else cap * torch.tanh(z / cap)
+    valid = labels != ignored
+    lse = z.logsumexp(-1, keepdim=True)
+    pull = torch.where(valid, scale, 0)
+    total = pull.sum(1, keepdim=True) if objective == "mce" else pull.amax(1, keepdim=True)
+    loss = total * (lse.abs() + z.abs().amax(1, keepdim=True))
+    terms = total * (1 + 2 * options.get("z_loss", 0.0) * lse.abs()) * z.softmax(-1)
+    terms = terms + options.get("label_smoothing", 0.0) * total / max(1, z.shape[1])
+    terms = terms.scatter_add(1, torch.where(valid, labels, 0), pull)
+    terms = terms * torch.as_tensor(upstream, dtype=torch.float64, device=z.device).abs().reshape(-1, 1)
+    parts = loss if reduction == "none" else loss.sum(), terms @ weight.abs(), terms.T @ hidden.abs(), terms.sum(0)
+    return parts if bias is not None else parts[:3]
+
+
 def check_loss(hidden, weight, bias, labels, upstream=1.0, function=fused, **options):
     """Loss and gradients are as close to float64 as plain torch's, label columns and the others judged apart."""
     mine = loss_and_gradients(function, hidden, weight, bias, labels, upstream, **options)
@@ -117,11 +144,12 @@ def check_loss(hidden, weight, bias, labels, upstream=1.0, function=fused, **opt
     assert mine[0].dtype == torch.promote_types(hidden.dtype, torch.float32)
     assert all(gradient.dtype == hidden.dtype for gradient in mine[1:])
     terms = max(*hidden.shape, *weight.shape, labels.shape[-1])
-    for actual, wanted, other in zip(mine, exact, beside, strict=True):
-        assert_accurate(actual, wanted, other, terms)
+    sizes = magnitudes(*wide, labels, upstream, options)
+    for actual, wanted, other, size in zip(mine, exact, beside, sizes, strict=True):
+        assert_accurate(actual, wanted, other, terms, size)
     # At a label p - 1 cancels: an error there would drown in the other columns, and theirs in the labels'.
     target = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
     target[labels[labels != options.get("ignore_index", IGNORE)].long()] = True
     for columns in (target, ~target):
-        for actual, wanted, other in zip(mine[2:], exact[2:], beside[2:], strict=True):
-            assert_accurate(actual[columns], wanted[columns], other[columns], terms)
+        for actual, wanted, other, size in zip(mine[2:], exact[2:], beside[2:], sizes[2:], strict=True):
+            assert_accurate(actual[columns], wanted[columns], other[columns], terms, size[columns])

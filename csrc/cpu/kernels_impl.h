@@ -388,12 +388,12 @@ void loss_rows(const LossRows& a, int64_t begin, int64_t end) {
 template <typename T>
 void column_sum(const ColumnSum& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  constexpr int kTile = 32;        // vectors: rows are read 1 to 2 KiB at a time, sums stay in the first-level cache
-  constexpr int64_t kBlock = 128;  // rows summed apart: adding 100,000 one by one would drift in float32
+  constexpr int kTile = 32;       // vectors: rows are read 1 to 2 KiB at a time, sums stay in the first-level cache
+  constexpr int64_t kBlock = 16;  // rows summed apart; sums of blocks are added with compensation (Kahan)
   for (int64_t v = begin; v < end; v += kTile * kLanes) {
     const int64_t width = end - v < kTile * kLanes ? end - v : kTile * kLanes;
     A* out = static_cast<A*>(a.out) + v;
-    if (!a.add) std::memset(out, 0, width * sizeof(A));
+    Vec<A> total[kTile] = {}, lost[kTile] = {};
     for (int64_t start = 0; start < a.rows; start += kBlock) {
       Vec<A> sum[kTile] = {};
       for (int64_t r = start; r < a.rows && r < start + kBlock; ++r) {
@@ -402,10 +402,16 @@ void column_sum(const ColumnSum& a, int64_t begin, int64_t end) {
           sum[c / kLanes] += load(source + c, width - c < kLanes ? width - c : kLanes, A(0));
         }
       }
-      for (int64_t c = 0; c < width; c += kLanes) {
-        const int64_t count = width - c < kLanes ? width - c : kLanes;
-        store(out + c, load(out + c, count, A(0)) + sum[c / kLanes], count);
+      for (int c = 0; c * kLanes < width; ++c) {
+        const Vec<A> term = sum[c] - lost[c], next = total[c] + term;
+        lost[c] = (next - total[c]) - term;
+        total[c] = next;
       }
+    }
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const int64_t count = width - c < kLanes ? width - c : kLanes;
+      const Vec<A> before = a.add ? load(out + c, count, A(0)) : Vec<A>{};
+      store(out + c, before + total[c / kLanes], count);
     }
   }
 }

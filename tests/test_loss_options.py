@@ -1,0 +1,517 @@
+"""Each option of the loss against plain torch in float64, alone and together, and the identities it promises."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    DTYPES,
+    FUNCTIONS,
+    IGNORE,
+    check_loss,
+    fused,
+    generator,
+    loss_and_gradients,
+    loss_case,
+    on_logits,
+    plain,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import relative_error
+
+from tst_ext import linear_multi_hot_cross_entropy, multi_hot_cross_entropy, position_weights
+
+EPS = torch.finfo(torch.float32).eps
+
+OPTIONS = {
+    "mce_alt": dict(objective="mce_alt"),
+    "power_law": dict(position_weights="power_law"),
+    "weights with zeros": dict(position_weights=torch.tensor([0.3, 0, 7, 0])),
+    "softcap": dict(logit_softcap=2.0),
+    "z_loss": dict(z_loss=0.03),
+    "label_smoothing": dict(label_smoothing=0.2),
+    "smoothing alone": dict(label_smoothing=1.0),
+    "normalizer": dict(normalizer=17),
+    "all": dict(position_weights="fitted", logit_softcap=2.0, z_loss=0.03, label_smoothing=0.2),
+    "all of mce_alt": dict(objective="mce_alt", logit_softcap=2.0, z_loss=0.03, label_smoothing=0.2, normalizer=17),
+}
+all_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+functions = pytest.mark.parametrize("function", FUNCTIONS)
+
+
+def upstream_of(rows, options, seed=1):
+    """Random: one number, or one per row where the loss has rows."""
+    shape = rows if options.get("reduction") == "none" else ()
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
+
+
+class TestAgainstPlainTorch:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @functions
+    @all_options
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_loss_and_gradients(self, device, dtype, function, options, reduction, kernels):
+        if "normalizer" in options and reduction == "none":
+            pytest.skip("a normalizer is that of the mean")
+        options = dict(options, reduction=reduction, chunk_size=10)
+        case = loss_case(23, 12, 51, 4, dtype, device, bias=True)
+        check_loss(*case, upstream_of(23, options).to(device), function, **options)
+
+    @all_options
+    @pytest.mark.parametrize("vocabulary", [1, 3, 31, 33, 300])
+    def test_every_instruction_set(self, device, options, vocabulary, capability):
+        case = loss_case(7, 6, vocabulary, 4, torch.float32, device, bias=True)
+        check_loss(*case, function=on_logits, **options)
+
+    @given(
+        rows=st.integers(1, 30), dim=st.integers(1, 12), vocabulary=st.integers(1, 100), bag_size=st.integers(1, 9),
+        chunk_size=st.none() | st.integers(1, 13), reduction=st.sampled_from(["mean", "sum", "none"]),
+        dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+        ignored=st.sampled_from([0, 0.3, 0.9, 1]), function=st.sampled_from(FUNCTIONS), bias=st.booleans(),
+        objective=st.sampled_from(["mce", "mce_alt"]), softcap=st.sampled_from([None, 0.5, 30.0]),
+        z_loss=st.sampled_from([0.0, 0.1]), smoothing=st.sampled_from([0.0, 0.3]), normalizer=st.none() | st.just(7.5),
+        seed=st.integers(0, 1000),
+    )  # fmt: skip
+    @settings(max_examples=250, deadline=None)
+    def test_all_options_together(
+        self, rows, dim, vocabulary, bag_size, chunk_size, reduction, dtype, ignored, function, bias, objective,
+        softcap, z_loss, smoothing, normalizer, seed,
+    ):  # fmt: skip
+        options = dict(
+            objective=objective, logit_softcap=softcap, z_loss=z_loss, label_smoothing=smoothing, reduction=reduction,
+            normalizer=normalizer if reduction == "mean" else None, chunk_size=chunk_size,
+        )  # fmt: skip
+        case = loss_case(rows, dim, vocabulary, bag_size, dtype, "cpu", seed, ignored, bias)
+        check_loss(*case, upstream_of(rows, options, seed), function, **options)
+
+
+class TestReductionNone:
+    @functions
+    @all_options
+    def test_its_sum_is_the_sum(self, device, function, options, kernels):
+        options = {name: value for name, value in options.items() if name != "normalizer"}
+        case = loss_case(23, 12, 51, 4, torch.float32, device, bias=True)
+        rows = loss_and_gradients(function, *case, **options, reduction="none", chunk_size=10)
+        whole = loss_and_gradients(function, *case, **options, reduction="sum", chunk_size=10)
+        assert rows[0].shape == (23,)
+        for a, b in zip((rows[0].double().sum(), *rows[1:]), whole, strict=True):
+            assert relative_error(a, b) < 4 * EPS
+
+    @functions
+    def test_a_row_has_its_own_upstream(self, device, function, kernels):
+        hidden, weight, bias, labels = loss_case(6, 8, 50, 4, torch.float64, device, ignored=0)
+        upstream = torch.tensor([0, 0, 3.0, 0, 0, 0], dtype=torch.float64, device=device)
+        _, dh, dw = loss_and_gradients(function, hidden, weight, bias, labels, upstream, reduction="none")
+        alone = loss_and_gradients(function, hidden[2:3], weight, bias, labels[2:3], 3.0, reduction="sum")
+        assert not dh[[0, 1, 3, 4, 5]].any()
+        assert relative_error(dh[2:3], alone[1]) < 1e-14 and relative_error(dw, alone[2]) < 1e-14
+
+    @functions
+    def test_a_row_without_upstream_cannot_spoil_the_gradient(self, device, function, kernels):
+        # loss[mask].sum() of rows whose logits are infinite: what the mask drops must not become 0 * inf.
+        hidden, weight, bias, labels = loss_case(4, 8, 50, 3, torch.float32, device, ignored=0)
+        hidden[1] = 3e38
+        loss, dh, dw = loss_and_gradients(
+            function, hidden, weight, bias, labels, torch.tensor([1.0, 0, 1, 1], device=device), reduction="none"
+        )
+        assert not loss[1].isfinite()
+        # The weight gradient is dlogits.T @ hidden: 0 * 3e38 is 0.
+        assert not dh[1].any() and dh.isfinite().all() and dw.isfinite().all() and dw.any()
+
+
+class TestLse:
+    @functions
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("softcap", [None, 2.0])
+    def test_value(self, device, function, dtype, softcap, kernels):
+        hidden, weight, bias, labels = loss_case(6, 8, 50, 4, dtype, device, bias=True)
+        loss, lse = function(
+            hidden.view(2, 3, 8), weight, bias, labels.view(2, 3, 4), return_lse=True, logit_softcap=softcap
+        )
+        z = F.linear(hidden, weight, bias).to(lse.dtype)  # as rounded as the op's own
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        assert lse.shape == (2, 3) and lse.dtype == loss.dtype == torch.promote_types(dtype, torch.float32)
+        # ATen's GEMM of float16 rounds its result, ours is computed in float32.
+        allowed = torch.finfo(dtype).eps if dtype == torch.float16 else 8 * torch.finfo(lse.dtype).eps
+        assert relative_error(lse.flatten(), z.double().logsumexp(-1)) < allowed
+
+    @functions
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    @all_options
+    def test_its_gradient_adds_to_that_of_the_loss(self, device, function, reduction, options, kernels):
+        if "normalizer" in options and reduction != "mean":
+            pytest.skip("a normalizer is that of the mean")
+        hidden, weight, bias, labels = loss_case(11, 8, 50, 4, torch.float64, device, bias=True)
+        leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+        w = torch.randn(11, generator=generator(), dtype=torch.float64).to(device)
+        v = upstream_of(11, dict(reduction=reduction)).to(device)
+
+        def plain_lse():
+            z, cap = F.linear(*leaves), options.get("logit_softcap")
+            return (z if cap is None else cap * torch.tanh(z / cap)).logsumexp(-1)
+
+        loss, lse = function(*leaves, labels, return_lse=True, reduction=reduction, chunk_size=4, **options)
+        mine = torch.autograd.grad((v * loss).sum() + (w * lse).sum(), leaves)
+        expected = (v * plain(*leaves, labels, reduction=reduction, **options)).sum() + (w * plain_lse()).sum()
+        for a, b in zip(mine, torch.autograd.grad(expected, leaves), strict=True):
+            assert relative_error(a, b) < 1e-13
+        # lse alone, also of rows without labels
+        _, lse = function(*leaves, labels, return_lse=True, reduction=reduction, chunk_size=4, **options)
+        mine = torch.autograd.grad((w * lse).sum(), leaves)
+        for a, b in zip(mine, torch.autograd.grad((w * plain_lse()).sum(), leaves), strict=True):
+            assert relative_error(a, b) < 1e-13
+
+    def test_an_own_z_loss_is_the_built_in(self, device):
+        hidden, weight, bias, labels = loss_case(11, 8, 50, 4, torch.float64, device, ignored=0)
+        builtin = loss_and_gradients(fused, hidden, weight, bias, labels, z_loss=0.1)
+
+        def own(*arguments):
+            loss, lse = fused(*arguments, return_lse=True)
+            return loss + 0.1 * lse.square().mean()
+
+        for a, b in zip(loss_and_gradients(own, hidden, weight, bias, labels), builtin, strict=True):
+            assert relative_error(a, b) < 1e-13
+
+
+class TestZLoss:
+    @functions
+    @pytest.mark.parametrize("objective", ["mce", "mce_alt"])
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    def test_returned_apart(self, device, function, objective, reduction, kernels):
+        case = loss_case(11, 8, 50, 4, torch.float64, device, bias=True)
+        options = dict(objective=objective, reduction=reduction)
+        loss, lse, z_loss = function(*case, z_loss=0.1, return_lse=True, return_z_loss=True, **options)
+        assert torch.equal(z_loss, function(*case, z_loss=0.1, return_z_loss=True, **options)[1])
+        assert z_loss.shape == loss.shape
+        # float64 sums of terms of one sign
+        assert relative_error(loss - z_loss, function(*case, **options)) < 1e-13
+        if reduction == "sum" and objective == "mce_alt":
+            rows = (case[3] != IGNORE).any(1)
+            assert relative_error(z_loss, 0.1 * lse[rows].square().sum()) < 1e-13
+
+    @functions
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_its_gradient(self, device, function, reduction, kernels):
+        hidden, weight, bias, labels = loss_case(11, 8, 50, 4, torch.float64, device, bias=True)
+        leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+        loss, z_loss = function(*leaves, labels, z_loss=0.1, return_z_loss=True, reduction=reduction)
+        mine = torch.autograd.grad((loss - z_loss).sum(), leaves)
+        expected = torch.autograd.grad(function(*leaves, labels, reduction=reduction).sum(), leaves)
+        for a, b in zip(mine, expected, strict=True):
+            assert relative_error(a, b) < 1e-12
+
+    def test_without_labels_it_is_zero(self, device, kernels):
+        case = loss_case(5, 8, 50, 4, torch.float32, device, ignored=1)
+        loss, z_loss = fused(*case, z_loss=0.1, return_z_loss=True)
+        assert loss == 0 and z_loss == 0
+
+
+class TestPositionWeights:
+    @pytest.mark.parametrize("name", ["uniform", "power_law", "exponential", "first", "fitted"])
+    @functions
+    def test_a_name_is_its_tensor(self, device, name, function):
+        case = loss_case(11, 8, 50, 4, torch.float32, device)
+        by_name = loss_and_gradients(function, *case, position_weights=name)
+        by_tensor = loss_and_gradients(function, *case, position_weights=position_weights(name, 4))
+        assert all(torch.equal(a, b) for a, b in zip(by_name, by_tensor, strict=True))
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16, torch.float64])
+    def test_any_dtype(self, device, dtype):
+        case = loss_case(11, 8, 50, 4, torch.float32, device)
+        weights = torch.tensor([1, 2, 0, 4])
+        assert torch.equal(
+            fused(*case, position_weights=weights.to(dtype)), fused(*case, position_weights=weights * 1.0)
+        )
+
+    @pytest.mark.parametrize("factor", [3.0, 1e-30, 1e38])
+    def test_only_ratios_matter(self, device, factor):
+        case = loss_case(11, 8, 50, 4, torch.float32, device)
+        weights = torch.tensor([1, 0.5, 0, 0.25])
+        expected = loss_and_gradients(fused, *case, position_weights=weights)
+        for a, b in zip(loss_and_gradients(fused, *case, position_weights=weights * factor), expected, strict=True):
+            assert relative_error(a, b) < 8 * EPS
+
+    @functions
+    def test_all_zero(self, device, function, kernels):
+        case = loss_case(6, 8, 50, 4, torch.float32, device, bias=True)
+        for reduction in ("mean", "sum", "none"):
+            results = loss_and_gradients(function, *case, position_weights=torch.zeros(4), reduction=reduction)
+            assert not any(result.any() for result in results)
+
+    def test_a_position_of_weight_zero_is_ignored(self, device, kernels):
+        hidden, weight, bias, labels = loss_case(6, 8, 50, 4, torch.float64, device)
+        w = torch.tensor([1.0, 0, 2, 0])
+        expected = loss_and_gradients(fused, hidden, weight, bias, labels[:, ::2], position_weights=w[::2])
+        for a, b in zip(
+            loss_and_gradients(fused, hidden, weight, bias, labels, position_weights=w), expected, strict=True
+        ):
+            assert relative_error(a, b) < 1e-13
+
+    def test_first_is_the_next_token_loss(self, device):
+        hidden, weight, bias, labels = loss_case(13, 8, 50, 4, torch.float64, device)
+        expected = F.cross_entropy(hidden @ weight.T, labels[:, 0])
+        assert relative_error(fused(hidden, weight, bias, labels, position_weights="first"), expected) < 1e-14
+
+
+class TestObjectiveAlt:
+    @functions
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_never_negative(self, device, function, dtype, kernels):
+        # The labels are the whole vocabulary, or all of the probability: -log of 1, which rounding must not make less.
+        for vocabulary in (1, 2, 3, 7, 16):
+            hidden, weight, bias, _ = loss_case(64, 8, vocabulary, 1, dtype, device)
+            labels = torch.arange(vocabulary, device=device).expand(64, vocabulary)
+            rows = function(hidden, weight, bias, labels, objective="mce_alt", reduction="none")
+            assert (rows >= 0).all() and (rows < 4 * torch.finfo(rows.dtype).eps).all()
+        confident = torch.zeros(3, 20, dtype=torch.float32, device=device)
+        confident[:, 4], confident[:, 9] = 60, 59
+        rows = multi_hot_cross_entropy(
+            confident, torch.tensor([[4, 9]] * 3, device=device), objective="mce_alt", reduction="none"
+        )
+        assert (rows >= 0).all() and (rows < EPS).all()
+
+    @functions
+    def test_a_bag_is_a_set(self, device, function, kernels):
+        hidden, weight, bias, labels = loss_case(9, 8, 50, 3, torch.float64, device, ignored=0)
+        expected = loss_and_gradients(function, hidden, weight, bias, labels, objective="mce_alt")
+        for again in (labels.flip(1), labels[:, [0, 1, 2, 1, 0, 1]], F.pad(labels, (1, 2), value=IGNORE)):
+            results = loss_and_gradients(function, hidden, weight, bias, again, objective="mce_alt")
+            for a, b in zip(results, expected, strict=True):
+                assert relative_error(a, b) < 1e-13
+
+    def test_one_label_is_cross_entropy(self, device):
+        hidden, weight, bias, labels = loss_case(9, 8, 50, 1, torch.float64, device)
+        for a, b in zip(
+            loss_and_gradients(fused, hidden, weight, bias, labels, objective="mce_alt", z_loss=0.1),
+            loss_and_gradients(fused, hidden, weight, bias, labels, objective="mce", z_loss=0.1),
+            strict=True,
+        ):
+            assert relative_error(a, b) < 1e-13
+
+    def test_no_more_than_mce_less_the_entropy_of_the_bag(self, device):
+        # Of all ways to share a probability among s distinct labels the equal one has the least mce, log s above this.
+        hidden, weight, bias, _ = loss_case(9, 8, 50, 1, torch.float64, device)
+        labels = torch.stack([torch.randperm(50, generator=generator(i))[:4] for i in range(9)]).to(device)
+        alt = fused(hidden, weight, bias, labels, objective="mce_alt", reduction="none")
+        mce = fused(hidden, weight, bias, labels, reduction="none")
+        assert (alt <= mce - math.log(4) + 1e-12).all()
+
+
+class TestBias:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @functions
+    @pytest.mark.parametrize(
+        "options",
+        [{}, dict(z_loss=0.1), dict(label_smoothing=0.2), dict(objective="mce_alt"), dict(reduction="none")],
+        ids=str,
+    )
+    def test_minus_infinity_leaves_the_entry_out(self, device, dtype, function, options, kernels):
+        hidden, weight, bias, labels = loss_case(11, 8, 50, 4, dtype, device, bias=True)
+        kept = torch.arange(50, device=device) % 3 != 1
+        kept[labels[labels != IGNORE]] = True
+        assert not kept.all()
+        masked = bias.masked_fill(~kept, -torch.inf)
+        renumbered = torch.where(labels == IGNORE, IGNORE, (kept.cumsum(0) - 1)[labels.clamp_min(0)])
+        loss, dh, dw, db = loss_and_gradients(function, hidden, weight, masked, labels, **options)
+        expected = loss_and_gradients(function, hidden, weight[kept], bias[kept], renumbered, **options)
+        assert all(t.isfinite().all() for t in (loss, dh, dw, db))
+        assert not dw[~kept].any() and not db[~kept].any()
+        # Other GEMM shapes, other orders: one rounding of the result apart, and of the logits in 16 bits.
+        allowed = 4 * torch.finfo(dtype).eps
+        for a, b in zip((loss, dh, dw[kept], db[kept]), expected, strict=True):
+            assert relative_error(a, b) < allowed
+
+    @functions
+    def test_a_row_of_nothing_but_minus_infinity_is_nan_as_in_torch(self, device, function):
+        logits = torch.full((2, 5), -torch.inf, device=device)
+        labels = torch.zeros(2, dtype=torch.long, device=device)
+        assert multi_hot_cross_entropy(logits, labels).isnan() and F.cross_entropy(logits, labels).isnan()
+
+    @pytest.mark.parametrize("rows", [1, 127, 128, 129, 1000])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_gradient_over_many_rows(self, device, rows, dtype):
+        check_loss(*loss_case(rows, 4, 70, 2, dtype, device, bias=True), chunk_size=300)
+
+
+class TestSoftcap:
+    @functions
+    @pytest.mark.parametrize("size", [1e4, 1e30])
+    def test_huge_logits(self, device, function, size, kernels):
+        # tanh is +-1 there: the loss is that of +-cap, the gradient 0 or below what float32 holds.
+        sign = torch.tensor([[1.0, -1, 1, -1, -1], [-1, -1, 1, 1, 1]], device=device)
+        hidden, weight = sign * size, torch.eye(5, device=device)
+        labels = torch.tensor([[0, 1], [2, 2]], device=device)
+        loss, dh, _ = loss_and_gradients(function, hidden, weight, None, labels, logit_softcap=30.0)
+        assert relative_error(loss, plain(sign.double() * 30, weight.double(), None, labels)) < 4 * EPS
+        assert dh.isfinite().all() and dh.abs().max() < 1e-6
+
+    @functions
+    def test_a_wide_cap_changes_little(self, device, function):
+        case = loss_case(6, 8, 50, 4, torch.float64, device)
+        for a, b in zip(
+            loss_and_gradients(function, *case, logit_softcap=1e9), loss_and_gradients(function, *case), strict=True
+        ):
+            assert relative_error(a, b) < 1e-12
+
+
+class TestNormalizer:
+    """One normalizer for all parts of a batch: losses and gradients of the parts add up to those of the whole."""
+
+    def recipes(self, labels):
+        valid = labels != IGNORE
+        counts = valid.sum(0)
+        some, power_law = counts > 0, position_weights("power_law", 4).to(counts.device)
+        return {
+            "per token": dict(normalizer=valid.sum()),
+            "per row": dict(normalizer=valid.any(1).sum() * labels.shape[1]),
+            "per position": dict(position_weights=torch.where(some, 1 / counts, 0), normalizer=some.sum()),
+            "power law per position": dict(
+                position_weights=torch.where(some, power_law / counts, 0), normalizer=power_law[some].sum()
+            ),
+            "mce_alt": dict(objective="mce_alt", normalizer=valid.any(1).sum()),
+        }
+
+    @functions
+    @pytest.mark.parametrize("name", ["per token", "per row", "per position", "power law per position", "mce_alt"])
+    def test_parts_add_up(self, device, function, name, kernels):
+        hidden, weight, bias, labels = loss_case(23, 8, 50, 4, torch.float64, device, ignored=0.4, bias=True)
+        labels[8:11] = IGNORE  # one part has no label at all
+        options = dict(self.recipes(labels)[name], z_loss=0.1, label_smoothing=0.1)
+        whole = loss_and_gradients(function, hidden, weight, bias, labels, **options)
+        parts = [
+            loss_and_gradients(function, hidden[part], weight, bias, labels[part], **options)
+            for part in (slice(0, 1), slice(1, 8), slice(8, 11), slice(11, 23))
+        ]
+        loss, dh, dw, db = zip(*parts, strict=True)
+        assert loss[2] == 0 and not dw[2].any()
+        for a, b in zip((sum(loss), torch.cat(dh), sum(dw), sum(db)), whole, strict=True):
+            assert relative_error(a, b) < 1e-13
+
+    @pytest.mark.parametrize("ignored", [0, 0.4])
+    def test_what_the_recipes_are(self, device, ignored):
+        hidden, weight, bias, labels = loss_case(23, 8, 50, 4, torch.float64, device, ignored=ignored)
+        recipes, case = self.recipes(labels), (hidden, weight, bias, labels)
+        nll = -F.linear(hidden, weight, bias).log_softmax(-1).gather(1, labels.clamp_min(0))
+        valid = labels != IGNORE
+        assert relative_error(fused(*case, **recipes["per token"]), nll[valid].mean()) < 1e-13
+        assert relative_error(fused(*case, **recipes["per row"]), (nll * valid).sum() / valid.any(1).sum() / 4) < 1e-13
+        # The weights are float32 numbers where counts divide.
+        assert relative_error(fused(*case, **recipes["per position"]), fused(*case)) < 2 * EPS
+        named = fused(*case, position_weights="power_law")
+        assert relative_error(fused(*case, **recipes["power law per position"]), named) < 2 * EPS
+        alt = fused(*case, objective="mce_alt")
+        assert relative_error(fused(*case, **recipes["mce_alt"]), alt) < 1e-13
+
+    @functions
+    def test_a_number_is_its_tensor(self, device, function, kernels):
+        case = loss_case(6, 8, 50, 4, torch.float32, device)
+        expected = loss_and_gradients(function, *case, normalizer=13)
+        for normalizer in (13.0, torch.tensor(13), torch.tensor(13.0, dtype=torch.float64, device=device)):
+            results = loss_and_gradients(function, *case, normalizer=normalizer)
+            assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+    @functions
+    def test_zero_of_a_batch_without_labels(self, device, function, kernels):
+        # A count that came out 0 must not turn the sum over ranks into NaN.
+        case = loss_case(6, 8, 50, 4, torch.float32, device, ignored=1)
+        for normalizer in (0, torch.tensor(0)):
+            assert not any(r.any() for r in loss_and_gradients(function, *case, normalizer=normalizer))
+
+    def test_mean_without_ignored_labels_is_sum_over_rows(self, device):
+        case = loss_case(13, 8, 50, 4, torch.float64, device, ignored=0)
+        for options in ({}, dict(position_weights="power_law"), dict(objective="mce_alt"), dict(z_loss=0.1)):
+            assert relative_error(fused(*case, **options), fused(*case, **options, reduction="sum") / 13) < 1e-14
+
+
+class TestErrors:
+    H, W, B, Y = loss_case(6, 8, 10, 4, torch.float32, "cpu", ignored=0, bias=True)
+
+    @pytest.mark.parametrize("bad", [10, -1, -101, 2**40])
+    def test_label_out_of_range(self, bad):
+        labels = self.Y.clone().view(2, 3, 4)
+        labels[1, 2, 3] = bad
+        hidden = self.H.view(2, 3, 8)
+        for function in (fused, on_logits):
+            with pytest.raises(IndexError, match=rf"labels\[1, 2, 3\] = {bad} .* 0 <= id < 10"):
+                function(hidden, self.W, None, labels)
+
+    @pytest.mark.parametrize(
+        ("hidden", "weight", "labels", "options", "error", "message"),
+        [
+            (H.long(), W, Y, {}, TypeError, "hidden.*int64"),
+            (H, W, Y.float(), {}, TypeError, "labels.*float32"),
+            (H, W.T, Y, {}, ValueError, r"weight.*\(8, 10\)"),
+            (H, W[0], Y, {}, ValueError, r"weight.*\(8,\)"),
+            (torch.tensor(1.0), W, Y, {}, ValueError, r"hidden.*\(\)"),
+            (H, W, Y[:5], {}, ValueError, r"labels.*\(6, 's'\).*\(5, 4\)"),
+            (H, W, Y[:, :0], {}, ValueError, r"labels.*\(6, 0\)"),
+            (H, W, torch.tensor(3), {}, ValueError, r"labels.*\(\)"),
+            (H.view(2, 3, 8), W, Y, {}, ValueError, r"labels.*\(2, 3, 's'\).*\(6, 4\)"),
+            (H, None, Y, {}, TypeError, "weight.*NoneType"),
+            (H, W.to_sparse(), Y, {}, ValueError, "weight.*sparse"),
+            (H, W, Y[:, 0] + torch.tensor([0, 0, 0, 77, 0, 0]), {}, IndexError, r"labels\[3\] = [78]"),
+            (H, W, Y.to("meta"), {}, ValueError, "cpu.*meta"),
+            (H, W, Y, {"bias": W}, ValueError, r"bias.*\(10,\).*\(10, 8\)"),
+            (H, W, Y, {"bias": B[:9]}, ValueError, r"bias.*\(10,\).*\(9,\)"),
+            (H, W, Y, {"bias": 1.0}, TypeError, "bias.*float"),
+            (H, W, Y, {"bias": B.to("meta")}, ValueError, "bias on meta"),
+            (H, W, Y, {"chunk_size": 0}, ValueError, "chunk_size.*0"),
+            (H, W, Y, {"chunk_size": 2.5}, ValueError, "chunk_size.*2.5"),
+        ],
+    )  # fmt: skip
+    def test_arguments(self, hidden, weight, labels, options, error, message):
+        with pytest.raises(error, match=message):
+            linear_multi_hot_cross_entropy(hidden, weight, labels, **options)
+
+    @pytest.mark.parametrize(
+        ("logits", "labels", "options", "error", "message"),
+        [
+            (H.long(), Y, {}, TypeError, "logits.*int64"),
+            (torch.tensor(1.0), Y, {}, ValueError, r"logits.*0-d"),
+            (H, Y[:5], {}, ValueError, r"labels.*\(6, 's'\).*\(5, 4\)"),
+            (H, Y.to("meta"), {}, ValueError, "cpu.*meta"),
+            (H[:, ::2], Y, {"inplace": True}, ValueError, "inplace.*contiguous"),
+            (H.clone().requires_grad_(), Y, {"inplace": True}, ValueError, "inplace.*is_leaf=True"),
+        ],
+    )  # fmt: skip
+    def test_arguments_on_logits(self, logits, labels, options, error, message):
+        with pytest.raises(error, match=message):
+            multi_hot_cross_entropy(logits, labels, **options)
+
+    @pytest.mark.parametrize("function", [fused, on_logits])
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            (dict(objective="bce"), ValueError, "objective.*'bce'"),
+            (dict(reduction="max"), ValueError, "reduction.*'max'"),
+            (dict(objective="mce_alt", position_weights="power_law"), ValueError, "position_weights.*mce_alt"),
+            (dict(position_weights=[1, 1, 1, 1]), TypeError, "position_weights.*list"),
+            (dict(position_weights="cubic"), ValueError, "'cubic'"),
+            (dict(position_weights=torch.ones(3)), ValueError, r"position_weights.*\(4,\).*\(3,\)"),
+            (dict(position_weights=torch.ones(4, requires_grad=True)), ValueError, "position_weights.*requires_grad"),
+            (dict(position_weights=torch.tensor([1, 1, -1.0, 1])), ValueError, r"position_weights\[2\].*-1"),
+            (dict(position_weights=torch.tensor([1, torch.nan, 1, 1])), ValueError, r"position_weights\[1\].*nan"),
+            (dict(position_weights=torch.tensor([1, 1, 1, 1e39], dtype=torch.float64)), ValueError, r"\[3\].*1e\+39"),
+            (dict(logit_softcap=0), ValueError, "logit_softcap.*> 0"),
+            (dict(logit_softcap=-30.0), ValueError, "logit_softcap.*-30"),
+            (dict(logit_softcap=math.inf), ValueError, "logit_softcap.*inf"),
+            (dict(z_loss=-0.1), ValueError, "z_loss.*-0.1"),
+            (dict(z_loss="1e-4"), ValueError, "z_loss.*'1e-4'"),
+            (dict(z_loss=math.nan), ValueError, "z_loss.*nan"),
+            (dict(label_smoothing=1.5), ValueError, "label_smoothing.*1.5"),
+            (dict(label_smoothing=-0.1), ValueError, "label_smoothing.*-0.1"),
+            (dict(normalizer=3, reduction="sum"), ValueError, "normalizer.*'sum'"),
+            (dict(normalizer=3, reduction="none"), ValueError, "normalizer.*'none'"),
+            (dict(normalizer=-3), ValueError, "normalizer.*-3"),
+            (dict(normalizer=torch.tensor(-3)), ValueError, "normalizer.*-3"),
+            (dict(normalizer=torch.tensor(math.nan)), ValueError, "normalizer.*nan"),
+            (dict(normalizer=torch.ones(1)), ValueError, r"normalizer.*0-d.*\(1,\)"),
+            (dict(normalizer=torch.tensor(1.0, requires_grad=True)), ValueError, "normalizer.*requires_grad=True"),
+        ],
+        ids=lambda value: str(value) if isinstance(value, dict) else "",
+    )  # fmt: skip
+    def test_options(self, function, options, error, message):
+        with pytest.raises(error, match=message):
+            function(self.H, self.W, None, self.Y, **options)
