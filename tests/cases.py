@@ -60,8 +60,9 @@ def check_embedding(ids, weight, grad, **options):
     assert out.dtype == gradient.dtype == weight.dtype
     assert out.is_contiguous() and gradient.is_contiguous()
     hits = int(torch.bincount(ids[ids >= 0].flatten()).max()) if (ids >= 0).any() else 0
-    assert_accurate(out, exact[0], plain[0], terms=ids.shape[-1])
-    assert_accurate(gradient, exact[1], plain[1], terms=hits)
+    squares = embedding_and_gradient(plain_embedding, ids, weight.double().square(), grad.double().square(), **options)
+    assert_accurate(out, exact[0], plain[0], ids.shape[-1], squares[0].sqrt())
+    assert_accurate(gradient, exact[1], plain[1], hits, squares[1].sqrt())
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ def loss_and_gradients(function, hidden, weight, bias, labels, upstream=1.0, **o
 
 
 def magnitudes(hidden, weight, bias, labels, upstream, options):
-    """For the loss and hidden's, weight's and bias's gradient the sum of the absolute values of what it is made of."""
+    """For the loss and hidden's, weight's and bias's gradient the root of the sum of the squares of its terms."""
     ignored, objective = options.get("ignore_index", IGNORE), options.get("objective", "mce")
     weights, reduction = options.get("position_weights"), options.get("reduction", "mean")
     if isinstance(weights, str):
@@ -131,7 +132,13 @@ def magnitudes(hidden, weight, bias, labels, upstream, options):
     terms = terms + options.get("label_smoothing", 0.0) * total / max(1, z.shape[1])
     terms = terms.scatter_add(1, torch.where(valid, labels, 0), pull)
     terms = terms * torch.as_tensor(upstream, dtype=torch.float64, device=z.device).abs().reshape(-1, 1)
-    parts = loss if reduction == "none" else loss.sum(), terms @ weight.abs(), terms.T @ hidden.abs(), terms.sum(0)
+    terms = terms.square()
+    parts = (
+        loss.squeeze(1) if reduction == "none" else loss.norm(),
+        (terms @ weight.square()).sqrt(),
+        (terms.T @ hidden.square()).sqrt(),
+        terms.sum(0).sqrt(),
+    )
     return parts if bias is not None else parts[:3]
 
 

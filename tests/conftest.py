@@ -4,8 +4,14 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tst_ext import _C, fallback
+
+# The same examples in every run, so that a red one is a change's doing; --hypothesis-profile=explore draws others.
+settings.register_profile("default", deadline=None, max_examples=250, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=5000)
+settings.load_profile("default")
 
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, check_embedding, embedding_and_gradient, embedding_case, generator
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numerics import relative_error
 
@@ -110,7 +110,6 @@ class TestBagEmbedding:
         bags=st.integers(0, 9), bag_size=st.integers(1, 9), vocabulary=st.integers(1, 40), dim=st.integers(1, 70),
         seed=st.integers(0, 1000),
     )  # fmt: skip
-    @settings(max_examples=60, deadline=None)
     def test_any_shape(self, bags, bag_size, vocabulary, dim, seed):
         check_embedding(*embedding_case((bags, bag_size), vocabulary, dim, torch.float32, "cpu", seed))
 
@@ -214,7 +213,6 @@ class TestPaddingAndWeights:
         weights=st.sampled_from([None, "power_law", "first"]), mode=st.sampled_from(["mean", "sum"]),
         dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), seed=st.integers(0, 1000),
     )  # fmt: skip
-    @settings(max_examples=100, deadline=None)
     def test_any_shape(self, bags, bag_size, vocabulary, dim, padded, padding_idx, weights, mode, dtype, seed):
         ids, weight, grad = embedding_case((bags, bag_size), vocabulary, dim, dtype, "cpu", seed)
         ids[torch.rand(ids.shape, generator=generator(seed)) < padded] = padding_idx

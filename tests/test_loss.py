@@ -15,7 +15,7 @@ from cases import (
     on_logits,
     plain,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numerics import relative_error
 
@@ -266,7 +266,6 @@ class TestNumerics:
         ignored=st.sampled_from([0, 0.3, 0.9, 1]), function=st.sampled_from(FUNCTIONS), bias=st.booleans(),
         weights=st.sampled_from([None, "power_law", "first"]), transposed=st.booleans(), seed=st.integers(0, 1000),
     )  # fmt: skip
-    @settings(max_examples=250, deadline=None)
     def test_as_close_to_float64_as_plain_torch(
         self, rows, dim, vocabulary, bag_size, chunk_size, reduction, dtype, ignored, function, bias, weights,
         transposed, seed,

@@ -17,7 +17,7 @@ from cases import (
     on_logits,
     plain,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numerics import relative_error
 
@@ -74,7 +74,6 @@ class TestAgainstPlainTorch:
         z_loss=st.sampled_from([0.0, 0.1]), smoothing=st.sampled_from([0.0, 0.3]), normalizer=st.none() | st.just(7.5),
         seed=st.integers(0, 1000),
     )  # fmt: skip
-    @settings(max_examples=250, deadline=None)
     def test_all_options_together(
         self, rows, dim, vocabulary, bag_size, chunk_size, reduction, dtype, ignored, function, bias, objective,
         softcap, z_loss, smoothing, normalizer, seed,
