@@ -9,13 +9,21 @@ INSTALLED := $(VENV)/installed
 CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 COMPARE ?=
 
-.PHONY: train test bench lint format cpp-test cpp-test-baseline cuda-compile gpu-check clean
+.PHONY: train test test-slow mutation bench lint format cpp-test cpp-test-baseline cuda-compile gpu-check clean
 
 train: $(INSTALLED)
 	$(BIN)/tst compare $(COMPARE)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest tests
+
+# Tensors of more than 2^31 elements.
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest tests -m slow
+
+# Breaks the kernels and the Python around them in one place at a time: each time a test must fail.
+mutation: $(INSTALLED)
+	$(BIN)/python tests/mutation.py
 
 bench: $(INSTALLED)
 	mkdir -p benchmarks/results

@@ -30,17 +30,22 @@ def capability(request):
     _C.set_cpu_capability(before)
 
 
-@pytest.fixture(params=["compiled", "plain_torch"])
-def kernels(request):
-    """The compiled kernels, then the ops as on a device that has none."""
-    if request.param == "compiled":
-        yield request.param
-        return
+@pytest.fixture
+def without_kernels():
+    """The ops as on a device that has no compiled kernel."""
     library = torch.library.Library("tst_ext", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is replaced, and that there is none
         for op in fallback.OPS:
             for key in ("CPU", "CUDA"):
                 library.impl(op.__name__, op, key, allow_override=True)
-        yield request.param
+        yield
     library._destroy()
+
+
+@pytest.fixture(params=["compiled", "plain_torch"])
+def kernels(request):
+    """The compiled kernels, then none."""
+    if request.param == "plain_torch":
+        request.getfixturevalue("without_kernels")
+    return request.param

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from tst_ext import fold_inputs, fold_labels, position_weights
+from tst_ext import bag_embedding, document_offsets, fold_inputs, fold_labels, multi_hot_cross_entropy, position_weights
 
 TOKENS = torch.arange(100, 112)  # tokens 100..111; labels in the shifted convention are 101..112
 SHIFTED = TOKENS + 1
@@ -72,6 +73,175 @@ class TestFold:
     def test_scalar_is_an_error(self):
         with pytest.raises(ValueError, match="input_ids"):
             fold_inputs(torch.tensor(3), 1)
+
+
+EOS = 0
+PADDING = IGNORE = -100
+
+
+def stream(lengths, length, sequences=1):
+    """Documents of these lengths, each closed by EOS, cut into sequences; every other token occurs once."""
+    ids = torch.arange(1, sum(lengths) + 1)
+    ids[torch.tensor(lengths).cumsum(0) - 1] = EOS
+    return ids[: sequences * length].view(sequences, length)
+
+
+class TestDocumentOffsets:
+    def test_a_document_ends_after_its_end_of_text(self):
+        ids = torch.tensor([5, 6, EOS, 7, EOS, EOS, 8])
+        assert document_offsets(ids, EOS).tolist() == [0, 3, 5, 6, 7]
+
+    def test_the_end_of_a_sequence_ends_a_document(self):
+        ids = torch.tensor([[5, EOS, 6], [7, 8, EOS]])
+        assert document_offsets(ids, EOS).tolist() == [0, 2, 3, 6]
+
+    def test_empty(self):
+        assert document_offsets(torch.empty(0, dtype=torch.long), EOS).tolist() == [0]
+        assert document_offsets(torch.empty(2, 0, dtype=torch.long), EOS).tolist() == [0]
+
+    def test_scalar_is_an_error(self):
+        with pytest.raises(ValueError, match="input_ids"):
+            document_offsets(torch.tensor(3), EOS)
+
+
+class TestDocumentFold:
+    def test_written_out(self):
+        ids = torch.tensor([1, 2, 3, 4, EOS, 6, EOS, 8, 9])
+        cu_seqlens = document_offsets(ids, EOS)
+        inputs = fold_inputs(ids, 2, cu_seqlens=cu_seqlens)
+        p = PADDING
+        assert inputs.tolist() == [[1, 2], [3, 4], [EOS, p], [6, EOS], [8, 9]]
+        labels = fold_labels(ids, 2, shifted=False, cu_seqlens=cu_seqlens)
+        assert labels.tolist() == [[3, 4], [EOS, p], [p, p], [p, p], [p, p]]
+        shifted = torch.tensor([2, 3, 4, EOS, 6, EOS, 8, 9, 10])
+        assert torch.equal(fold_labels(shifted, 2, shifted=True, cu_seqlens=cu_seqlens), labels)
+
+    @pytest.mark.parametrize("bag_size", [1, 2, 3, 5, 8])
+    @pytest.mark.parametrize("sequences", [1, 3])
+    @pytest.mark.parametrize("seed", range(6))
+    def test_against_a_loop(self, bag_size, sequences, seed):
+        lengths = torch.randint(1, 9, (40,), generator=torch.Generator().manual_seed(seed)).tolist()
+        ids = stream(lengths, 23, sequences)
+        cu_seqlens = document_offsets(ids, EOS)
+        bags, targets = [], []  # of each sequence
+        for row in ids.tolist():
+            documents = [[]]
+            for token in row:
+                documents[-1].append(token)
+                if token == EOS:
+                    documents.append([])
+            bags.append([]), targets.append([])
+            for document in documents:
+                cut = [document[i : i + bag_size] for i in range(0, len(document), bag_size)]
+                bags[-1] += cut
+                targets[-1] += [*cut[1:], []] if cut else []
+        most = max(len(row) for row in bags)
+
+        def table(rows):
+            filled = [row + [[]] * (most - len(row)) for row in rows]
+            return torch.tensor([[bag + [PADDING] * (bag_size - len(bag)) for bag in row] for row in filled])
+
+        inputs = fold_inputs(ids, bag_size, cu_seqlens=cu_seqlens)
+        labels = fold_labels(ids, bag_size, shifted=False, cu_seqlens=cu_seqlens)
+        assert torch.equal(inputs, table(bags)) and torch.equal(labels, table(targets))
+        following = F.pad(ids.flatten()[1:], (0, 1), value=99).view_as(ids)
+        assert torch.equal(fold_labels(following, bag_size, shifted=True, cu_seqlens=cu_seqlens), labels)
+
+    def test_one_document_a_sequence_is_the_ordinary_fold(self):
+        ids = torch.arange(24).view(2, 12)
+        cu_seqlens = torch.tensor([0, 12, 24])
+        assert torch.equal(fold_inputs(ids, 4, cu_seqlens=cu_seqlens), fold_inputs(ids, 4))
+        assert torch.equal(
+            fold_labels(ids, 4, shifted=False, cu_seqlens=cu_seqlens), fold_labels(ids, 4, shifted=False)
+        )
+
+    def test_offsets_of_either_integer_and_repeated(self):
+        ids = stream([3, 4, 5], 12)
+        expected = fold_inputs(ids, 2, cu_seqlens=torch.tensor([0, 3, 7, 12]))
+        assert torch.equal(fold_inputs(ids, 2, cu_seqlens=torch.tensor([0, 3, 7, 12], dtype=torch.int32)), expected)
+        assert torch.equal(fold_inputs(ids, 2, cu_seqlens=torch.tensor([0, 0, 3, 7, 7, 12, 12])), expected)
+
+    def test_offsets_without_the_ends_of_sequences(self):
+        ids = torch.arange(12).view(2, 6)
+        expected = fold_inputs(ids, 4, cu_seqlens=torch.tensor([0, 6, 12]))
+        assert torch.equal(fold_inputs(ids, 4, cu_seqlens=torch.tensor([0, 12])), expected)
+
+    def test_num_bags(self):
+        ids = stream([3, 4, 5], 12)
+        cu_seqlens = document_offsets(ids, EOS)
+        inputs = fold_inputs(ids, 2, cu_seqlens=cu_seqlens)
+        labels = fold_labels(ids, 2, shifted=False, cu_seqlens=cu_seqlens)
+        assert inputs.shape == (1, 7, 2)
+        more = fold_inputs(ids, 2, cu_seqlens=cu_seqlens, num_bags=9)
+        assert torch.equal(more[:, :7], inputs) and (more[:, 7:] == PADDING).all() and more.shape == (1, 9, 2)
+        fewer = fold_inputs(ids, 2, cu_seqlens=cu_seqlens, num_bags=5)
+        assert torch.equal(fewer, inputs[:, :5])
+        assert torch.equal(fold_labels(ids, 2, shifted=False, cu_seqlens=cu_seqlens, num_bags=5), labels[:, :5])
+
+    def test_offsets_in_bags(self):
+        # The recipe of docs/ops.md for attention within documents.
+        ids = stream([3, 4, 5, 1, 7], 20)[0]
+        cu_seqlens, s = document_offsets(ids, EOS), 3
+        cu_bags = F.pad(((cu_seqlens.diff() + s - 1) // s).cumsum(0), (1, 0))
+        bags = fold_inputs(ids, s, cu_seqlens=cu_seqlens)
+        assert cu_bags[-1] == len(bags)
+        assert torch.equal(bags[cu_bags[:-1], 0], ids[cu_seqlens[:-1]])
+
+    def test_other_fillers(self):
+        ids = stream([3, 4, 5], 12)
+        cu_seqlens = document_offsets(ids, EOS)
+        assert fold_inputs(ids, 2, cu_seqlens=cu_seqlens, padding_idx=-7)[0, 1].tolist() == [EOS, -7]
+        assert fold_labels(ids, 2, shifted=False, cu_seqlens=cu_seqlens, ignore_index=-7)[0, 1].tolist() == [-7, -7]
+
+    def test_empty(self):
+        none = torch.empty(2, 0, dtype=torch.long)
+        for fold in (fold_inputs, lambda *a, **k: fold_labels(*a, shifted=True, **k)):
+            assert fold(none, 4, cu_seqlens=torch.tensor([0])).shape == (2, 0, 4)
+            assert fold(none, 4, cu_seqlens=torch.tensor([0]), num_bags=3).shape == (2, 3, 4)
+
+    def test_no_information_crosses_a_document(self):
+        # Gradients of one document's loss reach its own tokens' embeddings alone, and another document's tokens change
+        # nothing in it. A model without attention across documents: here each bag predicts from itself.
+        ids = stream([7, 6, 11], 24)
+        cu_seqlens = document_offsets(ids, EOS)
+        weight = torch.randn(30, 5, dtype=torch.float64, requires_grad=True)
+        labels = fold_labels(ids, 3, shifted=False, cu_seqlens=cu_seqlens)
+        bags = fold_inputs(ids, 3, cu_seqlens=cu_seqlens)
+        hidden = bag_embedding(bags, weight, padding_idx=PADDING)
+        losses = multi_hot_cross_entropy(hidden @ torch.randn(5, 30, dtype=torch.float64), labels, reduction="none")
+        first = losses[0, :3].sum()  # bags of the document of 7 tokens
+        (gradient,) = torch.autograd.grad(first, weight)
+        assert gradient[1:7].any(1).all() and not gradient[7:].any()
+        assert set(labels[0, :3].flatten().tolist()) == {4, 5, 6, EOS, IGNORE}
+
+    @pytest.mark.parametrize(
+        ("cu_seqlens", "message"),
+        [
+            (torch.tensor([0, 5]), r"from 0 to .*numel\(\) = 12, got \[0, 5\]"),
+            (torch.tensor([1, 12]), r"got \[1, 12\]"),
+            (torch.tensor([0, 8, 4, 12]), r"got \[0, 8, 4, 12\]"),
+            (torch.tensor([0, 30, 12]), r"got \[0, 30, 12\]"),
+            (torch.tensor([], dtype=torch.long), r"got \[\]"),
+            (torch.tensor([[0, 12]]), r"shape \(1, 2\)"),
+            (torch.tensor([0.0, 12]), "float32"),
+            (torch.tensor(12), r"shape \(\)"),
+        ],
+    )
+    def test_bad_offsets(self, cu_seqlens, message):
+        ids = torch.arange(12)
+        with pytest.raises(ValueError, match="^cu_seqlens: .*" + message):
+            fold_inputs(ids, 2, cu_seqlens=cu_seqlens)
+        with pytest.raises(ValueError, match="^cu_seqlens: .*" + message):
+            fold_labels(ids, 2, shifted=True, cu_seqlens=cu_seqlens)
+
+    def test_bad_num_bags(self):
+        ids, cu_seqlens = torch.arange(12), torch.tensor([0, 12])
+        with pytest.raises(ValueError, match="num_bags.*0"):
+            fold_inputs(ids, 2, cu_seqlens=cu_seqlens, num_bags=0)
+        with pytest.raises(ValueError, match="num_bags.*only with cu_seqlens"):
+            fold_inputs(ids, 2, num_bags=6)
+        with pytest.raises(ValueError, match="num_bags.*only with cu_seqlens"):
+            fold_labels(ids, 2, shifted=True, num_bags=6)
 
 
 class TestPositionWeights:

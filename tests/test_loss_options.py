@@ -41,6 +41,12 @@ all_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 functions = pytest.mark.parametrize("function", FUNCTIONS)
 
 
+def for_reduction(options, reduction):
+    """Options with this reduction; a normalizer is that of the mean alone."""
+    kept = {name: value for name, value in options.items() if name != "normalizer" or reduction == "mean"}
+    return dict(kept, reduction=reduction)
+
+
 def upstream_of(rows, options, seed=1):
     """Random: one number, or one per row where the loss has rows."""
     shape = rows if options.get("reduction") == "none" else ()
@@ -53,9 +59,7 @@ class TestAgainstPlainTorch:
     @all_options
     @pytest.mark.parametrize("reduction", ["mean", "none"])
     def test_loss_and_gradients(self, device, dtype, function, options, reduction, kernels):
-        if "normalizer" in options and reduction == "none":
-            pytest.skip("a normalizer is that of the mean")
-        options = dict(options, reduction=reduction, chunk_size=10)
+        options = dict(for_reduction(options, reduction), chunk_size=10)
         case = loss_case(23, 12, 51, 4, dtype, device, bias=True)
         check_loss(*case, upstream_of(23, options).to(device), function, **options)
 
@@ -90,10 +94,9 @@ class TestReductionNone:
     @functions
     @all_options
     def test_its_sum_is_the_sum(self, device, function, options, kernels):
-        options = {name: value for name, value in options.items() if name != "normalizer"}
         case = loss_case(23, 12, 51, 4, torch.float32, device, bias=True)
-        rows = loss_and_gradients(function, *case, **options, reduction="none", chunk_size=10)
-        whole = loss_and_gradients(function, *case, **options, reduction="sum", chunk_size=10)
+        rows = loss_and_gradients(function, *case, **for_reduction(options, "none"), chunk_size=10)
+        whole = loss_and_gradients(function, *case, **for_reduction(options, "sum"), chunk_size=10)
         assert rows[0].shape == (23,)
         for a, b in zip((rows[0].double().sum(), *rows[1:]), whole, strict=True):
             assert relative_error(a, b) < 4 * EPS
@@ -140,8 +143,7 @@ class TestLse:
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     @all_options
     def test_its_gradient_adds_to_that_of_the_loss(self, device, function, reduction, options, kernels):
-        if "normalizer" in options and reduction != "mean":
-            pytest.skip("a normalizer is that of the mean")
+        options = for_reduction(options, reduction)
         hidden, weight, bias, labels = loss_case(11, 8, 50, 4, torch.float64, device, bias=True)
         leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
         w = torch.randn(11, generator=generator(), dtype=torch.float64).to(device)
@@ -151,13 +153,13 @@ class TestLse:
             z, cap = F.linear(*leaves), options.get("logit_softcap")
             return (z if cap is None else cap * torch.tanh(z / cap)).logsumexp(-1)
 
-        loss, lse = function(*leaves, labels, return_lse=True, reduction=reduction, chunk_size=4, **options)
+        loss, lse = function(*leaves, labels, return_lse=True, chunk_size=4, **options)
         mine = torch.autograd.grad((v * loss).sum() + (w * lse).sum(), leaves)
-        expected = (v * plain(*leaves, labels, reduction=reduction, **options)).sum() + (w * plain_lse()).sum()
+        expected = (v * plain(*leaves, labels, **options)).sum() + (w * plain_lse()).sum()
         for a, b in zip(mine, torch.autograd.grad(expected, leaves), strict=True):
             assert relative_error(a, b) < 1e-13
         # lse alone, also of rows without labels
-        _, lse = function(*leaves, labels, return_lse=True, reduction=reduction, chunk_size=4, **options)
+        _, lse = function(*leaves, labels, return_lse=True, chunk_size=4, **options)
         mine = torch.autograd.grad((w * lse).sum(), leaves)
         for a, b in zip(mine, torch.autograd.grad((w * plain_lse()).sum(), leaves), strict=True):
             assert relative_error(a, b) < 1e-13

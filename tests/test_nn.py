@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tst_ext import linear_multi_hot_cross_entropy, reference
+from tst_ext import bag_embedding, linear_multi_hot_cross_entropy, reference
 from tst_ext.nn import BagEmbedding, LinearMultiHotCrossEntropy
 
 
@@ -29,6 +29,21 @@ class TestBagEmbedding:
         torch.testing.assert_close(module(ids), reference.bag_embedding(ids, table, mode="sum"))
         assert BagEmbedding.from_pretrained(table, freeze=False).weight.requires_grad
 
+    def test_padding_and_weights(self):
+        options = dict(padding_idx=-100, position_weights="power_law")
+        module, ids = BagEmbedding(11, 5, **options), torch.randint(11, (2, 3, 4))
+        ids[0, 1, 2:] = ids[1, 2] = -100
+        assert torch.equal(module(ids), bag_embedding(ids, module.weight, **options))
+        assert not module(ids)[1, 2].any()
+        # Tokens: as bags of one, where position weights have nothing to say.
+        tokens = ids[:, :, 2]
+        out = module(tokens)
+        assert torch.equal(out[tokens != -100], module.weight[tokens[tokens != -100]])
+        assert (tokens == -100).any() and not out[tokens == -100].any()
+
+    def test_every_row_is_initialised(self):
+        assert BagEmbedding(11, 5, padding_idx=0).weight[0].any()  # nn.Embedding's own padding row would be zeros
+
     def test_errors(self):
         with pytest.raises(ValueError, match="mode"):
             BagEmbedding(11, 5, mode="max")
@@ -49,5 +64,35 @@ class TestLinearMultiHotCrossEntropy:
         assert loss == linear_multi_hot_cross_entropy(hidden, module.weight, labels, **options)
         assert loss != linear_multi_hot_cross_entropy(hidden, module.weight, labels)
 
+    def test_options_of_the_call_come_before_those_of_the_module(self):
+        module, hidden = LinearMultiHotCrossEntropy(5, 11, z_loss=0.1), torch.randn(2, 3, 5)
+        labels = torch.randint(11, (2, 3, 4))
+        loss, lse = module(hidden, labels, normalizer=7, z_loss=0.2, return_lse=True)
+        assert loss == linear_multi_hot_cross_entropy(hidden, module.weight, labels, normalizer=7, z_loss=0.2)
+        assert lse.shape == (2, 3)
+
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("cap", [None, 0.5])
+    def test_logits_and_loss_are_of_one_model(self, bias, cap):
+        module, hidden = (
+            LinearMultiHotCrossEntropy(5, 11, bias=bias, logit_softcap=cap).double(),
+            torch.randn(7, 5).double(),
+        )
+        labels = torch.randint(11, (7, 4))
+        loss = reference.multi_hot_cross_entropy(module(hidden), labels)
+        torch.testing.assert_close(module(hidden, labels), loss, rtol=1e-14, atol=0)
+        assert cap is None or module(hidden).abs().max() < cap
+
     def test_state_dict_is_that_of_a_linear(self):
-        torch.nn.Linear(5, 11, bias=False).load_state_dict(LinearMultiHotCrossEntropy(5, 11).state_dict())
+        for bias in (False, True):
+            module = LinearMultiHotCrossEntropy(5, 11, bias=bias)
+            torch.nn.Linear(5, 11, bias=bias).load_state_dict(module.state_dict())
+
+    def test_repr_shows_the_options(self):
+        module = LinearMultiHotCrossEntropy(5, 11, bias=True, logit_softcap=30.0, objective="mce_alt")
+        assert repr(module).endswith("out_features=11, bias=True, logit_softcap=30.0, objective='mce_alt')")
+
+    @pytest.mark.parametrize("name", ["label_smooth", "weight", "labels"])
+    def test_unknown_option(self, name):
+        with pytest.raises(TypeError, match=f"unknown option {name}"):
+            LinearMultiHotCrossEntropy(5, 11, **{name: 0.1})

@@ -1,0 +1,109 @@
+"""Plain torch in place of kernels: without data, warnings, and beside the kernels by name.
+
+The tests with the fixture `kernels` run every function on it as well.
+"""
+
+import warnings
+
+import pytest
+import torch
+from cases import FUNCTIONS, embedding_case, fused, loss_and_gradients, loss_case
+
+from tst_ext import bag_embedding, fallback, multi_hot_cross_entropy
+
+
+def on_meta(*tensors):
+    return [None if t is None else t.to("meta") for t in tensors]
+
+
+class TestMeta:
+    """Shapes and dtypes of the public functions without data, also those of gradients."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    def test_bag_embedding(self, dtype):
+        ids, weight, _ = embedding_case((2, 3, 4), 11, 5, dtype, "meta")
+        weight.requires_grad_()
+        out = bag_embedding(ids, weight, padding_idx=-100, position_weights="power_law")
+        assert out.is_meta and out.shape == (2, 3, 5) and out.dtype == dtype
+        out.sum().backward()
+        assert weight.grad.is_meta and weight.grad.shape == weight.shape and weight.grad.dtype == dtype
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize("function", FUNCTIONS)
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"reduction": "none", "position_weights": "power_law"},
+            {"objective": "mce_alt", "logit_softcap": 2.0, "z_loss": 0.1, "label_smoothing": 0.1, "normalizer": 3},
+        ],
+        ids=str,
+    )
+    def test_loss(self, dtype, function, options):
+        case = loss_case(6, 8, 50, 4, dtype, "cpu", bias=True)
+        real = loss_and_gradients(function, *case, **options)
+        for a, b in zip(loss_and_gradients(function, *on_meta(*case), **options), real, strict=True):
+            assert a.is_meta and a.shape == b.shape and a.dtype == b.dtype
+
+    @pytest.mark.parametrize("function", FUNCTIONS)
+    def test_lse_and_z_loss(self, function):
+        case = loss_case(6, 8, 50, 4, torch.float32, "cpu")
+        options = dict(return_lse=True, return_z_loss=True, z_loss=0.1)
+        for a, b in zip(function(*on_meta(*case), **options), function(*case, **options), strict=True):
+            assert a.is_meta and a.shape == b.shape and a.dtype == b.dtype
+
+    def test_errors_come_without_data_too(self):
+        hidden, weight, _, labels = on_meta(*loss_case(6, 8, 50, 4, torch.float32, "cpu"))
+        with pytest.raises(ValueError, match=r"labels.*\(5, 4\)"):
+            fused(hidden, weight, None, labels[:5])
+
+
+class TestWithoutKernels:
+    def test_each_op_runs_plain_torch_and_warns_once(self, without_kernels):
+        ids, weight, _ = embedding_case((2, 3), 11, 5, torch.float32, "cpu")
+        hidden, head, _, labels = loss_case(6, 8, 50, 4, torch.float32, "cpu")
+        calls = {
+            "bag_embedding": lambda: bag_embedding(ids, weight),
+            "linear_multi_hot_cross_entropy": lambda: fused(hidden, head, None, labels),
+            "multi_hot_cross_entropy": lambda: multi_hot_cross_entropy(hidden @ head.T, labels),
+        }
+        fallback._warn.cache_clear()
+        for name, call in calls.items():
+            with pytest.warns(UserWarning, match=rf"tst_ext\.{name}: no compiled kernel for cpu"):
+                call()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                call()
+
+    def test_with_kernels_nothing_warns(self):
+        fallback._warn.cache_clear()
+        ids, weight, _ = embedding_case((2, 3), 11, 5, torch.float32, "cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            bag_embedding(ids, weight)
+            fused(*loss_case(6, 8, 50, 4, torch.float32, "cpu"))
+
+    @pytest.mark.parametrize("chunk_size", [1, 10, 37, None])
+    def test_chunks(self, without_kernels, chunk_size):
+        case = loss_case(37, 24, 101, 4, torch.float64, "cpu", bias=True)
+        whole = loss_and_gradients(fused, *case, chunk_size=37)
+        for a, b in zip(loss_and_gradients(fused, *case, chunk_size=chunk_size), whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+    def test_largest_tensor_is_a_chunk_of_logits(self):
+        class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+            elements = 0
+
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                out = func(*args, **(kwargs or {}))
+                for t in out if isinstance(out, tuple) else (out,):
+                    if isinstance(t, torch.Tensor):
+                        self.elements = max(self.elements, t.numel())
+                return out
+
+        hidden, weight, _, labels = loss_case(512, 4, 1000, 3, torch.float32, "cpu")
+        with Largest() as largest:
+            fallback.linear_multi_hot_cross_entropy(
+                hidden, weight, labels, torch.ones(3), chunk_size=64, grad_hidden=True, grad_weight=True
+            )
+        assert largest.elements == 64 * 1000
