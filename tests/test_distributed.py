@@ -21,6 +21,7 @@ def in_process_group(rank, path, function):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD, timeout=timeout)
     try:
         function(rank)
+        dist.barrier()  # neither closes its sockets while the other still reads
     finally:
         dist.destroy_process_group()
 

@@ -235,6 +235,16 @@ class TestNumerics:
             # random, in parts of random sign.
             assert relative_error(actual, wanted) < 2 * torch.finfo(torch.bfloat16).eps
 
+    def test_bfloat16_weight_gradient_in_blocks(self, device):
+        # Products wait in 16 MiB, 128 rows of this d, to be added to the float32 sum: two blocks, the second short.
+        hidden, weight, bias, labels = loss_case(4, 65536, 200, 3, torch.bfloat16, device)
+        for a, b in zip(
+            loss_and_gradients(fused, hidden, weight, bias, labels, chunk_size=3),
+            loss_and_gradients(plain, hidden.double(), weight.double(), bias, labels),
+            strict=True,
+        ):
+            assert relative_error(a, b) < 2 * torch.finfo(torch.bfloat16).eps
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("function", [fused, on_logits])
     @pytest.mark.parametrize("objective", ["mce", "mce_alt"])

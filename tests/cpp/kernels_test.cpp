@@ -294,11 +294,61 @@ TEST_P(KernelTest, LossRowsExtremes) {
   }
 }
 
+TEST_P(KernelTest, MaximumInEveryColumn) {
+  // Differences that exp cannot bridge: with any other maximum the loss is infinite or NaN.
+  const int64_t n = 130;
+  Stored logits(dtype(), n * n);
+  for (int64_t i = 0; i < n * n; ++i) logits.set(i, i % (n + 1) == 0 ? 32768.0 : -32768.0);
+  std::vector<int64_t> labels(n);
+  for (int64_t r = 0; r < n; ++r) labels[r] = r;
+  const double scale = 1;
+  std::vector<double> loss(n), lse(n);
+  LossRows args{};
+  args.logits = logits.bytes.data(), args.stride = args.vocabulary = n;
+  args.labels = labels.data(), args.bag_size = 1, args.ignore_index = kIgnore, args.position_scale = &scale;
+  args.gradient = true, args.loss = loss.data(), args.lse = lse.data();
+  kernels().loss_rows[dtype()](args, 0, n);
+  EXPECT_EQ(loss, std::vector<double>(n, 0.0));
+  EXPECT_EQ(lse, std::vector<double>(n, 32768.0));
+  for (int64_t i = 0; i < n * n; ++i) EXPECT_EQ(logits.get(i), 0) << i;
+}
+
+// One row of nine logits, 0 but for column 3, with labels 2 and 3.
+struct SmallRow {
+  Stored logits;
+  double loss = -1, lse = -1;
+  std::vector<int64_t> labels = {2, 3};
+
+  SmallRow(DType dtype, double logit, std::vector<double> scale, const double* grad_loss) : logits(dtype, 9) {
+    for (int64_t v = 0; v < 9; ++v) logits.set(v, v == 3 ? logit : 0.0);
+    LossRows args{};
+    args.logits = logits.bytes.data(), args.stride = args.vocabulary = 9;
+    args.labels = labels.data(), args.bag_size = 2, args.ignore_index = kIgnore, args.position_scale = scale.data();
+    args.gradient = true, args.grad_loss = grad_loss, args.loss = &loss, args.lse = &lse;
+    kernels().loss_rows[dtype](args, 0, 1);
+  }
+};
+
+TEST_P(KernelTest, LabelOfWeightZeroMayBeMasked) {
+  const SmallRow row(dtype(), -INFINITY, {1, 0}, nullptr);  // 0 times infinity is NaN
+  EXPECT_NEAR(row.loss, std::log(8.0), 16 * accumulation_eps());
+  EXPECT_EQ(row.logits.get(3), 0);
+  EXPECT_NEAR(row.logits.get(2), 0.125 - 1, eps(dtype()));
+}
+
+TEST_P(KernelTest, RowWithoutUpstreamGradientIsZeros) {
+  const double nothing = 0;
+  for (const double logit : {NAN, INFINITY}) {
+    const SmallRow row(dtype(), logit, {1, 1}, &nothing);
+    for (int64_t v = 0; v < 9; ++v) EXPECT_EQ(row.logits.get(v), 0) << v;
+  }
+}
+
 TEST_P(KernelTest, MaskedColumnsGetNoSmoothing) {
   const int64_t vocabulary = 40;
   Stored logits(dtype(), vocabulary);
-  for (int64_t v = 0; v < vocabulary; ++v) logits.set(v, v % 2 ? 1.0 : -INFINITY);
-  const int64_t label = 5;
+  for (int64_t v = 0; v < vocabulary; ++v) logits.set(v, v % 2 ? v % 4 - 2.0 : -INFINITY);  // 10 times -1, 10 times 1
+  const int64_t label = 5;                                                                  // -1
   const double scale = 1;
   double loss, lse;
   LossRows args{};
@@ -306,9 +356,11 @@ TEST_P(KernelTest, MaskedColumnsGetNoSmoothing) {
   args.labels = &label, args.bag_size = 1, args.ignore_index = kIgnore, args.position_scale = &scale;
   args.label_smoothing = 0.5, args.gradient = true, args.loss = &loss, args.lse = &lse;
   kernels().loss_rows[dtype()](args, 0, 1);
-  EXPECT_NEAR(loss, std::log(20.0), 16 * accumulation_eps());
+  const double total = 10 * std::exp(1.0) + 10 * std::exp(-1.0);
+  EXPECT_NEAR(loss, 0.5 * (std::log(total) + 1) + 0.5 * std::log(total), 16 * accumulation_eps());
   for (int64_t v = 0; v < vocabulary; ++v) {
-    const double wanted = v == 5 ? 0.05 - 0.5 - 0.025 : v % 2 ? 0.05 - 0.025 : 0.0;
+    const double p = v % 2 ? std::exp(v % 4 - 2.0) / total : 0.0;
+    const double wanted = v == 5 ? p - 0.5 - 0.025 : v % 2 ? p - 0.025 : 0.0;
     EXPECT_NEAR(logits.get(v), wanted, eps(dtype())) << v;
   }
 }
@@ -495,6 +547,14 @@ TEST_P(ConversionTest, EveryRounding) {
         source.insert(source.end(), {x, std::nextafter(x, INFINITY), std::nextafter(x, -INFINITY)});
       }
     }
+    // What lies between float16's largest number and infinity, and NaNs whose every bit is set.
+    for (const float x : {std::nextafter(65520.0f, 0.0f), 65520.0f, 65535.0f, 65536.0f, 1e5f, 131071.0f}) {
+      source.insert(source.end(), {x, -x});
+    }
+    for (const uint32_t bits : {0x7fffffffu, 0xffffffffu}) {
+      source.emplace_back();
+      std::memcpy(&source.back(), &bits, 4);
+    }
     Stored out(dtype, source.size());
     std::vector<int64_t> begin = {0}, end = {1};
     const GatherSum args{source.data(),
@@ -520,77 +580,6 @@ TEST_P(ConversionTest, EveryRounding) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, ConversionTest, testing::ValuesIn(capabilities()));
-
-TEST(BagsById, SortsStablyAndCutsLongRows) {
-  const int64_t bags = 400, bag_size = 3, rows = 9;
-  std::mt19937_64 random(3);
-  std::vector<int64_t> ids(bags * bag_size);
-  for (size_t p = 0; p < ids.size(); ++p) ids[p] = p % 3 == 0 ? 4 : static_cast<int64_t>(random() % (rows - 1));
-  for (int i = 0; i < 256; ++i) ids[3 * i + 1] = 6;
-  const BagsById plan = bags_by_id(ids.data(), bags, bag_size, rows);
-
-  std::vector<std::vector<int64_t>> expected(rows), got(rows);
-  for (int64_t p = 0; p < bags * bag_size; ++p) expected[ids[p]].push_back(p / bag_size);
-  for (int64_t v = 0; v < rows; ++v) {
-    got[v].assign(plan.bags.begin() + plan.offsets[v], plan.bags.begin() + plan.offsets[v + 1]);
-    EXPECT_LE(static_cast<int64_t>(got[v].size()), BagsById::kPiece);
-  }
-  for (size_t k = 0; k < plan.long_rows.size(); ++k) {
-    for (int64_t piece = plan.long_offsets[k]; piece < plan.long_offsets[k + 1]; ++piece) {
-      const int64_t first = plan.piece_offsets[piece], last = plan.piece_offsets[piece + 1];
-      EXPECT_LE(last - first, BagsById::kPiece);
-      EXPECT_GT(last, first);
-      std::vector<int64_t>& row = got[plan.long_rows[k]];
-      row.insert(row.end(), plan.bags.begin() + first, plan.bags.begin() + last);
-    }
-  }
-  EXPECT_EQ(got, expected);
-  EXPECT_EQ(plan.long_rows, (std::vector<int64_t>{4, 6}));
-  EXPECT_TRUE(expected[8].empty());
-}
-
-TEST(BagsById, SkipsIgnoredIdsAndSortsCoefficients) {
-  const std::vector<int64_t> ids = {2, kIgnore, 0, 2, kIgnore, kIgnore, 1, 2};
-  std::vector<double> coefficients = {0.5, 9, 1, 2, 9, 9, 3, 4};
-  const BagsById plan = bags_by_id(ids.data(), 4, 2, 3, kIgnore, coefficients.data());
-  EXPECT_EQ(plan.offsets, (std::vector<int64_t>{0, 1, 2, 5}));
-  EXPECT_EQ(plan.bags, (std::vector<int64_t>{1, 3, 0, 1, 3}));
-  EXPECT_EQ(plan.coefficients, (std::vector<double>{1, 3, 0.5, 2, 4}));
-
-  std::vector<int64_t> many(600, 1);  // cut into pieces: the coefficients go with their bags
-  many[5] = kIgnore;
-  std::vector<double> each(600);
-  for (size_t p = 0; p < each.size(); ++p) each[p] = double(p);
-  const BagsById cut = bags_by_id(many.data(), 600, 1, 2, kIgnore, each.data());
-  EXPECT_EQ(cut.piece_offsets, (std::vector<int64_t>{0, 256, 512, 599}));
-  for (size_t k = 0; k < cut.bags.size(); ++k) EXPECT_EQ(cut.coefficients[k], double(cut.bags[k]));
-}
-
-TEST(BalancedStart, CoversEveryRowOnceAndEvenly) {
-  std::vector<int64_t> offsets = {0};
-  for (int v = 0; v < 1000; ++v) offsets.push_back(offsets.back() + (v < 10 ? 100 : v % 2));
-  for (const int64_t parts : {1, 2, 3, 7, 64}) {
-    EXPECT_EQ(balanced_start(offsets, 0, parts), 0);
-    EXPECT_EQ(balanced_start(offsets, parts, parts), 1000);
-    const int64_t work = offsets.back() + 1000;
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t first = balanced_start(offsets, part, parts), last = balanced_start(offsets, part + 1, parts);
-      ASSERT_LE(first, last);
-      EXPECT_LE((offsets[last] - offsets[first]) + (last - first), work / parts + 102) << "one row more than its share";
-    }
-  }
-  EXPECT_EQ(balanced_start({0}, 1, 2), 0);  // no rows at all
-}
-
-TEST(FindOutOfRange, NamesTheFirst) {
-  const std::vector<int64_t> ids = {0, 9, kIgnore, -1, 10};
-  EXPECT_EQ(find_out_of_range(ids.data(), 3, 10, kIgnore), -1);
-  EXPECT_EQ(find_out_of_range(ids.data(), 5, 10, kIgnore), 3);
-  EXPECT_EQ(find_out_of_range(ids.data(), 5, 9, kIgnore), 1);
-  EXPECT_EQ(find_out_of_range(ids.data(), 5, 10, 0), 2);
-  EXPECT_EQ(find_out_of_range(ids.data(), 5, 10, std::nullopt), 2);
-  EXPECT_EQ(find_out_of_range(ids.data(), 0, 0, kIgnore), -1);
-}
 
 TEST(Capability, UnknownNameIsRefused) {
   const std::string before = capability();

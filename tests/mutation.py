@@ -1,0 +1,348 @@
+"""Mutation testing: breaks one line at a time and demands that a test notices.
+
+    python tests/mutation.py [--only NAME ...] [--table]
+
+The kernels (csrc/cpu/kernels_impl.h, csrc/cpu/bags.cpp) are judged by the C++ tests (needs CMake and GoogleTest), what
+stands between them and the user by pytest (needs the installed development environment). All of it happens in a copy of
+the working tree: half an hour on two busy cores. The exit status is 1 if a mutant survives, does not apply or does not
+compile. A mutant that survives is a missing test, or equivalent to what it replaces: then it has no place here.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+JOBS = "2"  # at a time, in a build
+CPP_SECONDS, PYTEST_SECONDS = 120, 900  # a loop that a mutant made endless ends here
+
+
+class Mutant(NamedTuple):
+    name: str
+    old: str  # once in its file
+    new: str
+    breaks: str
+
+
+class Outcome(NamedTuple):
+    state: str  # "killed", "survived" or "does not compile"
+    failing: list[str] = []  # the tests that fail, in C++ all of them, in Python the first
+    output: str = ""  # of what failed first
+
+
+# fmt: off
+CPP: dict[str, list[Mutant]] = {
+    "csrc/cpu/kernels_impl.h": [
+        # Storage formats.
+        Mutant("bf16-truncated", "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16;", "bits >> 16;", "bfloat16 truncated"),
+        Mutant("bf16-ties", "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16;", "(bits + 0x8000) >> 16;",
+               "bfloat16 ties away from even"),
+        Mutant("bf16-nan", "(bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded", "rounded",
+               "a NaN with a full significand rounds to -0"),
+        Mutant("f16-ties", "0xfff + ((magnitude >> 13) & 1)", "0x1000", "float16 ties away from even"),
+        Mutant("f16-subnormal", "magnitude < 0x38800000", "magnitude < 0x38000000",
+               "largest subnormal halves rounded as normal ones"),
+        Mutant("f16-overflow", "magnitude >= 0x47800000", "magnitude >= 0x48000000", "65536 to 131071 become NaN"),
+        Mutant("f16-infinity", "magnitude >= 0x0f800000", "magnitude > 0x0f800000", "half's infinity widens to 65536"),
+        # The end of a row.
+        Mutant("load-fill", "lane = static_cast<int>(count); lane < kLanes; ++lane) value",
+               "lane = static_cast<int>(count) + 1; lane < kLanes; ++lane) value", "lane past the end not filled"),
+        Mutant("store-tail", "std::memcpy(to, padded, count * sizeof(T));",
+               "std::memcpy(to, padded, (count - 1) * sizeof(T));", "last lane not stored"),
+        # exp and tanh.
+        Mutant("exp-constant", "5.0000001201e-1f", "5.001e-1f", "polynomial of exp off by 1e-4"),
+        Mutant("exp-ln2", "+ n * 2.12194440e-4f", "- n * 2.12194440e-4f", "low part of ln 2 subtracted"),
+        Mutant("exp-clamp", "x < -87.3365f ?", "false ?", "no zero below exp's range"),
+        Mutant("tanh-branch", "magnitude < 0.625f", "magnitude < 6.25f", "polynomial of tanh beyond its range"),
+        Mutant("tanh-sign", "bit_cast<U32>(far) | (bit_cast<U32>(x) & 0x80000000)", "bit_cast<U32>(far)",
+               "tanh positive for negative arguments"),
+        # gather_sum.
+        Mutant("gather-last", "last = a.end[r];", "last = a.end[r] - 1;", "last hit dropped"),
+        Mutant("gather-index", "a.coefficients[k])", "a.coefficients[k - first])", "wrong coefficient index"),
+        Mutant("gather-rows", "(a.out_rows ? a.out_rows[r] : r)", "r", "row permutation ignored"),
+        Mutant("gather-weights", "sum += coefficient(k) * load", "sum += load", "coefficients forgotten in the tail"),
+        # The maximum and the sums of a row.
+        Mutant("max-accumulator", "maximum<A>(best[2], best[3])", "maximum<A>(best[2], best[2])",
+               "maximum misses a quarter of the columns"),
+        Mutant("max-fill", "kLanes, kLowest), best[0]);", "kLanes, 0), best[0]);", "maximum of negative logits is 0"),
+        Mutant("max-lane", "0; lane < kLanes; ++lane) m =", "1; lane < kLanes; ++lane) m =", "maximum misses a lane"),
+        Mutant("max-uncapped", "m = capped(Vec<A>{} + row_maximum(x, n), cap)[0]", "m = row_maximum(x, n)",
+               "maximum of raw logits subtracted from capped ones"),
+        Mutant("sum-minus-max", "e = exp_nonpositive(z - m);", "e = exp_nonpositive(z);", "maximum not subtracted"),
+        Mutant("sum-block", "n - start < kBlock ? n : start + kBlock;", "n - start < kBlock ? n : start + kBlock - 1;",
+               "one column a block dropped"),
+        Mutant("sum-tail", "for (int lane = static_cast<int>(stop - v); lane < kLanes; ++lane) z[lane] = kLowest;", "",
+               "capped lanes past the end counted"),
+        Mutant("sum-masked", "z > kLowest ? z - m : Vec<A>{}", "z - m", "masked columns in the mean of smoothing"),
+        Mutant("sum-columns", "z > kLowest ? Vec<A>{} + A(1) : Vec<A>{}", "Vec<A>{} + A(1)",
+               "masked columns in the number of columns"),
+        # Exponentials kept for the gradient.
+        Mutant("keep-tail", "if constexpr (keep) store(x + v, e, stop - v);", "", "exponentials of the tail not kept"),
+        Mutant("keep-reused", "if constexpr (kept) return z * factor;", "", "kept exponentials taken for logits"),
+        Mutant("keep-16-bit", "plain && sizeof(T) > 2;", "plain;", "exponentials rounded to 16 bits"),
+        Mutant("keep-forward", ": row_sums<T, plain, false>(x", ": row_sums<T, plain, kKeep>(x",
+               "logits overwritten without a gradient"),
+        # The gradient at the columns.
+        Mutant("grad-minus-max", "return exp_nonpositive(z - m) * factor;", "return exp_nonpositive(z) * factor;",
+               "maximum not subtracted"),
+        Mutant("grad-uniform", "- (z > kLowest ? Vec<A>{} + uniform : Vec<A>{})", "", "smoothing forgotten"),
+        Mutant("grad-masked", "(z > kLowest ? Vec<A>{} + uniform : Vec<A>{})", "uniform", "masked columns smoothed"),
+        Mutant("grad-cap", " * (A(1) - t * t);", ";", "derivative of the softcap forgotten"),
+        Mutant("grad-tail", "if (v < n) store(x + v, g", "if (false) store(x + v, g", "tail keeps logits"),
+        # The labels.
+        Mutant("row-stride", "static_cast<T*>(a.logits) + r * a.stride", "static_cast<T*>(a.logits) + r * n",
+               "stride of the rows ignored"),
+        Mutant("label-ignored", "labels[i] == a.ignore_index || ", "", "ignore_index taken for a column"),
+        Mutant("label-weightless", " || a.position_scale[i] == 0) continue;", ") continue;", "label of weight 0"),
+        Mutant("label-twice", "target->pull += a.position_scale[i];", "target->pull = a.position_scale[i];",
+               "duplicate labels count once"),
+        Mutant("label-distinct", "while (target != targets.end() && target->label != labels[i]) ++target;",
+               "target = targets.end();", "duplicate labels stand apart"),
+        Mutant("label-cap", "capped(Vec<A>{} + load_one(x + labels[i]), cap)", "Vec<A>{} + load_one(x + labels[i])",
+               "label's logit without softcap"),
+        Mutant("label-pull", "- g * (1 - smoothing) * t.pull;", "+ g * (1 - smoothing) * t.pull;", "labels repel"),
+        Mutant("label-smoothed", "- g * (1 - smoothing) * t.pull;", "- g * t.pull;", "1 - label_smoothing forgotten"),
+        Mutant("label-uniform", "gradient -= uniform;", "gradient -= 0;", "smoothing forgotten at labels"),
+        Mutant("label-slope", "1 - (t.logit / a.logit_softcap) * (t.logit / a.logit_softcap);", "1;",
+               "derivative of the softcap forgotten at labels"),
+        # The set objective.
+        Mutant("set-clamp", "nll < 0 ? 0.0 : nll", "nll", "loss below 0 by rounding"),
+        Mutant("set-masked", "t.logit == best ? 1.0 : std::exp(t.logit - best)", "std::exp(t.logit - best)",
+               "NaN where all labels are masked"),
+        Mutant("set-share", "t.pull *= scale / total;", "t.pull *= scale;", "pulls not divided by their total"),
+        # The loss, and what its gradient is multiplied by.
+        Mutant("loss-mean", "sums.logits / sums.columns)", "sums.logits / n)", "mean over masked columns too"),
+        Mutant("loss-unlabelled", "scale == 0 ? 0.0 : loss;", "loss;", "NaN logits of a row without labels"),
+        Mutant("factor-z", "(1 + 2 * a.z_loss * lse)", "(1 + a.z_loss * lse)", "factor 2 of the z-loss"),
+        Mutant("factor-lse", " + u) / sums.exps;", ") / sums.exps;", "gradient of lse dropped"),
+        Mutant("factor-uniform", "g * smoothing * scale / sums.columns", "smoothing * scale / sums.columns",
+               "smoothing without the upstream gradient"),
+        Mutant("zero-row", "std::memset(x, 0, n * sizeof(T));", "", "row without labels keeps its logits"),
+        Mutant("zero-upstream", "(scale == 0 || g == 0) && u == 0", "scale == 0 && u == 0",
+               "NaN logits of a row without upstream gradient"),
+        Mutant("zero-lse", "(scale == 0 || g == 0) && u == 0", "scale == 0 || g == 0", "gradient of lse alone dropped"),
+        # Sums of columns.
+        Mutant("column-add", "a.add ? load(out + c, count, A(0)) : Vec<A>{}", "Vec<A>{}", "add ignored"),
+        Mutant("column-block", "r < start + kBlock;", "r < start + kBlock - 1;", "one row a block dropped"),
+        Mutant("accumulate-add", "a.add ? load(a.out + i, count, 0.0f) + value : value", "value", "add ignored"),
+    ],
+    "csrc/cpu/bags.cpp": [
+        Mutant("range-limit", "ids[i] >= limit", "ids[i] > limit", "first id past the table accepted"),
+        Mutant("range-ignored", " && ids[i] != ignored) return i;", ") return i;", "ignored id refused"),
+        Mutant("bags-number", "plan.bags[place] = bag;", "plan.bags[place] = p;", "position in place of the bag"),
+        Mutant("bags-weight", "coefficients[p];", "coefficients[i];", "coefficient of the first bag"),
+        Mutant("bags-end", "plan.offsets[rows] = next;", "plan.offsets[rows] = hits;", "last row takes the pieces"),
+        Mutant("piece-size", "next + BagsById::kPiece, end", "next + BagsById::kPiece + 1, end", "piece too long"),
+        Mutant("piece-last", "piece_offsets.size()) - 1);", "piece_offsets.size()) - 2);", "last piece dropped"),
+        Mutant("balance-rows", "(offsets[rows] + rows) * part / parts", "offsets[rows] * part / parts",
+               "last rows without hits not covered"),
+        Mutant("balance-cost", "offsets[middle] + middle < target", "offsets[middle] < target", "rows cost nothing"),
+    ],
+}
+
+PYTHON: dict[str, list[Mutant]] = {
+    "csrc/cpu/kernels_impl.h": [  # what needs more rows than a C++ test has
+        Mutant("column-compensation", "sum[c] - lost[c]", "sum[c]", "bias gradient drifts with the rows"),
+    ],
+    "tst_ext/arguments.py": [
+        Mutant("mean-rows", "count = valid.sum(0).to(dtype)", "count = torch.full_like(w, len(labels))",
+               "mean over all rows, not those with a label"),
+        Mutant("mean-weights", "count = count * w.sum()", "count = count * 1", "weights not divided by their sum"),
+        Mutant("mean-set", "valid = valid.any(1, keepdim=True).expand_as(valid)", "valid = valid & True",
+               "rows of the set objective counted by their first label"),
+    ],
+    "tst_ext/bags.py": [
+        Mutant("fold-shift", "bag_size - 1 if shifted else bag_size", "bag_size", "labels one token late"),
+        Mutant("fold-boundary", "torch.where(position < bag_size, -1, bag - 1)", "bag - 1", "document boundary"),
+        Mutant("fold-slot", "slot = position % bag_size", "slot = t % bag_size", "documents do not begin a bag"),
+        Mutant("fold-end", "ends[..., -1] = True", "pass", "a sequence does not end its document"),
+    ],
+    "tst_ext/fallback.py": [
+        Mutant("plain-twice", "leads = valid & ~same.tril(-1).any(-1)", "leads = valid", "duplicate labels pull twice"),
+        Mutant("plain-chunks", "dw += (d.T", "dw = (d.T", "weight gradient of the last chunk alone"),
+    ],
+    "tst_ext/ops.py": [
+        Mutant("upstream", "return (gradient * factor).to(dtype)", "return gradient.to(dtype)",
+               "gradient not scaled by the upstream one"),
+        Mutant("upstream-lse", "gradient + more", "gradient", "gradient of lse dropped"),
+        Mutant("kept-graph", "and not torch._C._autograd._get_current_graph_task_keep_graph()", "and True",
+               "two backward passes share their gradients"),
+    ],
+    "csrc/cpu/loss.h": [
+        Mutant("chunk-labels", "+ start * args.bag_size", "+ start", "labels of other rows in later chunks"),
+        Mutant("chunk-upstream", "grad_loss_.data() + start", "grad_loss_.data()", "upstream of the first chunk"),
+        Mutant("chunk-lse", "grad_lse_.data() + start", "grad_lse_.data()", "gradient of lse of the first chunk"),
+    ],
+    "csrc/cpu/linear_multi_hot_cross_entropy.cpp": [
+        Mutant("chunk-last", "start < rows; start", "start + chunk <= rows; start", "last, short chunk dropped"),
+        Mutant("chunk-bias", "(db, z, start > 0)", "(db, z, false)", "bias gradient of one chunk alone"),
+        Mutant("chunk-weight", "h_chunk, start ? 1.0 : 0.0)", "h_chunk, 0.0)", "weight gradient of one chunk alone"),
+        Mutant("staged-block", "narrow(z, 1, v, count)", "narrow(z, 1, 0, count)",
+               "bfloat16 weight gradient of the first block of the vocabulary"),
+    ],
+    "csrc/cpu/multi_hot_cross_entropy.cpp": [
+        Mutant("forward-writes", "loss.run(0, z, false);", "loss.run(0, z, true);", "forward overwrites the logits"),
+    ],
+    "csrc/cpu/bag_embedding.cpp": [
+        Mutant("padding-divisor", "total == 0 ? 1.0 : total;", "total == 0 ? 1.0 : static_cast<double>(bag_size);",
+               "padding counts in the divisor"),
+        Mutant("long-rows", "(0, long_rows, 1,", "(0, long_rows - 1, 1,", "last long row not finished"),
+    ],
+}
+# fmt: on
+
+
+def copy_tree(folder: Path) -> None:
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    compiled = [str(path.relative_to(ROOT)) for path in ROOT.glob("tst_ext/_C*.so")]
+    for name in filter(None, names + compiled):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+
+
+class Tree:
+    """The copy of the working tree with a way to build it and the tests that judge it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # Neither flags of the caller nor CUDA, which no mutant touches; the copy comes before an editable installation.
+        flags = ("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS")
+        self.environment = {name: value for name, value in os.environ.items() if name not in flags} | {
+            "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
+            "PYTHONPATH": str(folder),
+            "PYTHONDONTWRITEBYTECODE": "1",  # a mutant may be of the size and the second of what it replaces
+            "CUDA_VISIBLE_DEVICES": "",
+            "TST_CUDA": "0",
+            "MAX_JOBS": JOBS,
+        }
+
+    def run(self, command: list[str], seconds: int | None = None) -> tuple[int | str, str]:
+        """Exit status, or "timeout", and output."""
+        pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        try:
+            done = subprocess.run(command, cwd=self.folder, env=self.environment, timeout=seconds, **pipes)
+            return done.returncode, done.stdout
+        except subprocess.TimeoutExpired:
+            return "timeout", ""
+
+
+class CppTree(Tree):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        options = ["-DCMAKE_BUILD_TYPE=Release", "-DTST_SANITIZE=", "-DTST_REQUIRE_TESTS=ON"]
+        status, output = self.run(["cmake", "-S", ".", "-B", "build/mutation", *options])
+        if status:
+            sys.exit(output)
+
+    def build(self, file: str) -> tuple[int | str, str]:
+        return self.run(["cmake", "--build", "build/mutation", "--parallel", JOBS, "--target", "tst_tests"])
+
+    def test(self) -> Outcome:
+        # One process a test, which a crash ends alone, and only up to its first failure: a broken kernel fails in every
+        # column, and printing that takes minutes.
+        binary, suite, first = "build/mutation/tst_tests", "", ""
+        status, listed = self.run([binary, "--gtest_list_tests"])
+        failing = [f"status {status}"] if status else []
+        for line in listed.splitlines():
+            name = line.split("#")[0].strip()
+            if not line.startswith("  "):
+                suite = name
+                continue
+            command = [binary, "--gtest_brief=1", "--gtest_break_on_failure", f"--gtest_filter={suite}{name}"]
+            status, output = self.run(command, CPP_SECONDS)
+            if status:
+                first = first or output
+                failing.append(re.sub("^All/|/[0-9]+$", "", suite + name) + (" (timeout)" * (status == "timeout")))
+            if status == "timeout":
+                break
+        return Outcome("killed" if failing else "survived", failing, first)
+
+
+class PythonTree(Tree):
+    # Training, packaging and processes of their own take minutes and judge other things.
+    ignored = ["train", "test_build.py", "test_memory.py", "test_torch.py", "test_distributed.py", "test_main.py"]
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        _, imported = self.run([sys.executable, "-c", "import tst_ext; print(tst_ext.__file__)"])
+        assert imported.strip() == str(folder / "tst_ext/__init__.py"), f"not the copy's tst_ext: {imported}"
+
+    def build(self, file: str) -> tuple[int | str, str]:
+        parse = ["-c", "import ast, sys; ast.parse(open(sys.argv[1]).read())", file]
+        return self.run([sys.executable, *(parse if file.endswith(".py") else ["setup.py", "build_ext", "--inplace"])])
+
+    def test(self) -> Outcome:
+        command = [sys.executable, "-m", "pytest", "tests", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+        status, output = self.run(command + [f"--ignore=tests/{name}" for name in self.ignored], PYTEST_SECONDS)
+        failing = re.findall(r"^(?:FAILED|ERROR) tests/([^\s\[]+)", output, re.MULTILINE)
+        return Outcome("killed", failing or [f"status {status}"], output) if status else Outcome("survived")
+
+
+TREES: dict[type[CppTree | PythonTree], dict[str, list[Mutant]]] = {CppTree: CPP, PythonTree: PYTHON}
+
+
+def judge(tree: CppTree | PythonTree, file: str, old: str = "", new: str = "") -> Outcome:
+    path = tree.folder / file
+    text = path.read_text()
+    if old:
+        path.write_text(text.replace(old, new))
+    status, output = tree.build(file)
+    outcome = Outcome("does not compile", output=output) if status else tree.test()
+    path.write_text(text)
+    return outcome
+
+
+def main() -> int:
+    mutants = [(tree, file, m) for tree, files in TREES.items() for file, group in files.items() for m in group]
+    names = [m.name for _, _, m in mutants]
+    assert len(set(names)) == len(names), "two mutants of one name"
+    parser = argparse.ArgumentParser(description="Breaks one line at a time and demands that a test notices.")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help="these mutants alone")
+    parser.add_argument("--table", action="store_true", help="print the result as a Markdown table too")
+    arguments = parser.parse_args()
+
+    results: list[tuple[str, Mutant, Outcome]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        copy_tree(folder)
+        for _, file, m in mutants:
+            count = (folder / file).read_text().count(m.old)
+            assert count == 1 and m.old != m.new, f"{m.name}: {m.old!r} occurs {count} times in {file}"
+        for kind in TREES:
+            chosen = [(file, m) for k, file, m in mutants if k is kind and m.name in (arguments.only or names)]
+            chosen.sort(key=lambda each: not each[0].endswith(".py"))  # while the extension is not a mutant's
+            if not chosen:
+                continue
+            tree = kind(folder)
+            outcome = judge(tree, chosen[-1][0])  # builds the extension if any mutant does
+            if outcome.state != "survived":
+                sys.exit(f"{outcome.output}\n{kind.__name__} without a mutation: {outcome.state}, {outcome.failing}")
+            for file, m in chosen:
+                outcome = judge(tree, file, m.old, m.new)
+                results.append((file, m, outcome))
+                by = f" ({outcome.failing[0]})" if outcome.failing else ""
+                print(f"{outcome.state:8} {m.name}: {m.breaks}{by}", flush=True)
+                if outcome.state == "does not compile":
+                    print(outcome.output[-3000:])
+
+    if arguments.table:
+        print("\n| mutant | file | what is broken | killed by |\n| --- | --- | --- | --- |")
+        for file, mutant, outcome in results:
+            more = f" and {len(outcome.failing) - 1} more" if len(outcome.failing) > 1 else ""
+            by = f"`{outcome.failing[0]}`{more}" if outcome.failing else f"**{outcome.state}**"
+            print(f"| {mutant.name} | `{file}` | {mutant.breaks} | {by} |")
+    bad = [mutant.name for _, mutant, outcome in results if outcome.state != "killed"]
+    print(f"\n{len(results) - len(bad)} of {len(results)} mutants killed" + (f"; not: {', '.join(bad)}" if bad else ""))
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
