@@ -178,6 +178,15 @@ class TestDocumentFold:
         assert torch.equal(fewer, inputs[:, :5])
         assert torch.equal(fold_labels(ids, 2, shifted=False, cu_seqlens=cu_seqlens, num_bags=5), labels[:, :5])
 
+    def test_without_data(self):
+        # On another device than the CPU no value is read, given the number of bags: nothing waits for the device.
+        ids, cu_seqlens = (
+            torch.empty(2, 12, dtype=torch.long, device="meta"),
+            torch.empty(5, dtype=torch.long, device="meta"),
+        )
+        assert fold_inputs(ids, 4, cu_seqlens=cu_seqlens, num_bags=5).shape == (2, 5, 4)
+        assert fold_labels(ids, 4, shifted=True, cu_seqlens=cu_seqlens, num_bags=5).shape == (2, 5, 4)
+
     def test_offsets_in_bags(self):
         # The recipe of docs/ops.md for attention within documents.
         ids = stream([3, 4, 5, 1, 7], 20)[0]
