@@ -1,5 +1,6 @@
-"""A small model with both ops, and its data: shared by the tests of the ops inside torch."""
+"""A small model with both ops, its data and its options: shared by the tests of the ops inside torch."""
 
+import pytest
 import torch
 from cases import IGNORE, generator
 from torch import nn
@@ -41,3 +42,35 @@ class Model(nn.Module):
 
     def forward(self, ids, labels, **options):
         return self.head(torch.relu(self.body(self.embedding(ids))), labels, **options)
+
+
+def assert_equal(left, right):
+    assert len(left) == len(right)
+    for i, (a, b) in enumerate(zip(left, right, strict=True)):
+        assert a.dtype == b.dtype and torch.equal(a, b), f"{i}: off by {(a.double() - b.double()).abs().max()}"
+
+
+def step(model, ids, labels, upstream):
+    """A scalar of whatever the model returns; lse and z_loss count as well, with weights of their own."""
+    results = model(ids, labels)
+    results = results if isinstance(results, tuple) else (results,)
+    return sum(((i + 1) * upstream[: r.shape[0]] * r if r.dim() else 1.5 * r).sum() for i, r in enumerate(results))
+
+
+def loss_and_gradients(function, model, *arguments):
+    loss = function(model, *arguments)
+    return loss.detach(), *torch.autograd.grad(loss, tuple(model.parameters()))
+
+
+OPTIONS = {
+    "plain": {},
+    "bias": dict(bias=True),
+    "everything": dict(bias=True, z_loss=1e-2, logit_softcap=5.0, label_smoothing=0.1),
+    "mce_alt": dict(objective="mce_alt", bias=True, reduction="sum", chunk_size=3),
+    "none": dict(bias=True, reduction="none", z_loss=1e-2),
+    "lse": dict(bias=True, return_lse=True),
+    "lse_and_z_loss": dict(z_loss=1e-2, return_lse=True, return_z_loss=True),
+    "none_lse": dict(reduction="none", return_lse=True, logit_softcap=5.0),
+    "position_weights": dict(position_weights="power_law", normalizer=17),
+}
+all_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -151,7 +151,7 @@ PYTHON: dict[str, list[Mutant]] = {
         Mutant("column-compensation", "sum[c] - lost[c]", "sum[c]", "bias gradient drifts with the rows"),
     ],
     "tst_ext/arguments.py": [
-        Mutant("mean-rows", "count = valid.sum(0).to(dtype)", "count = torch.full_like(w, len(labels))",
+        Mutant("mean-rows", "count = valid.sum(0).to(w.dtype)", "count = torch.full_like(w, len(labels))",
                "mean over all rows, not those with a label"),
         Mutant("mean-weights", "count = count * w.sum()", "count = count * 1", "weights not divided by their sum"),
         Mutant("mean-set", "valid = valid.any(1, keepdim=True).expand_as(valid)", "valid = valid & True",
@@ -173,6 +173,10 @@ PYTHON: dict[str, list[Mutant]] = {
         Mutant("upstream-lse", "gradient + more", "gradient", "gradient of lse dropped"),
         Mutant("kept-graph", "and not torch._C._autograd._get_current_graph_task_keep_graph()", "and True",
                "two backward passes share their gradients"),
+    ],
+    "tst_ext/derivatives.py": [
+        Mutant("second-derivative", "for t in (*grads, ctx.saved_tensors[-1])", "for t in grads",
+               "gradient of a gradient is 0 without a word"),
     ],
     "csrc/cpu/loss.h": [
         Mutant("chunk-labels", "+ start * args.bag_size", "+ start", "labels of other rows in later chunks"),
@@ -268,7 +272,7 @@ class CppTree(Tree):
 
 class PythonTree(Tree):
     # Training, packaging and processes of their own take minutes and judge other things.
-    ignored = ["train", "test_build.py", "test_memory.py", "test_torch.py", "test_distributed.py", "test_main.py"]
+    ignored = ["train", "test_build.py", "test_memory.py", "test_compile.py", "test_distributed.py", "test_main.py"]
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

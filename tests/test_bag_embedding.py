@@ -99,13 +99,6 @@ class TestBagEmbedding:
         ids, weight, _ = embedding_case((3, 2, 4), 7, 5, torch.float64, device)
         assert torch.autograd.gradcheck(lambda w: bag_embedding(ids, w), weight.requires_grad_())
 
-    def test_second_derivative_is_refused(self, device):
-        weight = torch.randn(5, 3, device=device, requires_grad=True)
-        out = bag_embedding(torch.tensor([[1, 2]], device=device), weight)
-        (grad,) = torch.autograd.grad(out.square().sum(), weight, create_graph=True)
-        with pytest.raises(RuntimeError, match="twice|once_differentiable"):
-            grad.sum().backward()
-
     @given(
         bags=st.integers(0, 9), bag_size=st.integers(1, 9), vocabulary=st.integers(1, 40), dim=st.integers(1, 70),
         seed=st.integers(0, 1000),
@@ -190,6 +183,19 @@ class TestPaddingAndWeights:
         assert (ids == 3).sum() >= 10_000 - 5000 // 3
         check_embedding(ids, weight, grad, padding_idx=PADDING, position_weights="power_law")
 
+    @pytest.mark.parametrize("weights", [torch.tensor([3e38, 3e38]), torch.full((2,), 1e-50, dtype=torch.float64)])
+    def test_weights_of_any_size(self, device, weights, kernels):
+        table = torch.ones(3, 4, device=device)
+        out = bag_embedding(torch.tensor([[0, 2]], device=device), table, position_weights=weights)
+        assert relative_error(out, torch.ones(1, 4)) < 2 * torch.finfo(torch.float32).eps
+
+    def test_an_infinite_gradient_stays_in_its_bag(self, device, kernels):
+        ids = torch.tensor([[1, PADDING], [2, 2]], device=device)
+        weight = torch.zeros(4, 3, device=device, requires_grad=True)
+        grad = torch.tensor([[torch.inf] * 3, [1.0] * 3], device=device)
+        bag_embedding(ids, weight, padding_idx=PADDING).backward(grad)
+        assert weight.grad[1].isinf().all() and weight.grad[[0, 2, 3]].tolist() == [[0] * 3, [1] * 3, [0] * 3]
+
     def test_equal_weights_change_nothing(self, device, kernels):
         ids, weight, grad = embedding_case((40, 4), 11, 6, torch.float32, device)
         expected = embedding_and_gradient(bag_embedding, ids, weight, grad)
@@ -267,6 +273,8 @@ class TestBagEmbeddingErrors:
         ("options", "error", "message"),
         [
             (dict(padding_idx=1.5), ValueError, "padding_idx.*1.5"),
+            (dict(padding_idx=2**70), ValueError, f"padding_idx.*64 bits.*{2**70}"),
+            (dict(position_weights=torch.ones(3, device="meta")), ValueError, "position_weights.*cpu.*meta"),
             (dict(position_weights="cubic"), ValueError, "'cubic'"),
             (dict(position_weights=[1, 1, 1]), TypeError, "position_weights.*list"),
             (dict(position_weights=torch.ones(4)), ValueError, r"position_weights.*\(3,\).*\(4,\)"),

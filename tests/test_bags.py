@@ -232,7 +232,6 @@ class TestDocumentFold:
             (torch.tensor([0, 30, 12]), r"got \[0, 30, 12\]"),
             (torch.tensor([], dtype=torch.long), r"got \[\]"),
             (torch.tensor([[0, 12]]), r"shape \(1, 2\)"),
-            (torch.tensor([0.0, 12]), "float32"),
             (torch.tensor(12), r"shape \(\)"),
         ],
     )
@@ -242,6 +241,30 @@ class TestDocumentFold:
             fold_inputs(ids, 2, cu_seqlens=cu_seqlens)
         with pytest.raises(ValueError, match="^cu_seqlens: .*" + message):
             fold_labels(ids, 2, shifted=True, cu_seqlens=cu_seqlens)
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int16, torch.float32])
+    def test_types_in_which_the_filler_would_be_a_token(self, dtype):
+        ids, cu_seqlens = torch.arange(12).to(dtype), torch.tensor([0, 12])
+        name = str(dtype).removeprefix("torch.")
+        with pytest.raises(TypeError, match=f"input_ids.*int64, int32, got {name}"):
+            fold_inputs(ids, 5, cu_seqlens=cu_seqlens)
+        with pytest.raises(TypeError, match=f"labels.*int64, int32, got {name}"):
+            fold_labels(ids, 2, shifted=True)
+        with pytest.raises(TypeError, match=f"input_ids.*int64, int32, got {name}"):
+            document_offsets(ids, EOS)
+        with pytest.raises(TypeError, match=f"cu_seqlens.*int64, int32, got {name}"):
+            fold_inputs(torch.arange(12), 5, cu_seqlens=cu_seqlens.to(dtype))
+
+    @pytest.mark.parametrize("bad", [None, [1, 2], 2.5])
+    def test_no_integer(self, bad):
+        ids, cu_seqlens = torch.arange(12), torch.tensor([0, 12])
+        with pytest.raises(ValueError, match="eos_token_id"):
+            document_offsets(ids, bad)
+        with pytest.raises(ValueError, match="bag_size"):
+            fold_inputs(ids, bad)
+        if bad is not None:
+            with pytest.raises(ValueError, match="num_bags"):
+                fold_inputs(ids, 2, cu_seqlens=cu_seqlens, num_bags=bad)
 
     def test_bad_num_bags(self):
         ids, cu_seqlens = torch.arange(12), torch.tensor([0, 12])

@@ -226,10 +226,10 @@ class TestPositionWeights:
             fused(*case, position_weights=weights.to(dtype)), fused(*case, position_weights=weights * 1.0)
         )
 
-    @pytest.mark.parametrize("factor", [3.0, 1e-30, 1e38])
+    @pytest.mark.parametrize("factor", [3.0, 1e-60, 1e38])
     def test_only_ratios_matter(self, device, factor):
         case = loss_case(11, 8, 50, 4, torch.float32, device)
-        weights = torch.tensor([1, 0.5, 0, 0.25])
+        weights = torch.tensor([1, 0.5, 0, 0.25], dtype=torch.float64)
         expected = loss_and_gradients(fused, *case, position_weights=weights)
         for a, b in zip(loss_and_gradients(fused, *case, position_weights=weights * factor), expected, strict=True):
             assert relative_error(a, b) < 8 * EPS
@@ -349,6 +349,12 @@ class TestSoftcap:
         assert dh.isfinite().all() and dh.abs().max() < 1e-6
 
     @functions
+    def test_logits_whose_square_overflows(self, device, function, kernels):
+        hidden, weight = torch.tensor([[1e20, 0, 0]], device=device), torch.eye(3, device=device)
+        labels = torch.tensor([[0, 0]], device=device)
+        assert function(hidden, weight, None, labels) == 0
+
+    @functions
     def test_a_wide_cap_changes_little(self, device, function):
         case = loss_case(6, 8, 50, 4, torch.float64, device)
         for a, b in zip(
@@ -369,7 +375,8 @@ class TestNormalizer:
             "per row": dict(normalizer=valid.any(1).sum() * labels.shape[1]),
             "per position": dict(position_weights=torch.where(some, 1 / counts, 0), normalizer=some.sum()),
             "power law per position": dict(
-                position_weights=torch.where(some, power_law / counts, 0), normalizer=power_law[some].sum()
+                position_weights=torch.where(some, power_law / counts, 0),
+                normalizer=torch.where(some, power_law, 0).sum(),
             ),
             "mce_alt": dict(objective="mce_alt", normalizer=valid.any(1).sum()),
         }
@@ -495,7 +502,13 @@ class TestErrors:
             (dict(position_weights=torch.tensor([1, 1, -1.0, 1])), ValueError, r"position_weights\[2\].*-1"),
             (dict(position_weights=torch.tensor([1, torch.nan, 1, 1])), ValueError, r"position_weights\[1\].*nan"),
             (dict(position_weights=torch.tensor([1, 1, 1, 1e39], dtype=torch.float64)), ValueError, r"\[3\].*1e\+39"),
+            (dict(ignore_index=None), ValueError, "ignore_index.*None"),
+            (dict(ignore_index=2**64), ValueError, f"ignore_index.*{2**64}"),
+            (dict(position_weights=torch.ones(4, device="meta")), ValueError, "position_weights.*cpu.*meta"),
             (dict(logit_softcap=0), ValueError, "logit_softcap.*> 0"),
+            (dict(logit_softcap=1e39), ValueError, "logit_softcap.*1e\\+39"),
+            (dict(logit_softcap=1e-50), ValueError, "logit_softcap.*1e-50"),
+            (dict(z_loss=10**400), ValueError, "z_loss.*1000"),
             (dict(logit_softcap=-30.0), ValueError, "logit_softcap.*-30"),
             (dict(logit_softcap=math.inf), ValueError, "logit_softcap.*inf"),
             (dict(z_loss=-0.1), ValueError, "z_loss.*-0.1"),

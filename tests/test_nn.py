@@ -41,8 +41,20 @@ class TestBagEmbedding:
         assert torch.equal(out[tokens != -100], module.weight[tokens[tokens != -100]])
         assert (tokens == -100).any() and not out[tokens == -100].any()
 
-    def test_every_row_is_initialised(self):
-        assert BagEmbedding(11, 5, padding_idx=0).weight[0].any()  # nn.Embedding's own padding row would be zeros
+    @pytest.mark.parametrize("padding_idx", [-100, -3, 0, 3])
+    def test_every_row_is_initialised(self, padding_idx):
+        # nn.Embedding's own padding row would be zeros, and what libraries write there too.
+        module = BagEmbedding(11, 5, padding_idx=padding_idx, device="meta").to_empty(device="cpu")
+        module.reset_parameters()
+        assert module.weight.any(1).all() and module.padding_idx is None and module.bag_padding_idx == padding_idx
+
+    def test_a_tensor_of_weights_moves_with_the_module(self):
+        module = BagEmbedding(11, 5, position_weights=torch.tensor([1.0, 0.5]))
+        assert list(module.state_dict()) == ["weight"] and module.to("meta").position_weights.is_meta
+
+    def test_repr_shows_the_options(self):
+        module = BagEmbedding(11, 5, padding_idx=-100, position_weights="power_law")
+        assert repr(module) == "BagEmbedding(11, 5, mode='mean', padding_idx=-100, position_weights='power_law')"
 
     def test_errors(self):
         with pytest.raises(ValueError, match="mode"):

@@ -1,45 +1,12 @@
-"""What the public functions check of their arguments, and the normalisation of the loss: no kernel, no autograd."""
-
-import math
+"""What the two ops check of their arguments, and the normalisation of the loss: no kernel, no autograd."""
 
 import torch
 from torch import Tensor
 
 from .bags import position_weights as named_position_weights
+from .checks import FLOATING, INTEGER, check_integer, check_number, check_tensor
 
 __all__: list[str] = []
-
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INTEGER = (torch.int64, torch.int32)
-
-
-def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if hasattr(tensor, "placements"):  # a DTensor, without importing torch.distributed
-        raise TypeError(
-            f"{name}: expected a plain tensor, got a {type(tensor).__name__} with placements {tensor.placements}. "
-            "Call the op inside the forward of the module that FSDP2 wraps, where its parameters are whole, or pass "
-            f"{name}.full_tensor()"
-        )
-    if tensor.dtype not in dtypes:
-        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name}: expected one of {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
-
-
-def check_same_device(**tensors: Tensor | None) -> None:
-    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(devices.values())) > 1:
-        got = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise ValueError(f"expected all tensors on one device, got {got}")
-
-
-def check_number(name: str, value: float, most: float = math.inf) -> None:
-    if not isinstance(value, int | float) or not 0 <= value <= most or value == math.inf:
-        wanted = "a finite number >= 0" if most == math.inf else f"a number from 0 to {most:g}"
-        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
 
 
 def _values(tensor: Tensor) -> list[float] | None:
@@ -60,6 +27,8 @@ def checked_position_weights(given: str | Tensor | None, bag_size: int, like: Te
             f"position_weights: expected a constant tensor of shape ({bag_size},), got shape {tuple(given.shape)}, "
             f"requires_grad={given.requires_grad}"
         )
+    if given.is_meta and not like.is_meta:
+        raise ValueError(f"position_weights: expected a tensor with values for {like.device}, got one on meta")
     for i, w in enumerate(_values(given) or ()):
         if not 0 <= w <= torch.finfo(torch.float32).max:
             raise ValueError(f"position_weights[{i}]: expected a finite float32 number >= 0, got {w}")
@@ -78,6 +47,7 @@ def checked_bag_size(labels: Tensor, rows: torch.Size, of: str) -> int:
 
 def check_loss_options(
     objective: str,
+    ignore_index: int,
     reduction: str,
     normalizer: float | Tensor | None,
     position_weights: str | Tensor | None,
@@ -89,12 +59,13 @@ def check_loss_options(
         raise ValueError(f"objective: expected 'mce' or 'mce_alt', got {objective!r}")
     if objective == "mce_alt" and position_weights is not None:
         raise ValueError("position_weights: objective 'mce_alt' sees a bag as a set, which has no positions")
+    check_integer("ignore_index", ignore_index)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     if logit_softcap is not None:
-        check_number("logit_softcap", logit_softcap)
-        if logit_softcap == 0:
-            raise ValueError("logit_softcap: expected a number > 0, or None for no cap, got 0")
+        least, most = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+        if not isinstance(logit_softcap, int | float) or not least <= logit_softcap <= most:
+            raise ValueError(f"logit_softcap: expected a float32 number > 0, or None for no cap, got {logit_softcap!r}")
     check_number("z_loss", z_loss)
     check_number("label_smoothing", label_smoothing, 1)
     if normalizer is None:
@@ -127,19 +98,23 @@ def position_scale_of(
 
     Pure tensor code without a look at the numbers, so that nothing waits for the device.
     """
-    w = labels.new_ones(labels.shape[1], dtype=dtype) if position_weights is None else position_weights.to(dtype)
+    if position_weights is None:
+        w = labels.new_ones(labels.shape[1], dtype=dtype)
+    else:
+        w = position_weights.to(torch.promote_types(position_weights.dtype, dtype))
+    divisor: float | Tensor
     if normalizer is not None:
-        divisor = torch.as_tensor(normalizer, dtype=dtype, device=w.device)
+        divisor = normalizer.to(w.device) if isinstance(normalizer, Tensor) else normalizer
     else:
         count = torch.ones_like(w)
         if reduction == "mean":
             valid = labels != ignore_index
             if objective == "mce_alt":
                 valid = valid.any(1, keepdim=True).expand_as(valid)
-            count = valid.sum(0).to(dtype)
+            count = valid.sum(0).to(w.dtype)
             w = torch.where(count == 0, 0, w)
         if objective == "mce":
             w = torch.where(w == 0, 0, w / w.amax())  # so that their sum is finite too
             count = count * w.sum()
         divisor = count
-    return torch.where(w == 0, 0, w / divisor)  # 0 / 0 where a position, or the whole batch, has no valid label
+    return torch.where(w == 0, 0, w / divisor).to(dtype)  # 0 / 0 where a position, or the batch, has no valid label

@@ -6,6 +6,8 @@ Pure tensor code, no kernel. Notation: B sequences of L tokens, bag size s, l = 
 import torch
 from torch import Tensor
 
+from .checks import INTEGER, check_integer, check_tensor
+
 __all__ = ["document_offsets", "fold_inputs", "fold_labels", "position_weights"]
 
 # C0 + a * i**k: how the mutual information of two tokens decays with their distance, fitted on DCLM (arXiv 2605.06546).
@@ -13,8 +15,9 @@ FITTED = (3.63, 1.35, -1.25)
 
 
 def _check_fold(name: str, tokens: Tensor, bag_size: int, divides: bool = True) -> None:
-    if bag_size < 1:
-        raise ValueError(f"bag_size: expected an integer >= 1, got {bag_size}")
+    # Not the smaller and unsigned integers of token files: a filler of -100 would come out as a token.
+    check_tensor(name, tokens, INTEGER)
+    check_integer("bag_size", bag_size, 1)
     if tokens.dim() < 1:
         raise ValueError(f"{name}: expected [..., L], got a 0-d tensor")
     if divides and tokens.shape[-1] % bag_size:
@@ -30,9 +33,11 @@ def document_offsets(input_ids: Tensor, eos_token_id: int) -> Tensor:
     flattened: document i holds tokens `[out[i], out[i + 1])`.
 
     Raises:
-        ValueError: `input_ids` is 0-d.
+        TypeError: `input_ids` is not int64 or int32.
+        ValueError: `input_ids` is 0-d, or `eos_token_id` no integer.
     """
     _check_fold("input_ids", input_ids, 1)
+    check_integer("eos_token_id", eos_token_id)
     ends = input_ids == eos_token_id
     if input_ids.shape[-1]:
         ends[..., -1] = True
@@ -66,6 +71,7 @@ def fold_inputs(
         padding_idx: what empty slots hold.
 
     Raises:
+        TypeError: a tensor that is not int64 or int32. In a smaller type the filler would wrap to a token.
         ValueError: `bag_size` is below 1 or does not divide L; `cu_seqlens` is not as above.
     """
     _check_fold("input_ids", input_ids, bag_size, divides=cu_seqlens is None)
@@ -106,6 +112,7 @@ def fold_labels(
         cu_seqlens, num_bags: as in `fold_inputs`.
 
     Raises:
+        TypeError: a tensor that is not int64 or int32. In a smaller type the filler would wrap to a token.
         ValueError: `bag_size` is below 1 or does not divide L; `cu_seqlens` is not as in `fold_inputs`.
 
     Source: arXiv 2605.06546, the label fold of the superposition phase.
@@ -124,10 +131,9 @@ def fold_labels(
 
 def _document_bags(name: str, tokens: Tensor, bag_size: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For each token its bag in its sequence, its slot in the bag, its position in its document: `[..., L]` each."""
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"cu_seqlens: expected [D + 1], int64 or int32, got shape {tuple(cu_seqlens.shape)}, {cu_seqlens.dtype}"
-        )
+    check_tensor("cu_seqlens", cu_seqlens, INTEGER)
+    if cu_seqlens.dim() != 1:
+        raise ValueError(f"cu_seqlens: expected [D + 1], got shape {tuple(cu_seqlens.shape)}")
     if type(cu_seqlens) is Tensor and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = cu_seqlens[:1].tolist() + cu_seqlens[-1:].tolist()
         if ends != [0, tokens.numel()] or bool((cu_seqlens.diff() < 0).any()):
@@ -144,8 +150,8 @@ def _document_bags(name: str, tokens: Tensor, bag_size: int, cu_seqlens: Tensor)
 
 
 def _count(bag: Tensor, num_bags: int | None) -> int:
-    if num_bags is not None and num_bags < 1:
-        raise ValueError(f"num_bags: expected an integer >= 1 or None, got {num_bags}")
+    if num_bags is not None:
+        check_integer("num_bags", num_bags, 1)
     return num_bags if num_bags is not None else int(bag.max()) + 1 if bag.numel() else 0
 
 
@@ -177,8 +183,7 @@ def position_weights(
 
     Source: arXiv 2605.06546, the ablation of position weights.
     """
-    if bag_size < 1:
-        raise ValueError(f"bag_size: expected an integer >= 1, got {bag_size}")
+    check_integer("bag_size", bag_size, 1)
     i = torch.arange(1, bag_size + 1, device=device, dtype=torch.promote_types(dtype, torch.float32))
     if name == "uniform":
         weights = torch.ones_like(i)

@@ -6,7 +6,9 @@ those of csrc/cpu/kernels.h.
 
 import math
 import warnings
-from functools import cache
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -29,6 +31,9 @@ def _coefficients(
     """Ids with 0 for `padding_idx`, and what each id's row counts in its bag, 0 for those: both `[..., s]`."""
     w = torch.ones_like(input_ids, dtype=dtype)
     if position_weights is not None:
+        position_weights = position_weights.to(torch.promote_types(position_weights.dtype, dtype))
+        if mode == "mean":  # so that their sum is finite
+            position_weights = torch.where(position_weights == 0, 0, position_weights / position_weights.amax())
         w = w * position_weights.to(dtype)
     if padding_idx is not None:
         padded = input_ids == padding_idx
@@ -68,7 +73,8 @@ def bag_embedding_backward(
     _warn("bag_embedding", grad.device.type)
     dtype = torch.promote_types(grad.dtype, torch.float32)
     ids, w = _coefficients(input_ids, dtype, mode, padding_idx, position_weights)
-    rows = w.unsqueeze(-1) * grad.to(dtype).unsqueeze(-2)  # [..., s, d]
+    w = w.unsqueeze(-1)
+    rows = torch.where(w == 0, 0, w * grad.to(dtype).unsqueeze(-2))  # [..., s, d]
     return torch.ops.aten.embedding_dense_backward(rows, ids, num_embeddings, -1, False).to(grad.dtype)
 
 
@@ -113,7 +119,9 @@ def _rows(
         total = share.sum(1, keepdim=True)
         fit = scale * (m - best + log_sum - total.log()).squeeze(1).clamp_min(0)
         pull = torch.where(leads, scale[:, None] * share / total, 0)
-    loss = (1 - label_smoothing) * fit + z_loss * scale * lse.square()
+    loss = (1 - label_smoothing) * fit
+    if z_loss:
+        loss = loss + z_loss * scale * lse.square()
     uniform = torch.zeros_like(z)
     if label_smoothing:
         unmasked = z > -math.inf
@@ -138,6 +146,19 @@ def _rows(
     return loss, lse, torch.where(nothing[:, None], 0, d)
 
 
+def _without_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast has cast the arguments; what the op computes in float32 it must not cast again."""
+
+    @wraps(op)
+    def wrapper(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        device = x.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            return op(x, *args, **kwargs)
+
+    return wrapper
+
+
+@_without_autocast
 def linear_multi_hot_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

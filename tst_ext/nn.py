@@ -25,7 +25,8 @@ class BagEmbedding(torch_nn.Embedding):
         embedding_dim: d.
         mode: "mean" (the paper's) or "sum" over the bag.
         padding_idx, position_weights: as in `bag_embedding`. Unlike `nn.Embedding`'s, this `padding_idx` may lie
-            outside the vocabulary, and its row of the table, if it has one, is initialised as every other.
+            outside the vocabulary, and its row of the table, if it has one, is initialised as every other. The module
+            has it as `bag_padding_idx`, and a tensor of weights as a buffer outside the state dict.
 
     Shapes: ids `[B, L] -> [B, L, d]`, the ordinary embedding; ids `[B, l, s] -> [B, l, d]`, one embedding a bag.
 
@@ -49,8 +50,12 @@ class BagEmbedding(torch_nn.Embedding):
             raise ValueError(f"mode: expected 'mean' or 'sum', got {mode!r}")
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
         self.mode = mode
-        self.padding_idx = padding_idx  # type: ignore[assignment]  # nn.Embedding's cannot lie outside the vocabulary
-        self.position_weights = position_weights
+        # nn.Embedding's own padding_idx stays None: that is a row, which nn.Embedding and libraries fill with zeros.
+        self.bag_padding_idx = padding_idx
+        if isinstance(position_weights, Tensor):
+            self.register_buffer("position_weights", position_weights.detach(), persistent=False)
+        else:
+            self.position_weights = position_weights
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # nn.Embedding's other options do not apply to bags
@@ -66,18 +71,22 @@ class BagEmbedding(torch_nn.Embedding):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if input_ids.dim() == 2:
-            if self.padding_idx is None:
+            if self.bag_padding_idx is None:
                 return F.embedding(input_ids, self.weight)
-            return bag_embedding(input_ids.unsqueeze(-1), self.weight, padding_idx=self.padding_idx)
+            return bag_embedding(input_ids.unsqueeze(-1), self.weight, padding_idx=self.bag_padding_idx)
         if input_ids.dim() != 3:
             raise ValueError(f"input_ids: expected [B, L] tokens or [B, l, s] bags, got shape {tuple(input_ids.shape)}")
         return bag_embedding(
             input_ids,
             self.weight,
             mode=self.mode,
-            padding_idx=self.padding_idx,
+            padding_idx=self.bag_padding_idx,
             position_weights=self.position_weights,
         )
+
+    def extra_repr(self) -> str:
+        shown = {"mode": self.mode, "padding_idx": self.bag_padding_idx, "position_weights": self.position_weights}
+        return ", ".join([super().extra_repr(), *(f"{k}={v!r}" for k, v in shown.items() if v is not None)])
 
 
 class LinearMultiHotCrossEntropy(torch_nn.Linear):

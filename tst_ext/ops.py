@@ -9,21 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 import tst_ext._C  # noqa: F401  (registers the ops and their kernels)
 import tst_ext.fallback  # noqa: F401  (registers plain torch for devices without kernels)
 
-from .arguments import (
-    FLOATING,
-    INTEGER,
-    check_loss_options,
-    check_same_device,
-    check_tensor,
-    checked_bag_size,
-    checked_position_weights,
-    position_scale_of,
-)
+from .arguments import check_loss_options, checked_bag_size, checked_position_weights, position_scale_of
+from .checks import FLOATING, INTEGER, check_integer, check_same_device, check_tensor
+from .derivatives import first_derivative, link
 
 __all__ = ["bag_embedding", "linear_multi_hot_cross_entropy", "multi_hot_cross_entropy"]
 
@@ -75,17 +67,22 @@ def bag_embedding(
         raise ValueError(f"weight: expected [num_embeddings, embedding_dim], got shape {tuple(weight.shape)}")
     if mode not in ("mean", "sum"):
         raise ValueError(f"mode: expected 'mean' or 'sum', got {mode!r}")
-    if padding_idx is not None and not isinstance(padding_idx, int):
-        raise ValueError(f"padding_idx: expected an integer or None, got {padding_idx!r}")
+    if padding_idx is not None:
+        check_integer("padding_idx", padding_idx)
     check_same_device(input_ids=input_ids, weight=weight)
     weights = checked_position_weights(position_weights, input_ids.shape[-1], weight)
-    return _BagEmbedding.apply(input_ids, weight, mode, padding_idx, weights)
+    return _BagEmbedding.apply(input_ids, weight, mode, padding_idx, weights, link(weight))
 
 
 class _BagEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(
-        input_ids: Tensor, weight: Tensor, mode: str, padding_idx: int | None, position_weights: Tensor | None
+        input_ids: Tensor,
+        weight: Tensor,
+        mode: str,
+        padding_idx: int | None,
+        position_weights: Tensor | None,
+        link: Tensor | None,
     ) -> Tensor:
         return torch.ops.tst_ext.bag_embedding(
             input_ids, weight, mode, padding_idx=padding_idx, position_weights=position_weights
@@ -93,14 +90,14 @@ class _BagEmbedding(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input_ids, weight, ctx.mode, ctx.padding_idx, position_weights = inputs
-        ctx.save_for_backward(input_ids, position_weights)
+        input_ids, weight, ctx.mode, ctx.padding_idx, position_weights, link = inputs
+        ctx.save_for_backward(input_ids, position_weights, link)
         ctx.num_embeddings = weight.shape[0]
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input_ids, position_weights = ctx.saved_tensors
+        input_ids, position_weights, _ = ctx.saved_tensors
         gradient = torch.ops.tst_ext.bag_embedding_backward(
             grad,
             input_ids,
@@ -109,7 +106,7 @@ class _BagEmbedding(torch.autograd.Function):
             padding_idx=ctx.padding_idx,
             position_weights=position_weights,
         )
-        return None, gradient, None, None, None
+        return None, gradient, None, None, None, None
 
 
 @torch.library.register_fake("tst_ext::bag_embedding")
@@ -248,7 +245,9 @@ def linear_multi_hot_cross_entropy(
     check_tensor("labels", labels, INTEGER)
     if bias is not None:
         check_tensor("bias", bias, FLOATING)
-    check_loss_options(objective, reduction, normalizer, position_weights, logit_softcap, z_loss, label_smoothing)
+    check_loss_options(
+        objective, ignore_index, reduction, normalizer, position_weights, logit_softcap, z_loss, label_smoothing
+    )
     device_type = hidden.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta has no autocast and raises
         autocast = torch.get_autocast_dtype(device_type)
@@ -266,8 +265,8 @@ def linear_multi_hot_cross_entropy(
         raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     rows = hidden.shape[:-1]
     bag_size = checked_bag_size(labels, rows, f"hidden of shape {tuple(hidden.shape)}")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size: expected an integer >= 1 or None, got {chunk_size!r}")
+    if chunk_size is not None:
+        check_integer("chunk_size", chunk_size, 1)
     weights = checked_position_weights(position_weights, bag_size, hidden)
     check_same_device(hidden=hidden, weight=weight, bias=bias, labels=labels)
 
@@ -287,7 +286,9 @@ def linear_multi_hot_cross_entropy(
     now = torch.is_grad_enabled() and reduction != "none"
     wants = tuple(now and t is not None and t.requires_grad for t in (hidden, weight, bias))
     keep = reduction == "none" or return_lse or return_z_loss  # hidden and weight: the backward may need the logits
-    loss, lse = _LinearMultiHotCrossEntropy.apply(hidden, weight, bias, labels, scale, options, wants, keep)[:2]
+    loss, lse = _LinearMultiHotCrossEntropy.apply(
+        hidden, weight, bias, labels, scale, options, wants, keep, link(hidden, weight, bias)
+    )[:2]
     return _results(loss, lse, rows, bags, scale, options, return_lse, return_z_loss)
 
 
@@ -302,6 +303,7 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
         options: dict[str, Any],
         wants: tuple[bool, bool, bool],  # gradients computed now: hidden's, weight's, bias's
         keep: bool,
+        link: Tensor | None,
     ) -> tuple[Tensor, ...]:
         return torch.ops.tst_ext.linear_multi_hot_cross_entropy(
             hidden,
@@ -317,18 +319,19 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        hidden, weight, bias, labels, position_scale, ctx.options, ctx.wants, keep = inputs
+        hidden, weight, bias, labels, position_scale, ctx.options, ctx.wants, keep, link = inputs
         _, lse, *gradients = output
         ctx.mark_non_differentiable(*gradients, *(() if keep else (lse,)))
         ctx.set_materialize_grads(False)
         kept = (hidden, weight, bias, labels, position_scale) if keep else (None,) * 5
-        ctx.save_for_backward(*(g if wanted else None for g, wanted in zip(gradients, ctx.wants, strict=True)), *kept)
+        ready = (g if wanted else None for g, wanted in zip(gradients, ctx.wants, strict=True))
+        ctx.save_for_backward(*ready, *kept, link)
         ctx.dtype = hidden.dtype
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        *ready, hidden, weight, bias, labels, position_scale = ctx.saved_tensors
+        *ready, hidden, weight, bias, labels, position_scale, _ = ctx.saved_tensors
         per_row = ctx.options["reduction"] == "none"
         gradients: list[Tensor | None] = [None, None, None]
         if grad_loss is not None and not per_row:
@@ -350,7 +353,7 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
                 **ctx.options,
             )
             gradients = [_sum(g, m, ctx.dtype) if n else None for g, m, n in zip(gradients, more, needs, strict=True)]
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None
 
 
 def _sum(gradient: Tensor | None, more: Tensor, dtype: torch.dtype) -> Tensor:
@@ -428,13 +431,15 @@ def multi_hot_cross_entropy(
         labels: `[..., s]`, or `[...]` for s = 1.
         inplace: the backward pass writes the gradient over the logits instead of into memory of its own. They must be
             contiguous, not a leaf that requires grad, and not needed by another op's backward; a second backward
-            through a kept graph raises RuntimeError.
+            through a kept graph raises RuntimeError. Under torch.compile, which places memory itself, without effect.
 
     Source: arXiv 2605.06546, multi-hot cross-entropy and its sum-to-one variant.
     """
     check_tensor("logits", logits, FLOATING)
     check_tensor("labels", labels, INTEGER)
-    check_loss_options(objective, reduction, normalizer, position_weights, logit_softcap, z_loss, label_smoothing)
+    check_loss_options(
+        objective, ignore_index, reduction, normalizer, position_weights, logit_softcap, z_loss, label_smoothing
+    )
     if logits.dim() < 1:
         raise ValueError("logits: expected [..., V], got a 0-d tensor")
     if inplace and (not logits.is_contiguous() or (logits.is_leaf and logits.requires_grad)):
@@ -457,28 +462,35 @@ def multi_hot_cross_entropy(
         z_loss=float(z_loss),
         label_smoothing=float(label_smoothing),
     )
-    loss, lse = _MultiHotCrossEntropy.apply(logits, labels, scale, options, inplace)
+    loss, lse = _MultiHotCrossEntropy.apply(logits, labels, scale, options, inplace, link(logits))
     return _results(loss, lse, rows, bags, scale, options, return_lse, return_z_loss)
 
 
 class _MultiHotCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        logits: Tensor, labels: Tensor, position_scale: Tensor, options: dict[str, Any], inplace: bool
+        logits: Tensor,
+        labels: Tensor,
+        position_scale: Tensor,
+        options: dict[str, Any],
+        inplace: bool,
+        link: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         return torch.ops.tst_ext.multi_hot_cross_entropy(logits, labels, position_scale, **options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        logits, labels, position_scale, ctx.options, ctx.inplace = inputs
+        logits, labels, position_scale, ctx.options, ctx.inplace, link = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, labels, position_scale)
+        ctx.save_for_backward(logits, labels, position_scale, link)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, labels, position_scale = ctx.saved_tensors
-        gradient = logits if ctx.inplace else logits.clone(memory_format=torch.contiguous_format)
+        logits, labels, position_scale, _ = ctx.saved_tensors
+        # A compiler decides about memory itself, and does not see that another op needs these logits.
+        inplace = ctx.inplace and not torch.compiler.is_compiling()
+        gradient = logits if inplace else logits.clone(memory_format=torch.contiguous_format)
         options = {name: value for name, value in ctx.options.items() if name != "reduction"}
         torch.ops.tst_ext.multi_hot_cross_entropy_backward_(
             gradient,
@@ -488,9 +500,9 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
             grad_lse=grad_lse,
             **options,
         )
-        if ctx.inplace and not torch.compiler.is_compiling():
+        if inplace:
             torch.autograd.graph.increment_version(logits)  # a second backward finds its saved logits changed
-        return gradient, None, None, None, None
+        return gradient, None, None, None, None, None
 
 
 @torch.library.register_fake("tst_ext::multi_hot_cross_entropy")

@@ -1,0 +1,72 @@
+"""Second derivatives are not implemented, and must not come out as zeros.
+
+torch's once_differentiable raises only where the upstream gradient itself has a graph: without that, a gradient penalty
+would lose its gradient without a word.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__: list[str] = []
+
+
+class _Link(torch.autograd.Function):
+    """An empty tensor that depends on all `tensors` and keeps none of them alive."""
+
+    @staticmethod
+    def forward(*tensors: Tensor) -> Tensor:
+        return tensors[0].new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.count = len(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, ...]:
+        return (None,) * ctx.count
+
+
+class _First(torch.autograd.Function):
+    """`gradient` as it is, depending on `sources`; its own gradient is an error."""
+
+    @staticmethod
+    def forward(gradient: Tensor, *sources: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError("tst_ext: the second derivative of this operation is not implemented")
+
+
+def link(*tensors: Tensor | None) -> Tensor | None:
+    """What a second derivative with respect to `tensors` would flow into; None where there is no graph."""
+    tracked = [t for t in tensors if t is not None and t.requires_grad]
+    return _Link.apply(*tracked) if tracked and torch.is_grad_enabled() else None
+
+
+def first_derivative(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """For a `backward` whose last saved tensor is the link to the inputs."""
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, *grads)
+        if (
+            torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        ):  # compiled backward passes refuse by themselves
+            return gradients
+        sources = [t for t in (*grads, ctx.saved_tensors[-1]) if t is not None and t.requires_grad]
+        if not sources:
+            return gradients
+        return tuple(g if g is None else _First.apply(g, *sources) for g in gradients)
+
+    return wrapper
