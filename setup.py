@@ -39,6 +39,7 @@ sources = ["csrc/library.cpp"] + [
         "bag_embedding",
         "bags",
         "capability",
+        "gemm",
         "kernels_avx2",
         "kernels_avx512",
         "kernels_default",

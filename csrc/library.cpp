@@ -3,7 +3,9 @@
 #include <pybind11/stl.h>
 
 #include "checks.h"
+#include "cpu/gemm.h"
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 
 #ifdef TST_WITH_CUDA
 namespace tst::cuda {
@@ -49,6 +51,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capabilities", &tst::cpu::capabilities, "Instruction sets that this processor runs, the best last.");
   m.def("cpu_capability", &tst::cpu::capability, "The instruction set in use.");
   m.def("set_cpu_capability", &tst::cpu::set_capability, pybind11::arg("name"));
+  m.def("cpu_gemms", &tst::cpu::gemms, "Choices of the library that multiplies matrices on CPU.");
+  m.def("cpu_gemm", &tst::cpu::gemm, "The choice in force.");
+  m.def("set_cpu_gemm", &tst::cpu::set_gemm, pybind11::arg("name"));
+  m.def("advise_huge_pages", &tst::cpu::advise_huge_pages, pybind11::arg("address"), pybind11::arg("nbytes"),
+        "Asks for huge pages under a large block that nothing has been written to; elsewhere than on Linux nothing.");
   m.def(
       "cuda_architectures",
       []() -> std::string {

@@ -30,6 +30,15 @@ def capability(request):
     _C.set_cpu_capability(before)
 
 
+@pytest.fixture(params=_C.cpu_gemms()[1:])
+def gemm(request):
+    """Each library that multiplies matrices in turn."""
+    before = _C.cpu_gemm()
+    _C.set_cpu_gemm(request.param)
+    yield request.param
+    _C.set_cpu_gemm(before)
+
+
 @pytest.fixture
 def without_kernels():
     """The ops as on a device that has no compiled kernel."""

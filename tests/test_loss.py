@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numerics import relative_error
 
-from tst_ext import multi_hot_cross_entropy
+from tst_ext import _C, multi_hot_cross_entropy
 
 
 class TestShapes:
@@ -236,7 +236,7 @@ class TestNumerics:
             assert relative_error(actual, wanted) < 2 * torch.finfo(torch.bfloat16).eps
 
     def test_bfloat16_weight_gradient_in_blocks(self, device):
-        # Products wait in 16 MiB, 128 rows of this d, to be added to the float32 sum: two blocks, the second short.
+        # Products wait in 4 MiB, 32 rows of this d, to be added to the float32 sum: seven blocks, the last short.
         hidden, weight, bias, labels = loss_case(4, 65536, 200, 3, torch.bfloat16, device)
         for a, b in zip(
             loss_and_gradients(fused, hidden, weight, bias, labels, chunk_size=3),
@@ -249,7 +249,8 @@ class TestNumerics:
     @pytest.mark.parametrize("function", [fused, on_logits])
     @pytest.mark.parametrize("objective", ["mce", "mce_alt"])
     @pytest.mark.parametrize(("reduction", "upstream"), [("none", None), ("mean", -0.25), ("mean", 0.7)])
-    def test_no_less_exact_than_plain_torch(self, device, dtype, function, objective, reduction, upstream):
+    @pytest.mark.parametrize("gemm", ["blas"], indirect=True)  # plain torch's own: oneDNN adds in another order
+    def test_no_less_exact_than_plain_torch(self, device, dtype, function, objective, reduction, upstream, gemm):
         # A case so large that luck averages out: 1.1 times plain torch's error with nothing allowed besides. But where
         # the fused gradient, rounded when it was computed, is multiplied by no power of two, it is rounded again.
         hidden, weight, bias, labels = loss_case(600, 64, 3000, 4, dtype, device, bias=True)
@@ -288,6 +289,39 @@ class TestNumerics:
             hidden, weight, b, labels, upstream, function,
             chunk_size=chunk_size, reduction=reduction, position_weights=weights,
         )  # fmt: skip
+
+
+class TestGemm:
+    """Float32 on CPU by either of torch's libraries; 300 rows make blocks of 1024 columns of the logits."""
+
+    @pytest.mark.parametrize("vocabulary", [1000, 1024, 2500])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_loss_and_gradients(self, gemm, dtype, vocabulary):
+        case = loss_case(700, 48, vocabulary, 3, dtype, "cpu", bias=True)
+        check_loss(*case, chunk_size=300)
+
+    def test_same_results(self, gemm):
+        case = loss_case(700, 48, 2500, 3, torch.float32, "cpu", bias=True)
+        mine = loss_and_gradients(fused, *case, chunk_size=300)
+        _C.set_cpu_gemm("blas")
+        # grad_hidden, the worst: 2500 terms each, added by oneDNN one after the other.
+        for a, b in zip(mine, loss_and_gradients(fused, *case, chunk_size=300), strict=True):
+            assert relative_error(a, b) < 10 * torch.finfo(torch.float32).eps
+
+    def test_repeats_are_bitwise_equal(self, gemm):
+        case = loss_case(700, 48, 2500, 3, torch.float32, "cpu", bias=True)
+        first = loss_and_gradients(fused, *case, chunk_size=300)
+        for _ in range(3):
+            again = loss_and_gradients(fused, *case, chunk_size=300)
+            assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+    def test_without_bias_and_weights_that_are_no_contiguous_matrix(self, gemm):
+        hidden, weight, _, labels = loss_case(300, 48, 2500, 3, torch.float32, "cpu")
+        check_loss(hidden.T.contiguous().T, weight.T.contiguous().T, None, labels)
+
+    def test_no_rows(self, gemm):
+        hidden, weight, bias, labels = loss_case(0, 8, 20, 3, torch.float32, "cpu", bias=True)
+        assert all(not g.any() for g in loss_and_gradients(fused, hidden, weight, bias, labels, reduction="sum"))
 
 
 class TestDeterminism:

@@ -34,19 +34,28 @@ class TestInfo:
     def test_capability_is_forced_by_the_environment(self, capability):
         assert f"CPU capability: {capability} " in run("info", TST_CPU_CAPABILITY=capability).stdout
 
-    def test_unknown_capability_is_named(self):
-        result = run("info", TST_CPU_CAPABILITY="avx9")
+    @pytest.mark.parametrize("gemm", _C.cpu_gemms())
+    def test_gemm_is_forced_by_the_environment(self, gemm):
+        assert f"CPU GEMM: {gemm} " in run("info", TST_CPU_GEMM=gemm).stdout
+
+    @pytest.mark.parametrize(("variable", "offered"), [("TST_CPU_CAPABILITY", "default"), ("TST_CPU_GEMM", "blas")])
+    def test_an_unknown_choice_is_named(self, variable, offered):
+        result = run("info", **{variable: "avx9"})
         assert result.returncode != 0
-        assert "'avx9'" in result.stderr and "default" in result.stderr
+        assert variable in result.stderr and "'avx9'" in result.stderr and offered in result.stderr
 
 
-def test_set_capability():
-    before = _C.cpu_capability()
+@pytest.mark.parametrize(
+    ("get", "choose", "offered"),
+    [(_C.cpu_capability, _C.set_cpu_capability, "default"), (_C.cpu_gemm, _C.set_cpu_gemm, "blas")],
+)
+def test_choices(get, choose, offered):
+    before = get()
     try:
-        _C.set_cpu_capability("default")
-        assert _C.cpu_capability() == "default"
+        choose(offered)
+        assert get() == offered
         with pytest.raises(ValueError, match="avx9"):
-            _C.set_cpu_capability("avx9")
-        assert _C.cpu_capability() == "default"
+            choose("avx9")
+        assert get() == offered
     finally:
-        _C.set_cpu_capability(before)
+        choose(before)

@@ -24,6 +24,7 @@ def info() -> str:
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "CPU capability": f"{_C.cpu_capability()} (of {', '.join(_C.cpu_capabilities())})",
+        "CPU GEMM": f"{_C.cpu_gemm()} (of {', '.join(_C.cpu_gemms())})",
         "CUDA architectures": _C.cuda_architectures() or "none built",
         "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "threads": torch.get_num_threads(),

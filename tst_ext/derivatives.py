@@ -58,13 +58,13 @@ def first_derivative(backward: Callable[..., tuple[Tensor | None, ...]]) -> Call
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # compiled: refuses by itself
+        # Unpacked before the backward, which may overwrite what it saved, and only here: once is all that some hooks
+        # allow.
+        link = ctx.saved_tensors[-1] if differentiable else None
         with torch.no_grad():
             gradients = backward(ctx, *grads)
-        if (
-            torch.compiler.is_compiling() or not torch.is_grad_enabled()
-        ):  # compiled backward passes refuse by themselves
-            return gradients
-        sources = [t for t in (*grads, ctx.saved_tensors[-1]) if t is not None and t.requires_grad]
+        sources = [t for t in (*grads, link) if differentiable and t is not None and t.requires_grad]
         if not sources:
             return gradients
         return tuple(g if g is None else _First.apply(g, *sources) for g in gradients)

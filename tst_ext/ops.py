@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import tst_ext._C  # noqa: F401  (registers the ops and their kernels)
 import tst_ext.fallback  # noqa: F401  (registers plain torch for devices without kernels)
 
+from . import _C  # its import registers the ops and their kernels
 from .arguments import check_loss_options, checked_bag_size, checked_position_weights, position_scale_of
 from .checks import FLOATING, INTEGER, check_integer, check_same_device, check_tensor
 from .derivatives import first_derivative, link
@@ -362,21 +362,25 @@ def _sum(gradient: Tensor | None, more: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`gradient * factor` rounded once to dtype; gradient itself where that is the same, the usual `loss.backward()`.
+    """`gradient * factor` rounded once to dtype, without a second gradient in float32 where that can be avoided.
 
-    The shortcut spares a second copy of the weight gradient. It reads the factor on the host, so it is taken only on
-    the CPU, where that is free, not where a compiler traces, and not from a graph that is kept: a second backward would
-    hand out the same memory again.
+    In place, or not at all for a factor of 1, the usual `loss.backward()`. Not where a compiler traces, and not from a
+    graph that is kept: a second backward would find the gradient changed. That the factor is read on the host is free
+    on the CPU only.
     """
     if (
-        not torch.compiler.is_compiling()
-        and gradient.dtype == dtype
-        and factor.device.type == "cpu"
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
-        and factor == 1
+        torch.compiler.is_compiling()
+        or gradient.device.type != "cpu"
+        or torch._C._autograd._get_current_graph_task_keep_graph()
     ):
+        return (gradient * factor).to(dtype)
+    if factor != 1:
+        gradient.mul_(factor)
+    if gradient.dtype == dtype:
         return gradient
-    return (gradient * factor).to(dtype)
+    rounded = torch.empty_like(gradient, dtype=dtype)
+    _C.advise_huge_pages(rounded.data_ptr(), rounded.nbytes)
+    return rounded.copy_(gradient)
 
 
 @torch.library.register_fake("tst_ext::linear_multi_hot_cross_entropy")

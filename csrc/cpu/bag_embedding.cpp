@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "dtype.h"
+#include "memory.h"
 
 namespace tst::cpu {
 namespace {
@@ -115,7 +116,7 @@ Tensor bag_embedding_backward(const Tensor& grad, const Tensor& input_ids, int64
   const double* coefficients = plan.coefficients.empty() ? nullptr : plan.coefficients.data();
   const Kernels& k = kernels();
 
-  Tensor out = torch::stable::new_empty(grad, {num_embeddings, dim});
+  Tensor out = with_huge_pages(torch::stable::new_empty(grad, {num_embeddings, dim}));
   // Every row is written here, those without hits as zeros: torch.zeros would touch the same pages a second time.
   const GatherSum all{rows.const_data_ptr(),
                       plan.bags.data(),

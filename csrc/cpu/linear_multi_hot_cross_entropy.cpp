@@ -1,17 +1,11 @@
 // linear_multi_hot_cross_entropy on CPU: per chunk of rows one GEMM for the logits, one pass of ours that turns them
 // into their gradient, two GEMMs. The full logits [N, V] never exist.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
+#include "gemm.h"
 #include "loss.h"
+#include "memory.h"
 
 namespace tst::cpu {
 namespace {
-
-// out = beta * c + a @ b by ATen, c broadcast to out's shape. torch_call_dispatcher cannot pass the Scalars of
-// aten::addmm, so this is the C shim of the same CPU kernel.
-void addmm(const Tensor& out, const Tensor& c, const Tensor& a, const Tensor& b, double beta) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), c.get(), a.get(), b.get(), beta, 1.0));
-}
 
 void accumulate(const Tensor& out, const Tensor& source, bool add) {
   const Accumulate args{source.const_data_ptr(), static_cast<float*>(out.mutable_data_ptr()), add};
@@ -25,11 +19,17 @@ void column_sum(const Tensor& out, const Tensor& source, bool add) {
   torch::stable::parallel_for(0, source.size(1), 1024, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
-// Rows per chunk. Memory: at most an eighth of the full logits, or 64 MiB where that is more. Speed: the weight is
-// read again for every chunk, which from 256 to 512 rows saves another 4 % of the GEMMs (V = 128256, d = 1024).
-int64_t default_chunk_size(int64_t rows, int64_t vocabulary, int64_t element_size) {
-  const int64_t floor = (int64_t(64) << 20) / std::max<int64_t>(1, vocabulary * element_size);
-  const int64_t limit = std::max<int64_t>({1, floor, std::min<int64_t>(rows / 8, 512)});
+// Gradients of bfloat16 GEMMs come out rounded; this much of them waits to be added to the float32 sums. The second
+// cache level holds it: with 16 MiB the GEMM and the addition take 1.3 to 2 times as long.
+constexpr int64_t kStaged = int64_t(4) << 20;
+
+// Rows per chunk. Memory, scratch included: at most an eighth of the full logits, or 64 MiB where that is more. Speed:
+// the weight is read again for every chunk, which from 256 to 512 rows saves another 4 % of the GEMMs (V = 128256, d =
+// 1024).
+int64_t default_chunk_size(int64_t rows, int64_t vocabulary, int64_t element_size, int64_t scratch) {
+  const int64_t row = std::max<int64_t>(1, vocabulary * element_size);
+  const int64_t floor = ((int64_t(64) << 20) - scratch) / row;
+  const int64_t limit = std::max<int64_t>({1, floor, std::min<int64_t>(rows / 8 - (scratch + row - 1) / row, 512)});
   const int64_t chunks = (rows + limit - 1) / limit;
   return chunks ? (rows + chunks - 1) / chunks : 1;
 }
@@ -66,20 +66,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
 
   const int64_t element_size = static_cast<int64_t>(h.element_size());
   const int64_t chunk = chunk_size ? std::min(*chunk_size, std::max<int64_t>(1, rows))
-                                   : default_chunk_size(rows, vocabulary, element_size);
+                                   : default_chunk_size(rows, vocabulary, element_size, wide ? kGemmScratch : kStaged);
   const bool gradient = grad_hidden || grad_weight || grad_bias;
   const std::vector<int64_t> none = {0};
   Tensor dh = grad_hidden ? torch::stable::new_empty(hidden, {rows, d}, accumulation)
                           : torch::stable::new_empty(hidden, none, accumulation);
-  Tensor dw = grad_weight ? torch::stable::new_empty(weight, {vocabulary, d}, accumulation)
+  Tensor dw = grad_weight ? with_huge_pages(torch::stable::new_empty(weight, {vocabulary, d}, accumulation))
                           : torch::stable::new_empty(weight, none, accumulation);
   Tensor db = torch::stable::new_empty(weight, {grad_bias ? vocabulary : 0}, accumulation);
   if (rows == 0) torch::stable::zero_(dw), torch::stable::zero_(db);
-  const Tensor logits = torch::stable::new_empty(h, {rows ? chunk : 0, vocabulary});
-  const Tensor weight_t = torch::stable::transpose(w, 0, 1);
-
-  // Gradients of bfloat16 GEMMs come out rounded; at most 16 MiB of them wait to be added to the float32 sums.
-  const int64_t staged_rows = std::max<int64_t>(1, (int64_t(16) << 20) / std::max<int64_t>(1, d * element_size));
+  const Tensor buffer = with_huge_pages(torch::stable::new_empty(h, {rows ? chunk : 0, vocabulary}));
+  const int64_t staged_rows = std::max<int64_t>(1, kStaged / std::max<int64_t>(1, d * element_size));
   Tensor staged;
   if (!wide && gradient) {
     const int64_t most = std::max(grad_hidden ? chunk : 0, grad_weight ? std::min(staged_rows, vocabulary) : 0);
@@ -88,30 +85,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
 
   for (int64_t start = 0; start < rows; start += chunk) {
     const int64_t size = std::min(chunk, rows - start);
-    Tensor z = torch::stable::narrow(const_cast<Tensor&>(logits), 0, 0, size);
+    Tensor z = torch::stable::narrow(const_cast<Tensor&>(buffer), 0, 0, size);
     Tensor h_chunk = torch::stable::narrow(const_cast<Tensor&>(h), 0, start, size);
-    addmm(z, b ? *b : z, h_chunk, weight_t, b ? 1.0 : 0.0);
+    logits(z, h_chunk, w, b);
     loss.run(start, z, gradient);
 
     if (grad_hidden) {
       const Tensor target = torch::stable::narrow(dh, 0, start, size);
       if (wide) {
-        addmm(target, target, z, w, 0.0);
+        tst::cpu::grad_hidden(target, z, w);
       } else {
         const Tensor part = torch::stable::narrow(staged, 0, 0, size);
-        addmm(part, part, z, w, 0.0);
+        tst::cpu::grad_hidden(part, z, w);
         accumulate(target, part, false);
       }
     }
     if (grad_bias) column_sum(db, z, start > 0);
     if (grad_weight && wide) {
-      addmm(dw, dw, torch::stable::transpose(z, 0, 1), h_chunk, start ? 1.0 : 0.0);
+      tst::cpu::grad_weight(dw, z, h_chunk, start > 0);
     } else if (grad_weight) {
       for (int64_t v = 0; v < vocabulary; v += staged_rows) {
         const int64_t count = std::min(staged_rows, vocabulary - v);
         Tensor columns = torch::stable::narrow(z, 1, v, count);
         const Tensor part = torch::stable::narrow(staged, 0, 0, count);
-        addmm(part, part, torch::stable::transpose(columns, 0, 1), h_chunk, 0.0);
+        tst::cpu::grad_weight(part, columns, h_chunk, false);
         accumulate(torch::stable::narrow(dw, 0, v, count), part, start > 0);
       }
     }

@@ -1,0 +1,107 @@
+#include "gemm.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+
+// Weak: a torch without oneDNN lacks it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle input, AtenTensorHandle weight, AtenTensorHandle* bias, const char* attr, const double** scalars,
+    int64_t scalars_len, const char** algorithm, AtenTensorHandle* out);
+
+namespace tst::cpu {
+namespace {
+
+enum class Gemm : int { kAuto, kBlas, kOneDnn };
+constexpr const char* kNames[] = {"auto", "blas", "onednn"};
+
+bool has_onednn() { return &aoti_torch_cpu__linear_pointwise != nullptr; }
+
+Gemm find(const std::string& name) {
+  const std::vector<std::string> names = gemms();
+  const auto found = std::find(names.begin(), names.end(), name);
+  if (found != names.end()) return static_cast<Gemm>(found - names.begin());
+  std::string message = "CPU GEMM (TST_CPU_GEMM): got '" + name + "', this torch offers:";
+  for (const std::string& n : names) message += " " + n;
+  throw std::invalid_argument(message);
+}
+
+std::atomic<Gemm>& current() {
+  static std::atomic<Gemm> chosen = [] {
+    const char* name = std::getenv("TST_CPU_GEMM");
+    return name && *name ? find(name) : Gemm::kAuto;
+  }();
+  return chosen;
+}
+
+// A rule, not a measurement, so that a run repeats bit for bit. MKL takes the slower of its paths on AMD processors:
+// for float32 with AVX-512 oneDNN needs 0.80 of its time for the logits and 0.92 for grad_hidden (Zen 4, 256 x 1024 x
+// 128256). For grad_weight, whose operands are both transposed, it needs more. Below some million multiplications its
+// call costs more than they do.
+bool use_onednn(const Tensor& tensor, int64_t multiplications) {
+  if (tensor.scalar_type() != ScalarType::Float || multiplications == 0) return false;
+  const Gemm chosen = current().load();
+  if (chosen != Gemm::kAuto) return chosen == Gemm::kOneDnn;
+#if defined(__x86_64__)
+  static const bool faster = __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f") && has_onednn();
+  return faster && multiplications >= int64_t(1) << 24;
+#else
+  return false;
+#endif
+}
+
+// out = beta * c + a @ b, c broadcast to out's shape. torch_call_dispatcher cannot pass the Scalars of aten::addmm, so
+// this is the C shim of the same CPU kernel.
+void addmm(const Tensor& out, const Tensor& c, const Tensor& a, const Tensor& b, double beta) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), c.get(), a.get(), b.get(), beta, 1.0));
+}
+
+// input [n, k] @ weight [m, k]^T + bias [m], in memory of its own.
+Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+  AtenTensorHandle bias_handle = bias ? bias->get() : nullptr, out = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(input.get(), weight.get(), bias ? &bias_handle : nullptr,
+                                                          "none", nullptr, 0, nullptr, &out));
+  return Tensor(out);
+}
+
+}  // namespace
+
+std::vector<std::string> gemms() {
+  if (has_onednn()) return {kNames[0], kNames[1], kNames[2]};
+  return {kNames[0], kNames[1]};
+}
+
+std::string gemm() { return kNames[static_cast<int>(current().load())]; }
+
+void set_gemm(const std::string& name) { current().store(find(name)); }
+
+void logits(const Tensor& out, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const int64_t rows = out.size(0), vocabulary = out.size(1);
+  if (!use_onednn(out, rows * vocabulary * hidden.size(1))) {
+    return addmm(out, bias ? *bias : out, hidden, torch::stable::transpose(weight, 0, 1), bias ? 1.0 : 0.0);
+  }
+  // oneDNN's result is fresh memory each time. In blocks of 1 MiB it comes from the allocator's free lists and is still
+  // cached when it is copied; as a whole, its page faults cost 10 % of the GEMM.
+  const int64_t block = std::max<int64_t>(1024, kGemmScratch / (rows * static_cast<int64_t>(out.element_size())));
+  for (int64_t v = 0; v < vocabulary; v += block) {
+    const int64_t count = std::min(block, vocabulary - v);
+    std::optional<Tensor> b;
+    if (bias) b = torch::stable::narrow(const_cast<Tensor&>(*bias), 0, v, count);
+    Tensor columns = torch::stable::narrow(const_cast<Tensor&>(out), 1, v, count);
+    torch::stable::copy_(columns, linear(hidden, torch::stable::narrow(const_cast<Tensor&>(weight), 0, v, count), b));
+  }
+}
+
+void grad_hidden(const Tensor& out, const Tensor& grad_logits, const Tensor& weight) {
+  if (!use_onednn(out, grad_logits.numel() * out.size(1))) return addmm(out, out, grad_logits, weight, 0.0);
+  Tensor target = out;
+  torch::stable::copy_(target, linear(grad_logits, torch::stable::transpose(weight, 0, 1), std::nullopt));
+}
+
+void grad_weight(const Tensor& out, const Tensor& grad_logits, const Tensor& hidden, bool add) {
+  addmm(out, out, torch::stable::transpose(grad_logits, 0, 1), hidden, add ? 1.0 : 0.0);
+}
+
+}  // namespace tst::cpu

@@ -1,0 +1,27 @@
+// The GEMMs of linear_multi_hot_cross_entropy, by the faster of the two libraries that torch carries for float32.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "dtype.h"
+
+namespace tst::cpu {
+
+// "auto", "blas" (aten::addmm: MKL on x86-64) or "onednn" (float32 by mkldnn::_linear_pointwise wherever it can), from
+// TST_CPU_GEMM or set_gemm.
+std::vector<std::string> gemms();  // those this torch offers
+std::string gemm();
+void set_gemm(const std::string& name);  // std::invalid_argument names what is available
+
+// Bytes that logits and grad_hidden may need beside their result.
+constexpr int64_t kGemmScratch = int64_t(1) << 20;
+
+// hidden [n, d], weight [V, d], bias [V] -> out [n, V]
+void logits(const Tensor& out, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias);
+// grad_logits [n, V], weight [V, d] -> out [n, d]
+void grad_hidden(const Tensor& out, const Tensor& grad_logits, const Tensor& weight);
+// grad_logits [n, V], hidden [n, d] -> out [V, d], or added to it
+void grad_weight(const Tensor& out, const Tensor& grad_logits, const Tensor& hidden, bool add);
+
+}  // namespace tst::cpu
