@@ -21,15 +21,16 @@ void column_sum(const Tensor& out, const Tensor& source, bool add) {
 
 // Gradients of bfloat16 GEMMs come out rounded; this much of them waits to be added to the float32 sums. The second
 // cache level holds it: with 16 MiB the GEMM and the addition take 1.3 to 2 times as long.
-constexpr int64_t kStaged = int64_t(4) << 20;
+constexpr int64_t kStaged = kGemmScratch;
 
 // Rows per chunk. Memory, scratch included: at most an eighth of the full logits, or 64 MiB where that is more. Speed:
 // the weight is read again for every chunk, which from 256 to 512 rows saves another 4 % of the GEMMs (V = 128256, d =
 // 1024).
-int64_t default_chunk_size(int64_t rows, int64_t vocabulary, int64_t element_size, int64_t scratch) {
+int64_t default_chunk_size(int64_t rows, int64_t vocabulary, int64_t element_size) {
   const int64_t row = std::max<int64_t>(1, vocabulary * element_size);
-  const int64_t floor = ((int64_t(64) << 20) - scratch) / row;
-  const int64_t limit = std::max<int64_t>({1, floor, std::min<int64_t>(rows / 8 - (scratch + row - 1) / row, 512)});
+  const int64_t floor = ((int64_t(64) << 20) - kGemmScratch) / row;
+  const int64_t limit =
+      std::max<int64_t>({1, floor, std::min<int64_t>(rows / 8 - (kGemmScratch + row - 1) / row, 512)});
   const int64_t chunks = (rows + limit - 1) / limit;
   return chunks ? (rows + chunks - 1) / chunks : 1;
 }
@@ -66,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
 
   const int64_t element_size = static_cast<int64_t>(h.element_size());
   const int64_t chunk = chunk_size ? std::min(*chunk_size, std::max<int64_t>(1, rows))
-                                   : default_chunk_size(rows, vocabulary, element_size, wide ? kGemmScratch : kStaged);
+                                   : default_chunk_size(rows, vocabulary, element_size);
   const bool gradient = grad_hidden || grad_weight || grad_bias;
   const std::vector<int64_t> none = {0};
   Tensor dh = grad_hidden ? torch::stable::new_empty(hidden, {rows, d}, accumulation)
