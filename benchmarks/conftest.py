@@ -1,70 +1,187 @@
-"""Cases and floors of the benchmarks. Every floor is measured in the same run as what is compared with it."""
+"""How the benchmarks measure: `race` runs us, our peers and the floors in one go, in random order, round by round.
 
+pytest-benchmark times us. Each of its rounds runs the others too, some before and some after, so that whatever the
+machine does in the meantime falls on all alike; their times, peak memory and our ratios to them are in `extra_info`.
+"""
+
+import ctypes
+import gc
+import math
+import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
+from tst_ext import _C, __version__
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+OURS = "tst_ext"
+Contender = Callable[[], Tensor | None]  # returns what all must agree on
 
 
-def seconds(function: Callable[[], object], rounds: int = 5) -> float:
-    """Median wall time of one call in seconds, after one call to warm up; waits for the device."""
-
-    def timed() -> float:
-        start = time.perf_counter()
-        function()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    timed()
-    return statistics.median(timed() for _ in range(rounds))
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="few shapes and rounds: two minutes on two cores")
 
 
-def zipf_ids(shape: tuple[int, ...], vocabulary: int) -> torch.Tensor:
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.update(
+        tst_ext=__version__,
+        torch=torch.__version__,
+        device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else processor(),
+        threads=torch.get_num_threads(),
+        capability=_C.cpu_capability(),
+        gemm=_C.cpu_gemm(),
+        quick=config.getoption("quick"),
+    )
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = dict(line.split(": ", 1) for line in lines if ": " in line)
+    names = {key.strip(): value for key, value in found.items()}
+    if "model name" not in names:
+        return platform.processor() or platform.machine()
+    return f"{names['model name']}, family {names['cpu family']} model {names['model']}"
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def zipf_ids(shape: tuple[int, ...], vocabulary: int) -> Tensor:
     """Token ids with the frequencies of text, p(k) ~ 1 / k, `shape`, int64."""
     p = 1 / torch.arange(1, vocabulary + 1, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.multinomial(p, torch.Size(shape).numel(), replacement=True, generator=generator)
+    ids = torch.multinomial(p, math.prod(shape), replacement=True, generator=generator)
     return ids.reshape(shape).to(DEVICE)
 
 
+def memory_status(key: str) -> int:
+    """VmRSS or VmHWM, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
+
+
+def peak_memory(function: Callable[[], object]) -> float | None:
+    """MiB at the peak of a call above those before it; None where this system does not tell."""
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        function()
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # else memory that the allocator kept would serve unseen
+    reset.write_text("5")
+    before = memory_status("VmRSS")
+    function()
+    return (memory_status("VmHWM") - before) / 2**20
+
+
+@pytest.fixture(scope="session")
+def evict():
+    """Empties the caches: a memory-bound op finds its operands in DRAM, as in a training step."""
+    ballast = torch.zeros(128 << 20, dtype=torch.uint8, device=DEVICE)  # four times the last-level cache
+    return lambda: ballast.add_(1)
+
+
 @pytest.fixture
-def measure(benchmark, request):
-    """Runs a case under pytest-benchmark and records its ratio to a floor, in seconds, beside the time."""
+def race(benchmark, request, evict):
+    def run(
+        ours: Contender,
+        peers: dict[str, Contender | str],  # a string: why this peer does not run here
+        floors: dict[str, Contender],
+        *,
+        rounds: int,
+        clear: Callable[[], None] = lambda: None,  # drops the results of a call
+        result_bytes: int = 0,  # of those results: not counted as extra memory
+        cold: bool = False,
+        tolerance: float = 1e-3,
+        work: dict[str, float] | None = None,  # {"GFLOP": ...} or {"GB": ...} of one call
+        **facts: object,
+    ) -> None:
+        quick = request.config.getoption("quick")
+        rounds, patience = (max(2, rounds // 3), 2.0) if quick else (rounds, 20.0)
+        runners = {OURS: ours, **peers, **floors}
+        table = {name: {"unavailable": f} for name, f in peers.items() if isinstance(f, str)}
+        times: dict[str, list[float]] = {}
+        agreed = None
+        for name, function in runners.items():
+            if isinstance(function, str):
+                continue
+            clear()
+            results: list[Tensor | None] = []
+            row: dict[str, object] = {"floor": name in floors}
+            try:
+                first = seconds(lambda f=function, r=results: r.append(f()))  # warms up and compiles
+                if first > patience and name != OURS:  # once is all that it gets, and its memory is not measured
+                    row["seconds"] = [first]
+                else:
+                    clear()
+                    extra = peak_memory(function)
+                    row["extra_mib"] = None if extra is None else extra - result_bytes / 2**20
+                    times[name] = []
+            except RuntimeError as error:
+                table[name] = {"unavailable": str(error).splitlines()[0]}
+                continue
+            result = results[0]
+            if result is not None:
+                agreed = result.detach().double().cpu() if agreed is None else agreed
+                error = (result.detach().double().cpu() - agreed).norm() / agreed.norm()
+                assert error < tolerance, f"{name} computes something else: relative difference {error:.1e}"
+            table[name] = row
 
-    def run(function: Callable[[], object], floor: float, **facts: object) -> None:
+        shuffle = random.Random(0)
+        after: list[str] = []
+
+        def timed(name: str) -> None:
+            if cold:
+                evict()
+            times[name].append(seconds(runners[name]))
+
+        def before_ours() -> None:
+            order = list(times)
+            shuffle.shuffle(order)
+            here = order.index(OURS)
+            after[:] = order[here + 1 :]
+            for name in order[:here]:
+                timed(name)
+            if cold:
+                evict()
+
         def waited() -> None:
-            function()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
+            times[OURS].append(seconds(ours))
 
-        benchmark.pedantic(waited, rounds=5, warmup_rounds=1)
-        median = benchmark.stats.stats.median
-        benchmark.extra_info.update(
-            facts,
-            floor_ms=floor * 1e3,
-            ratio_to_floor=median / floor,
-            device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
-            threads=torch.get_num_threads(),
-            torch=torch.__version__,
-        )
-        request.config.stash.setdefault(ROWS, []).append((request.node.name, median, floor, facts))
+        def after_ours() -> None:
+            for name in after:
+                timed(name)
+
+        assert OURS in times, table[OURS]
+        benchmark.pedantic(waited, setup=before_ours, teardown=after_ours, rounds=rounds)
+        for name, values in times.items():
+            table[name]["seconds"] = values
+        mine = statistics.median(times[OURS])
+        for row in table.values():
+            if "seconds" in row:
+                median = statistics.median(row["seconds"])
+                row.update(ms=median * 1e3, rounds=len(row["seconds"]), ours_over_this=mine / median)
+        for name, amount in (work or {}).items():
+            facts[f"{name}/s"] = amount / mine
+        benchmark.extra_info.update(facts, contenders=table)
+        clear()
 
     return run
-
-
-ROWS: pytest.StashKey[list] = pytest.StashKey()
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash.get(ROWS, [])
-    if not rows:
-        return
-    terminalreporter.section("time and ratio to the floor measured in this run")
-    for name, median, floor, facts in rows:
-        what = ", ".join(f"{key} {value}" for key, value in facts.items())
-        terminalreporter.line(f"{median * 1e3:10.2f} ms  {median / floor:7.2f} x floor  {name}  ({what})")

@@ -1,45 +1,76 @@
-"""Bag embedding forward and backward beside torch's ways, over the bytes it must move at this machine's copy speed."""
+"""Bag embedding beside torch's ways, over the bytes it must move at this machine's copy speed."""
 
-from functools import cache
-
+import peers
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import DEVICE, seconds, zipf_ids
+from conftest import DEVICE, zipf_ids
+from floors import bytes_moved
 
-from tst_ext import bag_embedding, reference
+from tst_ext import bag_embedding
 
-VOCABULARY, DIM, BAG_SIZE, BAGS = 128256, 1024, 6, 4096
-
-
-def embedding_bag(ids, weight):
-    return F.embedding_bag(ids, weight, mode="mean")
-
-
-@cache
-def bytes_moved_at_copy_speed():
-    """Forward: read s rows, write one per bag. Backward: read a row per hit, write the whole fresh table gradient."""
-    row = DIM * 4
-    forward = (BAG_SIZE + 1) * BAGS * row
-    backward = BAG_SIZE * BAGS * row
-    source, target = torch.ones(2, 64 << 20, device=DEVICE)
-    copy = seconds(lambda: target.copy_(source)) / (2 * source.numel() * 4)  # seconds a byte, reads and writes alike
-    fresh = seconds(lambda: torch.zeros(VOCABULARY, DIM, device=DEVICE))  # page faults of a new gradient included
-    return (forward + backward) * copy + fresh
+BAGS = 4096
+QUICK = [(32768, 1024, 6, torch.float32)]
+FULL = [
+    *((v, 1024, 6, torch.float32) for v in (4096, 32768, 128256)),
+    *((128256, 1024, s, torch.float32) for s in (1, 2, 4, 8, 16)),
+    (128256, 1024, 6, torch.bfloat16),
+]
 
 
-@pytest.mark.parametrize(
-    "embed",
-    [bag_embedding, embedding_bag, reference.bag_embedding],
-    ids=["tst_ext", "F.embedding_bag", "gather_and_mean"],
-)
-def test_forward_backward(measure, embed):
-    weight = torch.randn(VOCABULARY, DIM, device=DEVICE, requires_grad=True)
-    ids = zipf_ids((BAGS, BAG_SIZE), VOCABULARY)
-    grad = torch.randn(BAGS, DIM, device=DEVICE)
+def pytest_generate_tests(metafunc):
+    cases = QUICK if metafunc.config.getoption("quick") else FULL
+    ids = [f"{BAGS}x{s}-{v}x{d}-{str(dtype)[6:]}" for v, d, s, dtype in cases]
+    metafunc.parametrize(("vocabulary", "dim", "bag_size", "dtype"), cases, ids=ids)
 
-    def step():
+
+@pytest.mark.parametrize("direction", ["forward", "forward and backward", "backward"])
+def test_embedding(race, direction, vocabulary, dim, bag_size, dtype):
+    weight = torch.randn(vocabulary, dim, device=DEVICE, dtype=dtype, requires_grad=True)
+    ids = zipf_ids((BAGS, bag_size), vocabulary)
+    grad = torch.randn(BAGS, dim, device=DEVICE, dtype=dtype)
+    row = dim * weight.element_size()
+
+    def clear():
         weight.grad = None
-        embed(ids, weight).backward(grad)
 
-    measure(step, bytes_moved_at_copy_speed(), dtype="float32", s=BAG_SIZE)
+    def runner(embed):
+        def forward():
+            with torch.no_grad():
+                return embed(ids, weight)
+
+        def both():
+            clear()
+            out = embed(ids, weight)
+            out.backward(grad)
+            return out
+
+        def backward():
+            clear()
+            output.backward(grad, retain_graph=True)
+
+        if direction == "backward":
+            output = embed(ids, weight)
+            return backward
+        return forward if direction == "forward" else both
+
+    # Forward: a row read per id, one written per bag. Backward: a row of the output's gradient read per id, a whole
+    # fresh table written.
+    backward = 0 if direction == "forward" else 1
+    read = BAGS * bag_size * row * (2 if direction == "forward and backward" else 1)
+    written = BAGS * row if direction != "backward" else 0
+    fresh = backward * vocabulary * row
+    race(
+        runner(bag_embedding),
+        {name: runner(embed) for name, embed in peers.embeddings().items()},
+        {"bytes": bytes_moved(read, written, fresh)},
+        rounds=15,
+        clear=clear,
+        result_bytes=fresh,
+        cold=True,
+        tolerance=1e-5 if dtype == torch.float32 else 2e-2,
+        op=f"bag embedding, {direction}",
+        shape=f"{BAGS}x{bag_size} ids, {vocabulary}x{dim}",
+        s=bag_size,
+        dtype=str(dtype)[6:],
+        work={"GB": 1e-9 * (read + written + fresh)},
+    )

@@ -1,18 +1,47 @@
-"""Loss forward and backward beside plain torch, over three bare GEMMs in chunks of 512 rows."""
+"""The loss beside its peers, over the bare GEMMs."""
 
 from functools import cache
 
+import peers
 import pytest
 import torch
-from conftest import DEVICE, seconds, zipf_ids
+from conftest import DEVICE, zipf_ids
+from floors import gemms
 
-from tst_ext import linear_multi_hot_cross_entropy, reference
+from tst_ext import linear_multi_hot_cross_entropy
 
-SHAPES = [(2048, 512, 32768), (1024, 1024, 128256)]  # rows, d, V
+SMALL, LLAMA3, LLAMA3_LONG = (2048, 512, 32768), (1024, 1024, 128256), (4096, 1024, 128256)  # rows, d, V
+QUICK = [(SMALL, 4, torch.float32)]
+FULL = [
+    *((SMALL, s, torch.float32) for s in (1, 2, 4, 6, 8, 16)),
+    *((SMALL, s, torch.bfloat16) for s in (1, 4, 16)),
+    *((LLAMA3, s, torch.float32) for s in (1, 4, 16)),
+    *((LLAMA3, s, torch.bfloat16) for s in (1, 4)),
+    (LLAMA3_LONG, 4, torch.float32),
+    (LLAMA3_LONG, 4, torch.bfloat16),
+]
+
+
+def pytest_generate_tests(metafunc):
+    cases = QUICK if metafunc.config.getoption("quick") else FULL
+    if "bag_size" not in metafunc.fixturenames:
+        cases = [case for case in cases if case[1] == 4 and case[0] != LLAMA3_LONG]
+    ids = ["x".join(map(str, shape)) + f"-s{s}-{str(dtype)[6:]}" for shape, s, dtype in cases]
+    if "bag_size" in metafunc.fixturenames:
+        metafunc.parametrize(("shape", "bag_size", "dtype"), cases, ids=ids)
+    elif "shape" in metafunc.fixturenames:
+        metafunc.parametrize(("shape", "dtype"), [(shape, dtype) for shape, _, dtype in cases], ids=ids)
+
+
+def tensors(shape, bag_size, dtype):
+    rows, dim, vocabulary = shape
+    hidden, weight = matrices(shape, dtype)
+    return hidden, weight, zipf_ids((rows, bag_size), vocabulary)
 
 
 @cache
-def tensors(rows, dim, vocabulary, dtype):
+def matrices(shape, dtype):
+    rows, dim, vocabulary = shape
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, dim, generator=generator).to(DEVICE, dtype)
     weight = (torch.randn(vocabulary, dim, generator=generator) / dim**0.5).to(DEVICE, dtype)
@@ -20,37 +49,78 @@ def tensors(rows, dim, vocabulary, dtype):
 
 
 @cache
-@torch.no_grad()
-def three_gemms(shape, dtype):
-    hidden, weight = tensors(*shape, dtype)
-    rows = min(512, len(hidden))
-    logits = torch.empty(rows, len(weight), dtype=dtype, device=DEVICE)
-    grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-
-    def run():
-        for start in range(0, len(hidden), rows):
-            h = hidden[start : start + rows]
-            torch.mm(h, weight.T, out=logits)
-            torch.mm(logits, weight, out=grad_hidden[start : start + rows])
-            torch.addmm(grad_weight, logits.T, h, out=grad_weight)
-
-    return seconds(run)
+def floors(shape, dtype):
+    return gemms(*matrices(shape, dtype))
 
 
-def listing(hidden, weight, labels):
-    return reference.multi_hot_cross_entropy(hidden @ weight.T, labels)
+def facts(shape, bag_size, dtype, gemm_count):
+    rows, dim, vocabulary = shape
+    work = {"GFLOP": 2e-9 * gemm_count * rows * dim * vocabulary}
+    return dict(shape="x".join(map(str, shape)), s=bag_size, dtype=str(dtype)[6:], work=work)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-@pytest.mark.parametrize("bag_size", [1, 4, 16])
-@pytest.mark.parametrize("loss", [linear_multi_hot_cross_entropy, listing], ids=["tst_ext", "paper_listing"])
-def test_forward_backward(measure, loss, bag_size, shape):
-    dtype = torch.float32
-    hidden, weight = tensors(*shape, dtype)
-    labels = zipf_ids((shape[0], bag_size), shape[2])
+def full_logits(shape, s):
+    """Bytes that the listing holds at its peak, about: the logits, and a float32 copy for every position."""
+    return shape[0] * shape[2] * 4 * (s + 2)
 
-    def step():
+
+@pytest.fixture(autouse=True)
+def one_shape_at_a_time(request):
+    """Matrices of the shape before are let go."""
+    shape, dtype = request.node.callspec.params["shape"], request.node.callspec.params["dtype"]
+    if getattr(one_shape_at_a_time, "now", None) != (shape, dtype):
+        matrices.cache_clear()
+        floors.cache_clear()
+        one_shape_at_a_time.now = (shape, dtype)
+
+
+def test_forward_backward(race, shape, bag_size, dtype):
+    hidden, weight, labels = tensors(shape, bag_size, dtype)
+
+    def clear():
         hidden.grad = weight.grad = None
-        loss(hidden, weight, labels).backward()
 
-    measure(step, three_gemms(shape, dtype), dtype="float32", s=bag_size)
+    def step(loss):
+        def run():
+            clear()
+            value = loss(hidden, weight, labels)
+            value.backward()
+            return value
+
+        return run
+
+    others = {n: f if isinstance(f, str) else step(f) for n, f in peers.losses(DEVICE, bag_size).items()}
+    if shape == LLAMA3_LONG and DEVICE.type == "cpu":  # minutes a call, or more memory than a workstation has
+        for name in others:
+            if name != "chunked plain torch":
+                others[name] = "left out at this shape: the full logits take 2 GiB a copy, or a call takes minutes"
+    three, _, chosen = floors(shape, dtype)
+    race(
+        step(linear_multi_hot_cross_entropy),
+        others,
+        three,
+        rounds=5,
+        clear=clear,
+        result_bytes=hidden.nbytes + weight.nbytes,
+        tolerance=1e-3 if dtype == torch.float32 else 1e-2,
+        op="loss, forward and backward",
+        gemms=chosen,
+        **facts(shape, bag_size, dtype, 3),
+    )
+
+
+@torch.no_grad()
+def test_forward(race, shape, dtype):
+    """Without gradients, as in validation: one GEMM."""
+    hidden, weight, labels = tensors(shape, 4, dtype)
+    _, one, chosen = floors(shape, dtype)
+    race(
+        lambda: linear_multi_hot_cross_entropy(hidden, weight, labels),
+        {"paper's listing": lambda: peers.listing(hidden, weight, labels)},
+        {"best GEMM": one},
+        rounds=9,
+        tolerance=1e-3 if dtype == torch.float32 else 1e-2,
+        op="loss, forward only",
+        gemms=chosen,
+        **facts(shape, 4, dtype, 1),
+    )

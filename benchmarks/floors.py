@@ -1,0 +1,92 @@
+"""What no implementation can beat: the GEMMs alone, and the bytes at this machine's copy speed."""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+from conftest import DEVICE, seconds
+from torch import Tensor
+
+from tst_ext import _C
+
+CHUNKS = (128, 256, 512, 1024)
+BLOCK = 2048  # columns of a oneDNN product, which is fresh memory: small enough that the allocator recycles it
+
+
+def big(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Fresh memory in the largest pages that the system gives."""
+    tensor = torch.empty(*shape, dtype=dtype, device=DEVICE)
+    if DEVICE.type == "cpu":
+        _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
+def gemms(hidden: Tensor, weight: Tensor) -> tuple[dict[str, Callable[[], None]], Callable[[], None], str]:
+    """Two floors of forward and backward, {name: runner}, one of the forward alone, and what was chosen.
+
+    Every GEMM runs by torch.mm, and where torch carries oneDNN for float32 by that, at every chunk size; the fastest
+    median of three is taken: one library and one chunk size for all, "3 GEMMs, torch.mm"; or each its own, "3 best
+    GEMMs". The products are written to memory that is there already.
+    """
+    hidden, weight = hidden.detach(), weight.detach()
+    rows, vocabulary = len(hidden), len(weight)
+    grad_hidden, grad_weight = torch.empty_like(hidden), big(*weight.shape, dtype=weight.dtype).zero_()
+    buffer = big(min(rows, CHUNKS[-1]), vocabulary, dtype=weight.dtype).normal_()
+    onednn = torch.ops.mkldnn._linear_pointwise
+    has_onednn = DEVICE.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+    def chunked(chunk: int, product: Callable[[Tensor, Tensor, int], object]) -> Callable[[], None]:
+        def run() -> None:
+            for start in range(0, rows, chunk):
+                h = hidden[start : start + chunk]
+                product(buffer[: len(h)], h, start)
+
+        return run
+
+    def logits_onednn(z: Tensor, h: Tensor, _: int) -> None:
+        for v in range(0, vocabulary, BLOCK):
+            onednn(h, weight[v : v + BLOCK], None, "none", [], "")
+
+    products: dict[str, dict[str, Callable[[Tensor, Tensor, int], object]]] = {
+        "logits": {"mm": lambda z, h, _: torch.mm(h, weight.T, out=z)},
+        "grad_hidden": {"mm": lambda z, h, i: torch.mm(z, weight, out=grad_hidden[i : i + len(h)])},
+        "grad_weight": {"mm": lambda z, h, _: torch.addmm(grad_weight, z.T, h, out=grad_weight)},
+    }
+    if has_onednn:
+        products["logits"]["onednn"] = logits_onednn
+        products["grad_hidden"]["onednn"] = lambda z, h, _: onednn(z, weight.T, None, "none", [], "")
+    runs = {
+        (gemm, library, chunk): chunked(chunk, product)
+        for chunk in CHUNKS
+        if chunk <= rows
+        for gemm, libraries in products.items()
+        for library, product in libraries.items()
+    }
+    time = {key: statistics.median(seconds(run) for _ in range(3)) for key, run in runs.items()}
+    best = {gemm: min((key for key in time if key[0] == gemm), key=time.__getitem__) for gemm in products}
+    one = min({key[2] for key in time}, key=lambda c: sum(t for k, t in time.items() if k[1] == "mm" and k[2] == c))
+
+    def all_of(keys: list[tuple[str, str, int]]) -> Callable[[], None]:
+        def run() -> None:
+            for key in keys:
+                runs[key]()
+
+        return run
+
+    three = {"3 GEMMs, torch.mm": all_of([(gemm, "mm", one) for gemm in products])}
+    three["3 best GEMMs"] = all_of(list(best.values()))
+    chosen = f"torch.mm {one} rows; best " + ", ".join(f"{g} {lib} {c}" for g, lib, c in best.values())
+    return three, all_of([best["logits"]]), chosen
+
+
+def bytes_moved(read: int, written: int, fresh: int) -> Callable[[], None]:
+    """Moves as many bytes by the fastest means torch has: a copy, and a fill of fresh memory, page faults included."""
+    half = (read + written) // 2
+    source, target = torch.ones(2, half, dtype=torch.uint8, device=DEVICE)
+
+    def run() -> None:
+        target.copy_(source)
+        if fresh:
+            big(fresh // 4).zero_()
+
+    return run
