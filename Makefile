@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 COMPARE ?=
+BENCH ?=
+RESULTS ?= benchmarks/results/latest.json
 
 .PHONY: train test test-slow mutation bench lint format cpp-test cpp-test-baseline cuda-compile gpu-check clean
 
@@ -25,9 +27,11 @@ test-slow: $(INSTALLED)
 mutation: $(INSTALLED)
 	$(BIN)/python tests/mutation.py
 
-bench: $(INSTALLED)
+# Everything beside its peers and floors: 50 minutes on two cores, 2 with BENCH=--quick. On a machine that does nothing else.
+bench: $(VENV)/peers
 	mkdir -p benchmarks/results
-	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/latest.json
+	$(BIN)/python -m pytest benchmarks -q $(BENCH) --benchmark-json=$(RESULTS)
+	$(BIN)/python benchmarks/report.py $(RESULTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -64,6 +68,10 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools pybind11 ninja numpy torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+$(VENV)/peers: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[peers]' --no-build-isolation
 	touch $@
 
 clean:

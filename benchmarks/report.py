@@ -64,8 +64,8 @@ def draw(cases: list[dict], path: Path) -> None:
     loss = [c for c in loss if c["shape"] == loss[0]["shape"]] if loss else []
     names = dict.fromkeys(n for c in loss for n, row in c["contenders"].items() if "ms" in row and n != BEST)
     for name in names:
-        points = [(c["s"], c["contenders"][name].get("ms"), c["contenders"][BEST]["ms"]) for c in loss if name in c["contenders"]]
-        points = [(s, ms / floor) for s, ms, floor in points if ms]
+        rows = [(c["s"], c["contenders"].get(name, {}).get("ms"), c["contenders"][BEST]["ms"]) for c in loss]
+        points = [(s, ms / floor) for s, ms, floor in rows if ms]
         width = 2.5 if name == OURS else 1
         axes.plot(*zip(*points, strict=True), "o-", label=name, linewidth=width, markersize=3)
     axes.set(xlabel="tokens in a bag, s", ylabel="time / three best GEMMs", yscale="log")

@@ -63,7 +63,7 @@ def test_embedding(race, direction, vocabulary, dim, bag_size, dtype):
         runner(bag_embedding),
         {name: runner(embed) for name, embed in peers.embeddings().items()},
         {"bytes": bytes_moved(read, written, fresh)},
-        rounds=15,
+        rounds=30,
         clear=clear,
         result_bytes=fresh,
         cold=True,

@@ -363,6 +363,15 @@ class TestDeterminism:
         for a, b in zip(cut, whole, strict=True):  # sums of at most 101 terms, reordered
             assert relative_error(a, b) < 20 * torch.finfo(dtype).eps
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_memory_budget_is_a_chunk_size(self, device, dtype):
+        case = loss_case(40, 24, 101, 4, dtype, device)
+        row = 101 * max(4 if dtype == torch.float16 else 2, dtype.itemsize)
+        rows = loss_and_gradients(fused, *case, chunk_size=7)
+        for budget in (7 * row, 8 * row - 1):
+            for a, b in zip(loss_and_gradients(fused, *case, memory_budget=budget), rows, strict=True):
+                assert (a is None and b is None) or torch.equal(a, b)
+
     @pytest.mark.parametrize("chunk_size", [1, 100, 333, None])
     def test_same_loss_for_any_chunk_size(self, device, chunk_size):
         case = loss_case(2000, 32, 1000, 4, torch.float32, device)

@@ -17,6 +17,7 @@ def plain(hidden, weight, labels):
     return reference.multi_hot_cross_entropy(hidden @ weight.T, labels)
 
 loss = {"fused": linear_multi_hot_cross_entropy, "plain": plain}[sys.argv[1]]
+options = {"memory_budget": int(sys.argv[3])} if len(sys.argv) > 3 else {}
 
 def call(rows, vocabulary, dim=256, bag_size=4):
     hidden = torch.randn(rows, dim, requires_grad=True)
@@ -24,7 +25,7 @@ def call(rows, vocabulary, dim=256, bag_size=4):
     labels = torch.randint(vocabulary, (rows, bag_size))
     open("/proc/self/clear_refs", "w").write("5")  # resets the peak, VmHWM
     before = status("VmRSS")
-    (loss(hidden, weight, labels) * float(sys.argv[2])).backward()
+    (loss(hidden, weight, labels, **options) * float(sys.argv[2])).backward()
     gradients = 4 * (hidden.grad.numel() + weight.grad.numel()) // 1024
     return (status("VmHWM") - before - gradients) / 1024
 
@@ -33,10 +34,9 @@ print(call(4096, 65536))
 """
 
 
-def extra_mebibytes(loss: str, upstream: float) -> float:
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, loss, str(upstream)], capture_output=True, text=True, check=True
-    )
+def extra_mebibytes(loss: str, upstream: float, *memory_budget: int) -> float:
+    arguments = map(str, (loss, upstream, *memory_budget))
+    result = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=True)
     return float(result.stdout)
 
 
@@ -51,6 +51,9 @@ class TestPeakMemory:
     def test_with_a_scaled_loss(self):
         # Another factor than 1 makes a second weight gradient, 64 MiB, after the chunk is gone.
         assert extra_mebibytes("fused", 0.5) < 150
+
+    def test_within_a_budget(self):
+        assert extra_mebibytes("fused", 1.0, 32 << 20) < 50
 
     def test_the_measurement_sees_the_full_logits(self):
         assert extra_mebibytes("plain", 1.0) > 1024

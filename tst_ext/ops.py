@@ -187,6 +187,7 @@ def linear_multi_hot_cross_entropy(
     return_lse: bool = False,
     return_z_loss: bool = False,
     chunk_size: int | None = None,
+    memory_budget: int | None = None,
 ) -> Any:
     """Multi-hot cross-entropy of `hidden @ weight.T + bias` against a bag of labels per row, without the full logits.
 
@@ -222,8 +223,10 @@ def linear_multi_hot_cross_entropy(
             over the entries above -inf.
         return_lse: also return `lse` `[...]` (float32, float64 for float64), with its gradient.
         return_z_loss: also return the share of `z_loss` in the loss, in the shape of the loss, with its gradient.
-        chunk_size: rows whose logits exist at a time. Default: as many as fit an eighth of the full logits, or 64 MiB
-            where that is more, and 512 at most beyond 64 MiB.
+        chunk_size: rows whose logits exist at a time, at most; chunks are of one size. Default: as many as fit an
+            eighth of the full logits, or 64 MiB where that is more, and 512 at most beyond 64 MiB. On the CPU fewer
+            rows than about 256 cost time, because the weight is read again for every chunk.
+        memory_budget: the same in bytes of logits, in the place of `chunk_size`.
 
     Returns:
         The loss in nats, float32 (float64 for float64): a scalar, or `[...]` for "none". With `return_lse` or
@@ -267,6 +270,8 @@ def linear_multi_hot_cross_entropy(
     bag_size = checked_bag_size(labels, rows, f"hidden of shape {tuple(hidden.shape)}")
     if chunk_size is not None:
         check_integer("chunk_size", chunk_size, 1)
+    if memory_budget is not None:
+        chunk_size = _rows_within(memory_budget, chunk_size, weight)
     weights = checked_position_weights(position_weights, bag_size, hidden)
     check_same_device(hidden=hidden, weight=weight, bias=bias, labels=labels)
 
@@ -290,6 +295,17 @@ def linear_multi_hot_cross_entropy(
         hidden, weight, bias, labels, scale, options, wants, keep, link(hidden, weight, bias)
     )[:2]
     return _results(loss, lse, rows, bags, scale, options, return_lse, return_z_loss)
+
+
+def _rows_within(memory_budget: int, chunk_size: int | None, weight: Tensor) -> int:
+    """The chunk_size whose logits, float32 for float16, take `memory_budget` bytes."""
+    check_integer("memory_budget", memory_budget, 1)
+    if chunk_size is not None:
+        raise ValueError(f"chunk_size, memory_budget: expected one of them, got {chunk_size} and {memory_budget}")
+    row = weight.shape[0] * (4 if weight.dtype == torch.float16 else weight.element_size())
+    if memory_budget < row:
+        raise ValueError(f"memory_budget: expected at least {row} bytes, the logits of a row, got {memory_budget}")
+    return memory_budget // max(1, row)
 
 
 class _LinearMultiHotCrossEntropy(torch.autograd.Function):

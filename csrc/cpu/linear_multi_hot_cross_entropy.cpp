@@ -29,10 +29,7 @@ constexpr int64_t kStaged = kGemmScratch;
 int64_t default_chunk_size(int64_t rows, int64_t vocabulary, int64_t element_size) {
   const int64_t row = std::max<int64_t>(1, vocabulary * element_size);
   const int64_t floor = ((int64_t(64) << 20) - kGemmScratch) / row;
-  const int64_t limit =
-      std::max<int64_t>({1, floor, std::min<int64_t>(rows / 8 - (kGemmScratch + row - 1) / row, 512)});
-  const int64_t chunks = (rows + limit - 1) / limit;
-  return chunks ? (rows + chunks - 1) / chunks : 1;
+  return std::max<int64_t>({1, floor, std::min<int64_t>(rows / 8 - (kGemmScratch + row - 1) / row, 512)});
 }
 
 }  // namespace
@@ -66,8 +63,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
                z_loss, label_smoothing);
 
   const int64_t element_size = static_cast<int64_t>(h.element_size());
-  const int64_t chunk = chunk_size ? std::min(*chunk_size, std::max<int64_t>(1, rows))
-                                   : default_chunk_size(rows, vocabulary, element_size);
+  const int64_t most = chunk_size ? *chunk_size : default_chunk_size(rows, vocabulary, element_size);
+  const int64_t chunks = rows / most + (rows % most != 0), chunk = chunks ? (rows + chunks - 1) / chunks : 0;  // alike
   const bool gradient = grad_hidden || grad_weight || grad_bias;
   const std::vector<int64_t> none = {0};
   Tensor dh = grad_hidden ? torch::stable::new_empty(hidden, {rows, d}, accumulation)
@@ -76,12 +73,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
                           : torch::stable::new_empty(weight, none, accumulation);
   Tensor db = torch::stable::new_empty(weight, {grad_bias ? vocabulary : 0}, accumulation);
   if (rows == 0) torch::stable::zero_(dw), torch::stable::zero_(db);
-  const Tensor buffer = with_huge_pages(torch::stable::new_empty(h, {rows ? chunk : 0, vocabulary}));
+  const Tensor buffer = with_huge_pages(torch::stable::new_empty(h, {chunk, vocabulary}));
   const int64_t staged_rows = std::max<int64_t>(1, kStaged / std::max<int64_t>(1, d * element_size));
   Tensor staged;
   if (!wide && gradient) {
-    const int64_t most = std::max(grad_hidden ? chunk : 0, grad_weight ? std::min(staged_rows, vocabulary) : 0);
-    staged = torch::stable::new_empty(h, {most, d});
+    const int64_t count = std::max(grad_hidden ? chunk : 0, grad_weight ? std::min(staged_rows, vocabulary) : 0);
+    staged = torch::stable::new_empty(h, {count, d});
   }
 
   for (int64_t start = 0; start < rows; start += chunk) {
