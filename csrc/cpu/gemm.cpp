@@ -77,6 +77,23 @@ std::string gemm() { return kNames[static_cast<int>(current().load())]; }
 
 void set_gemm(const std::string& name) { current().store(find(name)); }
 
+int64_t logits_block_columns(int64_t rows, int64_t element_size) {
+  return std::max<int64_t>(1024, kGemmScratch / std::max<int64_t>(1, rows * element_size));
+}
+
+Tensor logits_block(const Tensor& scratch, const Tensor& hidden, const Tensor& weight,
+                    const std::optional<Tensor>& bias, int64_t start, int64_t count) {
+  const int64_t rows = hidden.size(0);
+  Tensor w = torch::stable::narrow(const_cast<Tensor&>(weight), 0, start, count);
+  std::optional<Tensor> b;
+  if (bias) b = torch::stable::narrow(const_cast<Tensor&>(*bias), 0, start, count);
+  if (use_onednn(hidden, rows * count * hidden.size(1))) return linear(hidden, w, b);
+  Tensor some = torch::stable::narrow(const_cast<Tensor&>(scratch), 0, 0, rows);
+  const Tensor out = torch::stable::narrow(some, 1, 0, count);
+  addmm(out, b ? *b : out, hidden, torch::stable::transpose(w, 0, 1), b ? 1.0 : 0.0);
+  return out;
+}
+
 void logits(const Tensor& out, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias) {
   const int64_t rows = out.size(0), vocabulary = out.size(1);
   if (!use_onednn(out, rows * vocabulary * hidden.size(1))) {
@@ -84,13 +101,10 @@ void logits(const Tensor& out, const Tensor& hidden, const Tensor& weight, const
   }
   // oneDNN's result is fresh memory each time. In blocks of 1 MiB it comes from the allocator's free lists and is still
   // cached when it is copied; as a whole, its page faults cost 10 % of the GEMM.
-  const int64_t block = std::max<int64_t>(1024, kGemmScratch / (rows * static_cast<int64_t>(out.element_size())));
+  const int64_t block = logits_block_columns(rows, static_cast<int64_t>(out.element_size()));
   for (int64_t v = 0; v < vocabulary; v += block) {
-    const int64_t count = std::min(block, vocabulary - v);
-    std::optional<Tensor> b;
-    if (bias) b = torch::stable::narrow(const_cast<Tensor&>(*bias), 0, v, count);
-    Tensor columns = torch::stable::narrow(const_cast<Tensor&>(out), 1, v, count);
-    torch::stable::copy_(columns, linear(hidden, torch::stable::narrow(const_cast<Tensor&>(weight), 0, v, count), b));
+    Tensor columns = torch::stable::narrow(const_cast<Tensor&>(out), 1, v, std::min(block, vocabulary - v));
+    torch::stable::copy_(columns, logits_block(columns, hidden, weight, bias, v, columns.size(1)));
   }
 }
 

@@ -19,6 +19,11 @@ constexpr int64_t kGemmScratch = int64_t(1) << 20;
 
 // hidden [n, d], weight [V, d], bias [V] -> out [n, V]
 void logits(const Tensor& out, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias);
+// The same for columns [start, start + count) alone: in memory of the library's own, or in scratch [>= n, >= count].
+Tensor logits_block(const Tensor& scratch, const Tensor& hidden, const Tensor& weight,
+                    const std::optional<Tensor>& bias, int64_t start, int64_t count);
+// Columns of a block whose logits stay in the second cache level.
+int64_t logits_block_columns(int64_t rows, int64_t element_size);
 // grad_logits [n, V], weight [V, d] -> out [n, d]
 void grad_hidden(const Tensor& out, const Tensor& grad_logits, const Tensor& weight);
 // grad_logits [n, V], hidden [n, d] -> out [V, d], or added to it

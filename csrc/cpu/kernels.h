@@ -5,6 +5,7 @@
 // it, so that the caller owns the threads. No result depends on how the rows are divided.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -42,8 +43,18 @@ enum class Objective : int { kMce, kMceAlt };
 //   x_v <- ((g S (1 + 2 z_loss lse) + u) softmax(z)_v - g (1 - e) a_v - g e S / V') (1 - (z_v / logit_softcap)^2)
 //   a_v  = sum_{i : labels[i] = v} c_i                                  kMce
 //        = S exp(z_v) / sum_{w in set(labels)} exp z_w                  kMceAlt, for v in the set
+//
+// Without gradient a row may come in blocks of columns, in order, in calls that each have a block's logits; `partial`
+// carries what they found. The call with the last block writes loss and lse.
+struct RowSums {
+  double maximum = -HUGE_VAL;  // m, of z
+  double exps = 0;             // sum_v exp(z_v - m)
+  double logits = 0;           // sum of z_v - m where z_v > -inf, and the number of those, for smoothing only
+  double columns = 0;
+};
+
 struct LossRows {
-  void* logits;    // [rows, vocabulary], row stride `stride`
+  void* logits;    // [rows, vocabulary], or [rows, block_columns] of a block; row stride `stride`
   int64_t stride;  // in elements
   int64_t vocabulary;
   const int64_t* labels;  // [rows, bag_size], each in [0, vocabulary) or ignore_index
@@ -59,6 +70,10 @@ struct LossRows {
   const double* grad_lse;   // [rows]; nullptr: all 0
   double* loss;             // [rows]
   double* lse;              // [rows]
+  RowSums* partial;         // [rows], RowSums{} before the first block; nullptr: whole rows
+  double* label_logits;     // [rows, bag_size]: what `partial` keeps of the labels
+  int64_t block_start;      // first column of the block
+  int64_t block_columns;
 };
 
 // out[i] = source[i], or out[i] += source[i]: what a GEMM of bfloat16 with float32 output would do, which ATen does not

@@ -246,12 +246,6 @@ TST_INLINE Vec<A> capped(Vec<A> x, A cap) {
   return cap == 0 ? x : cap * tanh(x / cap);
 }
 
-struct RowSums {
-  double exps = 0;    // sum_v exp(z_v - m)
-  double logits = 0;  // sum of z_v - m where z_v > -inf, and the number of those: only where smoothing wants them
-  double columns = 0;
-};
-
 // `plain`: no softcap, no smoothing. With `keep`, x_v becomes exp(z_v - m), which spares the second exp; the 16-bit
 // formats would lose digits, a softcap and smoothing need the logit itself, so they go without.
 template <typename T, bool plain, bool keep>
@@ -261,6 +255,7 @@ RowSums row_sums(T* x, int64_t n, Acc<T> m, Acc<T> cap) {
   constexpr A kLowest = -std::numeric_limits<A>::infinity();
   constexpr int64_t kBlock = 128 * kLanes;  // each lane adds 128 terms, then moves to float64: lse within 16 eps
   RowSums sums;
+  sums.maximum = m;
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t stop = n - start < kBlock ? n : start + kBlock;
     Vec<A> exps = {}, logits = {}, columns = {};
@@ -312,6 +307,22 @@ void row_gradient(T* x, int64_t n, Acc<T> m, Acc<T> cap, Acc<T> factor, Acc<T> u
   if (v < n) store(x + v, gradient(load(x + v, n - v, A(0))), n - v);
 }
 
+// Adds a block of columns to the sums of those before it.
+template <typename T, bool plain>
+void add_block(RowSums& total, T* x, int64_t n, Acc<T> cap) {
+  using A = Acc<T>;
+  const A before = static_cast<A>(total.maximum);
+  const A m = maximum<A>(capped(Vec<A>{} + row_maximum(x, n), cap), Vec<A>{} + before)[0];
+  // Nothing but -inf yet: from 0, where such logits add 0 and a NaN is still one.
+  const RowSums block = row_sums<T, plain, false>(x, n, m == -std::numeric_limits<A>::infinity() ? A(0) : m, cap);
+  if (m > before) {
+    if (total.columns > 0) total.logits -= total.columns * (double(m) - before);
+    total.exps *= std::exp(double(before) - m);
+  }
+  total.maximum = m;
+  total.exps += block.exps, total.logits += block.logits, total.columns += block.columns;
+}
+
 struct Target {  // a distinct label of a row
   int64_t label;
   double logit;  // z
@@ -322,7 +333,7 @@ template <typename T, bool plain>
 void loss_rows_as(const LossRows& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
   constexpr bool kKeep = plain && sizeof(T) > 2;
-  const int64_t n = a.vocabulary, s = a.bag_size;
+  const int64_t n = a.partial ? a.block_columns : a.vocabulary, s = a.bag_size;
   const A cap = static_cast<A>(a.logit_softcap);
   const bool set = a.objective == Objective::kMceAlt;
   std::vector<Target> targets;
@@ -330,6 +341,16 @@ void loss_rows_as(const LossRows& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     T* x = static_cast<T*>(a.logits) + r * a.stride;
     const int64_t* labels = a.labels + r * s;
+    double* label_logits = a.partial ? a.label_logits + r * s : nullptr;
+    if (a.partial) {
+      add_block<T, plain>(a.partial[r], x, n, cap);
+      for (int64_t i = 0; i < s; ++i) {
+        const int64_t v = labels[i] - a.block_start;
+        if (labels[i] != a.ignore_index && v >= 0 && v < n)
+          label_logits[i] = capped(Vec<A>{} + load_one(x + v), cap)[0];
+      }
+      if (a.block_start + n < a.vocabulary) continue;
+    }
     double scale = 0;  // S
     targets.clear();
     for (int64_t i = 0; i < s; ++i) {
@@ -338,14 +359,20 @@ void loss_rows_as(const LossRows& a, int64_t begin, int64_t end) {
       auto target = targets.begin();
       while (target != targets.end() && target->label != labels[i]) ++target;
       if (target == targets.end()) {  // its logit is read here, before the row is overwritten
-        const Vec<A> z = capped(Vec<A>{} + load_one(x + labels[i]), cap);
-        target = targets.insert(target, {labels[i], double(z[0]), 0.0});
+        const double z = a.partial ? label_logits[i] : capped(Vec<A>{} + load_one(x + labels[i]), cap)[0];
+        target = targets.insert(target, {labels[i], z, 0.0});
       }
       target->pull += a.position_scale[i];
     }
 
-    const A m = capped(Vec<A>{} + row_maximum(x, n), cap)[0];
-    const RowSums sums = a.gradient ? row_sums<T, plain, kKeep>(x, n, m, cap) : row_sums<T, plain, false>(x, n, m, cap);
+    RowSums sums;
+    if (a.partial) {
+      sums = a.partial[r];
+    } else {
+      const A m = capped(Vec<A>{} + row_maximum(x, n), cap)[0];
+      sums = a.gradient ? row_sums<T, plain, kKeep>(x, n, m, cap) : row_sums<T, plain, false>(x, n, m, cap);
+    }
+    const A m = static_cast<A>(sums.maximum);
     const double log_sum = std::log(sums.exps), lse = m + log_sum;
     a.lse[r] = lse;
     // Differences from m rather than from lse: lse near 1e4 would cost three digits in float32.

@@ -32,6 +32,26 @@ int64_t default_chunk_size(int64_t rows, int64_t vocabulary, int64_t element_siz
   return std::max<int64_t>({1, floor, std::min<int64_t>(rows / 8 - (kGemmScratch + row - 1) / row, 512)});
 }
 
+// Equal parts of at most `most`; 0 for no rows.
+int64_t part_of(int64_t rows, int64_t most) {
+  const int64_t parts = rows / most + (rows % most != 0);
+  return parts ? (rows + parts - 1) / parts : 0;
+}
+
+// Without gradients no logit is needed twice: the row kernel takes blocks of columns out of the cache as they come.
+// Over the GEMM alone 1.05 in place of 1.1 to 1.2 with a chunk of whole rows (float32, 512 to 2048 x 512 x 32768).
+void forward_alone(RowLoss& loss, const Tensor& h, const Tensor& w, const std::optional<Tensor>& b, int64_t chunk) {
+  const int64_t rows = h.size(0), vocabulary = w.size(0);
+  const int64_t block = std::min(vocabulary, 2 * logits_block_columns(chunk, static_cast<int64_t>(h.element_size())));
+  const Tensor scratch = torch::stable::new_empty(h, {chunk, block});
+  for (int64_t start = 0; start < rows; start += chunk) {
+    const Tensor h_chunk = torch::stable::narrow(const_cast<Tensor&>(h), 0, start, std::min(chunk, rows - start));
+    for (int64_t v = 0; v < vocabulary; v += block) {
+      loss.run_block(start, v, logits_block(scratch, h_chunk, w, b, v, std::min(block, vocabulary - v)));
+    }
+  }
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entropy(
@@ -63,9 +83,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
                z_loss, label_smoothing);
 
   const int64_t element_size = static_cast<int64_t>(h.element_size());
-  const int64_t most = chunk_size ? *chunk_size : default_chunk_size(rows, vocabulary, element_size);
-  const int64_t chunks = rows / most + (rows % most != 0), chunk = chunks ? (rows + chunks - 1) / chunks : 0;  // alike
   const bool gradient = grad_hidden || grad_weight || grad_bias;
+  const int64_t default_size = gradient ? default_chunk_size(rows, vocabulary, element_size) : 512;
+  const int64_t chunk = part_of(rows, chunk_size.value_or(default_size));
   const std::vector<int64_t> none = {0};
   Tensor dh = grad_hidden ? torch::stable::new_empty(hidden, {rows, d}, accumulation)
                           : torch::stable::new_empty(hidden, none, accumulation);
@@ -73,7 +93,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
                           : torch::stable::new_empty(weight, none, accumulation);
   Tensor db = torch::stable::new_empty(weight, {grad_bias ? vocabulary : 0}, accumulation);
   if (rows == 0) torch::stable::zero_(dw), torch::stable::zero_(db);
-  const Tensor buffer = with_huge_pages(torch::stable::new_empty(h, {chunk, vocabulary}));
+  if (!gradient) forward_alone(loss, h, w, b, chunk);
+  const Tensor buffer = with_huge_pages(torch::stable::new_empty(h, {gradient ? chunk : 0, vocabulary}));
   const int64_t staged_rows = std::max<int64_t>(1, kStaged / std::max<int64_t>(1, d * element_size));
   Tensor staged;
   if (!wide && gradient) {
@@ -81,12 +102,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
     staged = torch::stable::new_empty(h, {count, d});
   }
 
-  for (int64_t start = 0; start < rows; start += chunk) {
+  for (int64_t start = 0; gradient && start < rows; start += chunk) {
     const int64_t size = std::min(chunk, rows - start);
     Tensor z = torch::stable::narrow(const_cast<Tensor&>(buffer), 0, 0, size);
     Tensor h_chunk = torch::stable::narrow(const_cast<Tensor&>(h), 0, start, size);
     logits(z, h_chunk, w, b);
-    loss.run(start, z, gradient);
+    loss.run(start, z, true);
 
     if (grad_hidden) {
       const Tensor target = torch::stable::narrow(dh, 0, start, size);

@@ -51,21 +51,18 @@ class RowLoss {
     args_.label_smoothing = label_smoothing;
   }
 
-  // Rows [start, start + logits.size(0)); logits contiguous [*, V], overwritten by their gradient if asked for.
-  void run(int64_t start, const Tensor& logits, bool gradient) {
+  // Rows [start, start + logits.size(0)); logits [*, V], overwritten by their gradient if asked for.
+  void run(int64_t start, const Tensor& logits, bool gradient) { run_kernel(args_, start, logits, gradient); }
+
+  // The same without gradient for logits that come in blocks [*, n] of columns, in order.
+  void run_block(int64_t start, int64_t column, const Tensor& logits) {
     LossRows args = args_;
-    args.logits = gradient ? logits.mutable_data_ptr() : const_cast<void*>(logits.const_data_ptr());
-    args.stride = args.vocabulary;
-    args.labels = labels_.const_data_ptr<int64_t>() + start * args.bag_size;
-    args.gradient = gradient;
-    args.grad_loss = grad_loss_.empty() ? nullptr : grad_loss_.data() + start;
-    args.grad_lse = grad_lse_.empty() ? nullptr : grad_lse_.data() + start;
-    args.loss = loss_.data() + start;
-    args.lse = lse_.data() + start;
-    const LossRowsFn kernel = kernels().loss_rows[dtype_of("logits", logits)];
-    const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, args.vocabulary));
-    torch::stable::parallel_for(0, logits.size(0), grain,
-                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    partial_.resize(loss_.size()), label_logits_.resize(loss_.size() * args.bag_size);
+    args.partial = partial_.data() + start;
+    args.label_logits = label_logits_.data() + start * args.bag_size;
+    args.block_start = column;
+    args.block_columns = logits.size(1);
+    run_kernel(args, start, logits, false);
   }
 
   // The loss, one number a row or their sum, and lse [N]: in float32, or float64 where `like` is.
@@ -81,6 +78,21 @@ class RowLoss {
   }
 
  private:
+  void run_kernel(LossRows args, int64_t start, const Tensor& logits, bool gradient) {
+    args.logits = gradient ? logits.mutable_data_ptr() : const_cast<void*>(logits.const_data_ptr());
+    args.stride = logits.stride(0);
+    args.labels = labels_.const_data_ptr<int64_t>() + start * args.bag_size;
+    args.gradient = gradient;
+    args.grad_loss = grad_loss_.empty() ? nullptr : grad_loss_.data() + start;
+    args.grad_lse = grad_lse_.empty() ? nullptr : grad_lse_.data() + start;
+    args.loss = loss_.data() + start;
+    args.lse = lse_.data() + start;
+    const LossRowsFn kernel = kernels().loss_rows[dtype_of("logits", logits)];
+    const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, logits.size(1)));
+    torch::stable::parallel_for(0, logits.size(0), grain,
+                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  }
+
   static std::vector<double> numbers(const char* name, const Tensor& tensor) {
     STD_TORCH_CHECK(tensor.dim() <= 1, name, ": expected at most one dimension");
     const Tensor wide = torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Double));
@@ -100,7 +112,8 @@ class RowLoss {
   }
 
   Tensor labels_;
-  std::vector<double> position_scale_, grad_loss_, grad_lse_, loss_, lse_;
+  std::vector<double> position_scale_, grad_loss_, grad_lse_, loss_, lse_, label_logits_;
+  std::vector<RowSums> partial_;
   LossRows args_ = {};
 };
 

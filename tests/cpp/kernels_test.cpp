@@ -195,6 +195,21 @@ const LossOptions kLossOptions[] = {
     {"everything", Objective::kMce, 5, 0.1, 0.2, true},
 };
 
+// Loss and lse, columns coming in blocks of `width`.
+std::pair<std::vector<double>, std::vector<double>> in_blocks(LossRows args, DType dtype, int64_t rows, int64_t width) {
+  std::vector<double> loss(rows, -1), lse(rows, -1), label_logits(rows * args.bag_size);
+  std::vector<RowSums> partial(rows);
+  char* logits = static_cast<char*>(args.logits);
+  args.gradient = false, args.loss = loss.data(), args.lse = lse.data();
+  args.partial = partial.data(), args.label_logits = label_logits.data();
+  for (int64_t v = 0; v < args.vocabulary; v += width) {
+    args.block_start = v, args.block_columns = std::min(width, args.vocabulary - v);
+    args.logits = logits + v * static_cast<int64_t>(Stored::width(dtype));
+    kernels().loss_rows[dtype](args, 0, rows);
+  }
+  return {loss, lse};
+}
+
 TEST_P(KernelTest, LossRows) {
   for (const LossOptions& options : kLossOptions) {
     for (const int64_t vocabulary : {1, 2, 3, 7, 8, 9, 31, 32, 33, 64, 100, 4095, 4096, 4097, 8200}) {
@@ -227,6 +242,8 @@ TEST_P(KernelTest, LossRows) {
         if (options.upstream) forward.grad_loss = grad_loss.data(), forward.grad_lse = grad_lse.data();
         kernels().loss_rows[dtype()](forward, 0, rows);
         EXPECT_EQ(logits.bytes, before.bytes) << "without a gradient the logits stay";
+        const auto [loss_of_blocks, lse_of_blocks] = in_blocks(forward, dtype(), rows, 1 + random() % vocabulary);
+        EXPECT_EQ(logits.bytes, before.bytes);
         LossRows both = forward;
         both.gradient = true, both.loss = loss.data(), both.lse = lse.data();
         kernels().loss_rows[dtype()](both, 0, rows);
@@ -243,6 +260,8 @@ TEST_P(KernelTest, LossRows) {
           EXPECT_GE(loss[r], 0);
           EXPECT_EQ(loss_only[r], loss[r]);
           EXPECT_EQ(lse_only[r], lse[r]);
+          EXPECT_NEAR(lse_of_blocks[r], wanted.lse, tolerance);
+          EXPECT_NEAR(loss_of_blocks[r], wanted.loss, tolerance * (1 + wanted.size));
           for (int64_t v = 0; v < vocabulary; ++v) {
             const double rounding =
                 eps(dtype()) / 2 * std::fabs(wanted.gradient[v]) + tolerance * wanted.gradient_size[v];
@@ -279,6 +298,13 @@ TEST_P(KernelTest, LossRowsExtremes) {
     args.labels = labels.data(), args.bag_size = 1, args.ignore_index = kIgnore, args.position_scale = &scale;
     args.objective = options.objective, args.label_smoothing = options.label_smoothing;
     args.gradient = true, args.loss = loss.data(), args.lse = lse.data();
+    for (const int64_t width : {1, 7, 67, 69}) {
+      const std::vector<double> blocks = in_blocks(args, dtype(), 4, width).first;
+      EXPECT_NEAR(blocks[0], 0, eps(kFloat64)) << width;
+      EXPECT_TRUE(std::isnan(blocks[2])) << width;
+      EXPECT_EQ(blocks[3], 0) << width;
+      if (!options.label_smoothing) EXPECT_EQ(blocks[1], 0) << width;
+    }
     kernels().loss_rows[dtype()](args, 0, 4);
     // 0 but for the rounding of 1 - label_smoothing.
     EXPECT_NEAR(loss[0], 0, eps(kFloat64)) << "the only column that is not masked";
@@ -307,6 +333,11 @@ TEST_P(KernelTest, MaximumInEveryColumn) {
   args.logits = logits.bytes.data(), args.stride = args.vocabulary = n;
   args.labels = labels.data(), args.bag_size = 1, args.ignore_index = kIgnore, args.position_scale = &scale;
   args.gradient = true, args.loss = loss.data(), args.lse = lse.data();
+  for (const int64_t width : {1, 33, 129}) {
+    const auto [blocks, lse_of_blocks] = in_blocks(args, dtype(), n, width);
+    EXPECT_EQ(blocks, std::vector<double>(n, 0.0)) << width;
+    EXPECT_EQ(lse_of_blocks, std::vector<double>(n, 32768.0)) << width;
+  }
   kernels().loss_rows[dtype()](args, 0, n);
   EXPECT_EQ(loss, std::vector<double>(n, 0.0));
   EXPECT_EQ(lse, std::vector<double>(n, 32768.0));
