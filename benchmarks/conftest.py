@@ -114,7 +114,7 @@ def race(benchmark, request, evict):
         **facts: object,
     ) -> None:
         quick = request.config.getoption("quick")
-        rounds, patience = (max(2, rounds // 3), 2.0) if quick else (rounds, 5.0)
+        rounds, patience = (max(2, rounds // 5), 2.0) if quick else (rounds, 5.0)
         runners = {OURS: ours, **peers, **floors}
         table = {name: {"unavailable": f} for name, f in peers.items() if isinstance(f, str)}
         times: dict[str, list[float]] = {}

@@ -1,7 +1,6 @@
 """Bag embedding beside torch's ways, over the bytes it must move at this machine's copy speed."""
 
 import peers
-import pytest
 import torch
 from conftest import DEVICE, zipf_ids
 from floors import bytes_moved
@@ -18,12 +17,13 @@ FULL = [
 
 
 def pytest_generate_tests(metafunc):
-    cases = QUICK if metafunc.config.getoption("quick") else FULL
+    quick = metafunc.config.getoption("quick")
+    metafunc.parametrize("direction", ["forward", "forward and backward", *([] if quick else ["backward"])])
+    cases = QUICK if quick else FULL
     ids = [f"{BAGS}x{s}-{v}x{d}-{str(dtype)[6:]}" for v, d, s, dtype in cases]
     metafunc.parametrize(("vocabulary", "dim", "bag_size", "dtype"), cases, ids=ids)
 
 
-@pytest.mark.parametrize("direction", ["forward", "forward and backward", "backward"])
 def test_embedding(race, direction, vocabulary, dim, bag_size, dtype):
     weight = torch.randn(vocabulary, dim, device=DEVICE, dtype=dtype, requires_grad=True)
     ids = zipf_ids((BAGS, bag_size), vocabulary)

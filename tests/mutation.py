@@ -190,7 +190,8 @@ PYTHON: dict[str, list[Mutant]] = {
                "gradient of a gradient is 0 without a word"),
     ],
     "csrc/cpu/loss.h": [
-        Mutant("chunk-labels", "int64_t>() + start * args.bag_size", "int64_t>() + start", "labels of other rows in later chunks"),
+        Mutant("chunk-labels", "int64_t>() + start * args.bag_size", "int64_t>() + start",
+               "labels of other rows in later chunks"),
         Mutant("chunk-upstream", "grad_loss_.data() + start", "grad_loss_.data()", "upstream of the first chunk"),
         Mutant("chunk-lse", "grad_lse_.data() + start", "grad_lse_.data()", "gradient of lse of the first chunk"),
         Mutant("block-rows", "partial_.data() + start", "partial_.data()", "sums of the first chunk"),
@@ -198,9 +199,11 @@ PYTHON: dict[str, list[Mutant]] = {
                "label logits of the first chunk"),
     ],
     "csrc/cpu/linear_multi_hot_cross_entropy.cpp": [
-        Mutant("chunk-last", "gradient && start < rows; start", "gradient && start + chunk <= rows; start", "last, short chunk dropped"),
+        Mutant("chunk-last", "gradient && start < rows; start", "gradient && start + chunk <= rows; start",
+               "last, short chunk dropped"),
         Mutant("chunk-bias", "(db, z, start > 0)", "(db, z, false)", "bias gradient of one chunk alone"),
-        Mutant("chunk-weight", "(dw, z, h_chunk, start > 0)", "(dw, z, h_chunk, false)", "weight gradient of one chunk alone"),
+        Mutant("chunk-weight", "(dw, z, h_chunk, start > 0)", "(dw, z, h_chunk, false)",
+               "weight gradient of one chunk alone"),
         Mutant("staged-block", "narrow(z, 1, v, count)", "narrow(z, 1, 0, count)",
                "bfloat16 weight gradient of the first block of the vocabulary"),
     ],
