@@ -27,7 +27,7 @@ test-slow: $(INSTALLED)
 mutation: $(INSTALLED)
 	$(BIN)/python tests/mutation.py
 
-# Everything beside its peers and floors: 50 minutes on two cores, 2 with BENCH=--quick. On a machine that does nothing else.
+# Beside peers and floors: an hour on two cores, 2 minutes with BENCH=--quick. On a machine that does nothing else.
 bench: $(VENV)/peers
 	mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks -q $(BENCH) --benchmark-json=$(RESULTS)

@@ -1,4 +1,4 @@
-"""What no implementation can beat: the GEMMs alone, and the bytes at this machine's copy speed."""
+"""What the ops are held to: the GEMMs alone, and the bytes they must move at this machine's copy speed."""
 
 import statistics
 from collections.abc import Callable
@@ -26,35 +26,44 @@ def gemms(hidden: Tensor, weight: Tensor) -> tuple[dict[str, Callable[[], None]]
 
     Every GEMM runs by torch.mm, and where torch carries oneDNN for float32 by that, at every chunk size; the fastest
     median of three is taken: one library and one chunk size for all, "3 GEMMs, torch.mm"; or each its own, "3 best
-    GEMMs". The products are written to memory that is there already.
+    GEMMs". The products are written to memory that is there already, or
+    in oneDNN's case to blocks that the allocator recycles.
     """
     hidden, weight = hidden.detach(), weight.detach()
     rows, vocabulary = len(hidden), len(weight)
     grad_hidden, grad_weight = torch.empty_like(hidden), big(*weight.shape, dtype=weight.dtype).zero_()
     buffer = big(min(rows, CHUNKS[-1]), vocabulary, dtype=weight.dtype).normal_()
-    onednn = torch.ops.mkldnn._linear_pointwise
     has_onednn = DEVICE.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
-    def chunked(chunk: int, product: Callable[[Tensor, Tensor, int], object]) -> Callable[[], None]:
-        def run() -> None:
+    def chunked(chunk: int, product: Callable[[Tensor, Tensor, int], object]) -> Callable[[int], None]:
+        def run(rows: int) -> None:
             for start in range(0, rows, chunk):
                 h = hidden[start : start + chunk]
                 product(buffer[: len(h)], h, start)
 
         return run
 
+    def add_grad_weight(z: Tensor, h: Tensor, start: int) -> None:
+        if start == 0:
+            torch.mm(z.T, h, out=grad_weight)
+        else:
+            torch.addmm(grad_weight, z.T, h, out=grad_weight)
+
+    def onednn(x: Tensor, w: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+
     def logits_onednn(z: Tensor, h: Tensor, _: int) -> None:
         for v in range(0, vocabulary, BLOCK):
-            onednn(h, weight[v : v + BLOCK], None, "none", [], "")
+            onednn(h, weight[v : v + BLOCK])
 
     products: dict[str, dict[str, Callable[[Tensor, Tensor, int], object]]] = {
         "logits": {"mm": lambda z, h, _: torch.mm(h, weight.T, out=z)},
         "grad_hidden": {"mm": lambda z, h, i: torch.mm(z, weight, out=grad_hidden[i : i + len(h)])},
-        "grad_weight": {"mm": lambda z, h, _: torch.addmm(grad_weight, z.T, h, out=grad_weight)},
+        "grad_weight": {"mm": add_grad_weight},
     }
     if has_onednn:
         products["logits"]["onednn"] = logits_onednn
-        products["grad_hidden"]["onednn"] = lambda z, h, _: onednn(z, weight.T, None, "none", [], "")
+        products["grad_hidden"]["onednn"] = lambda z, h, _: onednn(z, weight.T)
     runs = {
         (gemm, library, chunk): chunked(chunk, product)
         for chunk in CHUNKS
@@ -62,14 +71,15 @@ def gemms(hidden: Tensor, weight: Tensor) -> tuple[dict[str, Callable[[], None]]
         for gemm, libraries in products.items()
         for library, product in libraries.items()
     }
-    time = {key: statistics.median(seconds(run) for _ in range(3)) for key, run in runs.items()}
+    some = min(rows, CHUNKS[-1])
+    time = {key: statistics.median(seconds(lambda r=run: r(some)) for _ in range(3)) for key, run in runs.items()}
     best = {gemm: min((key for key in time if key[0] == gemm), key=time.__getitem__) for gemm in products}
     one = min({key[2] for key in time}, key=lambda c: sum(t for k, t in time.items() if k[1] == "mm" and k[2] == c))
 
     def all_of(keys: list[tuple[str, str, int]]) -> Callable[[], None]:
         def run() -> None:
             for key in keys:
-                runs[key]()
+                runs[key](rows)
 
         return run
 

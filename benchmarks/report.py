@@ -15,7 +15,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def lines(case: dict) -> list[list[str]]:
-    """name, ms, how many times our time it takes, MiB beyond inputs and gradients, rounds; the fastest first."""
+    """name, ms, our time over its, MiB beyond inputs and gradients, rounds; the fastest first."""
     rows = sorted(case["contenders"].items(), key=lambda item: item[1].get("ms", float("inf")))
     out = []
     for name, row in rows:

@@ -47,24 +47,27 @@ def test_embedding(race, direction, vocabulary, dim, bag_size, dtype):
         def backward():
             clear()
             output.backward(grad, retain_graph=True)
+            return output
 
         if direction == "backward":
             output = embed(ids, weight)
             return backward
         return forward if direction == "forward" else both
 
-    # Forward: a row read per id, one written per bag. Backward: a row of the output's gradient read per id, a whole
-    # fresh table written.
-    backward = 0 if direction == "forward" else 1
-    read = BAGS * bag_size * row * (2 if direction == "forward and backward" else 1)
-    written = BAGS * row if direction != "backward" else 0
-    fresh = backward * vocabulary * row
+    # Must move, forward: each distinct row read once, a row written per bag; backward: the output's gradient read once,
+    # a fresh table written. As gathered: a row, or a row of the gradient, read anew for every id.
+    forward, backward = direction != "backward", direction != "forward"
+    read = ids.nbytes + (ids.unique().numel() * row if forward else 0) + (BAGS * row if backward else 0)
+    gathered = ids.nbytes + BAGS * bag_size * row * (forward + backward)
+    written = BAGS * row if forward else 0
+    fresh = vocabulary * row if backward else 0
     race(
         runner(bag_embedding),
         {name: runner(embed) for name, embed in peers.embeddings().items()},
-        {"bytes": bytes_moved(read, written, fresh)},
-        rounds=30,
+        {"bytes": bytes_moved(read, written, fresh), "bytes as gathered": bytes_moved(gathered, written, fresh)},
+        rounds=20,
         clear=clear,
+        gradients=lambda: [weight.grad] if backward else [],
         result_bytes=fresh,
         cold=True,
         tolerance=1e-5 if dtype == torch.float32 else 2e-2,
@@ -72,5 +75,5 @@ def test_embedding(race, direction, vocabulary, dim, bag_size, dtype):
         shape=f"{BAGS}x{bag_size} ids, {vocabulary}x{dim}",
         s=bag_size,
         dtype=str(dtype)[6:],
-        work={"GB": 1e-9 * (read + written + fresh)},
+        work={"GB": 1e-9 * (gathered + written + fresh)},
     )

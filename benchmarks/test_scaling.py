@@ -48,7 +48,7 @@ def test_scaling(race, axis, point):
             run,
             {},
             {},
-            rounds=3,
+            rounds=2,
             clear=clear,
             result_bytes=hidden.nbytes + weight.nbytes,
             op="scaling",

@@ -292,7 +292,7 @@ class TestNumerics:
 
 
 class TestGemm:
-    """Float32 on CPU by either of torch's libraries; 300 rows make blocks of 1024 columns of the logits."""
+    """Float32 on CPU by either of torch's libraries, in blocks of some 1000 columns of the logits."""
 
     @pytest.mark.parametrize("vocabulary", [1000, 1024, 2500])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -318,6 +318,28 @@ class TestGemm:
     def test_without_bias_and_weights_that_are_no_contiguous_matrix(self, gemm):
         hidden, weight, _, labels = loss_case(300, 48, 2500, 3, torch.float32, "cpu")
         check_loss(hidden.T.contiguous().T, weight.T.contiguous().T, None, labels)
+
+    def test_strides(self, gemm):
+        hidden, weight, bias, labels = loss_case(300, 64, 5000, 3, torch.float32, "cpu", bias=True)
+        one = bias[:1]
+        for b, strided in ((bias, torch.stack((bias, bias), 1)[:, 0]), (one.expand(5000).clone(), one.expand(5000))):
+            for w in (weight, weight.T.contiguous().T, torch.cat((weight, weight), 1)[:, :64]):
+                for g in (True, False):  # two paths
+                    with torch.set_grad_enabled(g):
+                        expected = fused(hidden, weight.requires_grad_(), b, labels)
+                        found = fused(hidden, w.detach().requires_grad_(), strided, labels)
+                    assert relative_error(found, expected) < 1e-6
+
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_without_gradients(self, gemm, reduction):
+        case = loss_case(700, 48, 9000, 3, torch.float32, "cpu", bias=True)
+        labels = case[-1]  # first and last columns of the blocks, 2048 at 350 rows
+        for i, v in enumerate((0, 2047, 2048, 4095, 4096, 8191, 8192, 8999)):
+            labels[i] = v
+        expected = plain(*(t.double() for t in case[:3]), labels, reduction=reduction)
+        with torch.no_grad():
+            found = fused(*case, reduction=reduction)
+        assert relative_error(found, expected) < 2e-6
 
     def test_no_rows(self, gemm):
         hidden, weight, bias, labels = loss_case(0, 8, 20, 3, torch.float32, "cpu", bias=True)

@@ -49,7 +49,7 @@ class TestPeakMemory:
         assert extra_mebibytes("fused", 1.0) < 150
 
     def test_with_a_scaled_loss(self):
-        # Another factor than 1 makes a second weight gradient, 64 MiB, after the chunk is gone.
+        # Another factor than 1 multiplies the gradients in place.
         assert extra_mebibytes("fused", 0.5) < 150
 
     def test_within_a_budget(self):

@@ -59,8 +59,8 @@ def first_derivative(backward: Callable[..., tuple[Tensor | None, ...]]) -> Call
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # compiled: refuses by itself
-        # Unpacked before the backward, which may overwrite what it saved, and only here: once is all that some hooks
-        # allow.
+        # Before the backward, which may overwrite what it saved; not where it is of no use: some hooks allow to unpack
+        # once only.
         link = ctx.saved_tensors[-1] if differentiable else None
         with torch.no_grad():
             gradients = backward(ctx, *grads)

@@ -223,10 +223,11 @@ def linear_multi_hot_cross_entropy(
             over the entries above -inf.
         return_lse: also return `lse` `[...]` (float32, float64 for float64), with its gradient.
         return_z_loss: also return the share of `z_loss` in the loss, in the shape of the loss, with its gradient.
-        chunk_size: rows whose logits exist at a time, at most; chunks are of one size. Default: as many as fit an
-            eighth of the full logits, or 64 MiB where that is more, and 512 at most beyond 64 MiB. On the CPU fewer
-            rows than about 256 cost time, because the weight is read again for every chunk.
-        memory_budget: the same in bytes of logits, in the place of `chunk_size`.
+        chunk_size: rows whose logits exist at a time, at most. Default: as many as fit an eighth of the full logits, or
+            64 MiB where that is more, and 512 at most beyond 64 MiB; without gradients 512, of which a block of
+            columns exists at a time. On the CPU fewer rows than about 256 cost time, because the weight is read again
+            for every chunk.
+        memory_budget: the same in bytes of logits, one row's at least, in the place of `chunk_size`.
 
     Returns:
         The loss in nats, float32 (float64 for float64): a scalar, or `[...]` for "none". With `return_lse` or

@@ -6,7 +6,8 @@
 #include <atomic>
 #include <cstdlib>
 
-// Weak: a torch without oneDNN lacks it.
+// As torch/csrc/inductor/aoti_torch/c/shim_cpu.h declares it, which 2.11 and 2.13 export; that header refuses
+// TORCH_TARGET_VERSION. Weak: a torch without oneDNN lacks it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
     AtenTensorHandle input, AtenTensorHandle weight, AtenTensorHandle* bias, const char* attr, const double** scalars,
     int64_t scalars_len, const char** algorithm, AtenTensorHandle* out);
@@ -36,12 +37,14 @@ std::atomic<Gemm>& current() {
   return chosen;
 }
 
+bool dense(const Tensor& matrix) { return matrix.stride(1) == 1 && matrix.stride(0) == matrix.size(1); }
+
 // A rule, not a measurement, so that a run repeats bit for bit. MKL takes the slower of its paths on AMD processors:
 // for float32 with AVX-512 oneDNN needs 0.80 of its time for the logits and 0.92 for grad_hidden (Zen 4, 256 x 1024 x
 // 128256). For grad_weight, whose operands are both transposed, it needs more. Below some million multiplications its
-// call costs more than they do.
-bool use_onednn(const Tensor& tensor, int64_t multiplications) {
-  if (tensor.scalar_type() != ScalarType::Float || multiplications == 0) return false;
+// call costs more than they do. For a weight that is no dense matrix it has nothing but a naive loop.
+bool use_onednn(const Tensor& weight, int64_t multiplications) {
+  if (weight.scalar_type() != ScalarType::Float || multiplications == 0 || !dense(weight)) return false;
   const Gemm chosen = current().load();
   if (chosen != Gemm::kAuto) return chosen == Gemm::kOneDnn;
 #if defined(__x86_64__)
@@ -87,7 +90,7 @@ Tensor logits_block(const Tensor& scratch, const Tensor& hidden, const Tensor& w
   Tensor w = torch::stable::narrow(const_cast<Tensor&>(weight), 0, start, count);
   std::optional<Tensor> b;
   if (bias) b = torch::stable::narrow(const_cast<Tensor&>(*bias), 0, start, count);
-  if (use_onednn(hidden, rows * count * hidden.size(1))) return linear(hidden, w, b);
+  if (use_onednn(w, rows * count * hidden.size(1))) return linear(hidden, w, b);
   Tensor some = torch::stable::narrow(const_cast<Tensor&>(scratch), 0, 0, rows);
   const Tensor out = torch::stable::narrow(some, 1, 0, count);
   addmm(out, b ? *b : out, hidden, torch::stable::transpose(w, 0, 1), b ? 1.0 : 0.0);
@@ -96,7 +99,7 @@ Tensor logits_block(const Tensor& scratch, const Tensor& hidden, const Tensor& w
 
 void logits(const Tensor& out, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias) {
   const int64_t rows = out.size(0), vocabulary = out.size(1);
-  if (!use_onednn(out, rows * vocabulary * hidden.size(1))) {
+  if (!use_onednn(weight, rows * vocabulary * hidden.size(1))) {
     return addmm(out, bias ? *bias : out, hidden, torch::stable::transpose(weight, 0, 1), bias ? 1.0 : 0.0);
   }
   // oneDNN's result is fresh memory each time. In blocks of 1 MiB it comes from the allocator's free lists and is still
@@ -104,12 +107,13 @@ void logits(const Tensor& out, const Tensor& hidden, const Tensor& weight, const
   const int64_t block = logits_block_columns(rows, static_cast<int64_t>(out.element_size()));
   for (int64_t v = 0; v < vocabulary; v += block) {
     Tensor columns = torch::stable::narrow(const_cast<Tensor&>(out), 1, v, std::min(block, vocabulary - v));
-    torch::stable::copy_(columns, logits_block(columns, hidden, weight, bias, v, columns.size(1)));
+    const Tensor block_logits = logits_block(columns, hidden, weight, bias, v, columns.size(1));
+    if (block_logits.const_data_ptr() != columns.const_data_ptr()) torch::stable::copy_(columns, block_logits);
   }
 }
 
 void grad_hidden(const Tensor& out, const Tensor& grad_logits, const Tensor& weight) {
-  if (!use_onednn(out, grad_logits.numel() * out.size(1))) return addmm(out, out, grad_logits, weight, 0.0);
+  if (!use_onednn(weight, grad_logits.numel() * out.size(1))) return addmm(out, out, grad_logits, weight, 0.0);
   Tensor target = out;
   torch::stable::copy_(target, linear(grad_logits, torch::stable::transpose(weight, 0, 1), std::nullopt));
 }

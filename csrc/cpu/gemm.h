@@ -14,15 +14,15 @@ std::vector<std::string> gemms();  // those this torch offers
 std::string gemm();
 void set_gemm(const std::string& name);  // std::invalid_argument names what is available
 
-// Bytes that logits and grad_hidden may need beside their result.
+// Bytes of logits that a oneDNN product in memory of its own has, where 1024 columns are not more.
 constexpr int64_t kGemmScratch = int64_t(1) << 20;
 
-// hidden [n, d], weight [V, d], bias [V] -> out [n, V]
+// hidden [n, d], weight [V, d], bias [V], contiguous -> out [n, V]
 void logits(const Tensor& out, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias);
 // The same for columns [start, start + count) alone: in memory of the library's own, or in scratch [>= n, >= count].
 Tensor logits_block(const Tensor& scratch, const Tensor& hidden, const Tensor& weight,
                     const std::optional<Tensor>& bias, int64_t start, int64_t count);
-// Columns of a block whose logits stay in the second cache level.
+// Columns of a block: 1 MiB of logits, at least 1024 columns.
 int64_t logits_block_columns(int64_t rows, int64_t element_size);
 // grad_logits [n, V], weight [V, d] -> out [n, d]
 void grad_hidden(const Tensor& out, const Tensor& grad_logits, const Tensor& weight);

@@ -32,6 +32,14 @@ struct GatherSum {
 
 enum class Objective : int { kMce, kMceAlt };
 
+// Of the columns of a row so far.
+struct RowSums {
+  double maximum = -HUGE_VAL;  // m, of z
+  double exps = 0;             // sum_v exp(z_v - m)
+  double logits = 0;           // sum of z_v - m where z_v > -inf, and the number of those, for smoothing only
+  double columns = 0;
+};
+
 // One pass over a chunk of logits. A row's raw logits x are capped, z = logit_softcap * tanh(x / logit_softcap) (z = x
 // for a cap of 0). With e = label_smoothing, c_i = position_scale[i] where labels[i] is not ignore_index, else 0, and
 // S = sum c_i (kMceAlt: position_scale[0] where any label counts, else 0):
@@ -43,16 +51,6 @@ enum class Objective : int { kMce, kMceAlt };
 //   x_v <- ((g S (1 + 2 z_loss lse) + u) softmax(z)_v - g (1 - e) a_v - g e S / V') (1 - (z_v / logit_softcap)^2)
 //   a_v  = sum_{i : labels[i] = v} c_i                                  kMce
 //        = S exp(z_v) / sum_{w in set(labels)} exp z_w                  kMceAlt, for v in the set
-//
-// Without gradient a row may come in blocks of columns, in order, in calls that each have a block's logits; `partial`
-// carries what they found. The call with the last block writes loss and lse.
-struct RowSums {
-  double maximum = -HUGE_VAL;  // m, of z
-  double exps = 0;             // sum_v exp(z_v - m)
-  double logits = 0;           // sum of z_v - m where z_v > -inf, and the number of those, for smoothing only
-  double columns = 0;
-};
-
 struct LossRows {
   void* logits;    // [rows, vocabulary], or [rows, block_columns] of a block; row stride `stride`
   int64_t stride;  // in elements
@@ -70,9 +68,11 @@ struct LossRows {
   const double* grad_lse;   // [rows]; nullptr: all 0
   double* loss;             // [rows]
   double* lse;              // [rows]
-  RowSums* partial;         // [rows], RowSums{} before the first block; nullptr: whole rows
-  double* label_logits;     // [rows, bag_size]: what `partial` keeps of the labels
-  int64_t block_start;      // first column of the block
+  // Without gradient a row may come in blocks of columns, in order, in calls that each have a block's logits. The call
+  // with the last block writes loss and lse.
+  RowSums* partial;      // [rows], RowSums{} before the first block; nullptr: whole rows
+  double* label_logits;  // [rows, bag_size]: what `partial` keeps of the labels
+  int64_t block_start;   // first column of the block
   int64_t block_columns;
 };
 

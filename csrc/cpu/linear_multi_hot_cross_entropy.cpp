@@ -23,9 +23,9 @@ void column_sum(const Tensor& out, const Tensor& source, bool add) {
 // cache level holds it: with 16 MiB the GEMM and the addition take 1.3 to 2 times as long.
 constexpr int64_t kStaged = kGemmScratch;
 
-// Rows per chunk. Memory, scratch included: at most an eighth of the full logits, or 64 MiB where that is more. Speed:
-// the weight is read again for every chunk, which from 256 to 512 rows saves another 4 % of the GEMMs (V = 128256, d =
-// 1024).
+// Rows per chunk. Memory, the GEMM's blocks of logits included: at most an eighth of the full logits, or 64 MiB where
+// that is more. Speed: the weight is read again for every chunk, which from 256 to 512 rows saves another 4 % of the
+// GEMMs (V = 128256, d = 1024).
 int64_t default_chunk_size(int64_t rows, int64_t vocabulary, int64_t element_size) {
   const int64_t row = std::max<int64_t>(1, vocabulary * element_size);
   const int64_t floor = ((int64_t(64) << 20) - kGemmScratch) / row;
@@ -75,6 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
   const Tensor w = half ? torch::stable::to(weight, ScalarType::Float) : weight;                // [V, d]
   std::optional<Tensor> b = bias;
   if (half && bias) b = torch::stable::to(*bias, ScalarType::Float);
+  if (b) b = torch::stable::contiguous(*b);
   const int64_t rows = h.size(0), d = h.size(1), vocabulary = w.size(0);
   const DType dtype = dtype_of("hidden", h);
   const bool wide = dtype != kBFloat16;
