@@ -38,15 +38,35 @@ def title(case: dict) -> str:
 HEADER = ["", "ms", "ours / it", "extra MiB", "rounds"]
 
 
-def table(cases: list[dict], markdown: bool) -> str:
+def table(cases: list[dict]) -> str:
     out = []
     for case in cases:
-        rows = lines(case)
-        out.append(("\n**" + title(case) + "**\n") if markdown else "\n" + title(case))
-        if markdown:
-            out += ["| " + " | ".join(row) + " |" for row in (HEADER, ["---"] + ["---:"] * 4, *rows)]
-        else:
-            out += [f"  {r[0]:44}{r[1]:>12}{r[2]:>12}{r[3]:>12}{r[4]:>8}" for r in (HEADER, *rows)]
+        out.append("\n" + title(case))
+        out += [f"  {r[0]:44}{r[1]:>12}{r[2]:>12}{r[3]:>12}{r[4]:>8}" for r in (HEADER, *lines(case))]
+    return "\n".join(out)
+
+
+def markdown(cases: list[dict]) -> str:
+    """A table an op, a row a case; of the others our time over theirs, and their extra MiB."""
+    out = []
+    for op in dict.fromkeys(case["op"] for case in cases):
+        group = [case for case in cases if case["op"] == op]
+        rows_of = [case["contenders"] for case in group]
+        names = list(dict.fromkeys(name for rows in rows_of for name in rows if name != OURS))
+        names = [name for name in names if any("ms" in rows.get(name, {}) for rows in rows_of)]
+        floors = [name for name in names if any(rows.get(name, {}).get("floor") for rows in rows_of)]
+        names = floors + [name for name in names if name not in floors]
+        out += [f"\n**{op}**\n", "| " + " | ".join(["", "ms", "MiB", *names]) + " |"]
+        out.append("|---|" + "---:|" * (len(names) + 2))
+        for case, rows in zip(group, rows_of, strict=True):
+            cells = [f"{case['shape']}, s = {case['s']}, {case['dtype']}"]
+            cells += [number(rows[OURS]["ms"], 1), number(rows[OURS]["extra_mib"], 0)]
+            for name in names:
+                row = rows.get(name, {})
+                memory = f" ({number(row['extra_mib'], 0)})" if name not in floors and row.get("extra_mib") else ""
+                once = "*" if row.get("rounds") == 1 else ""
+                cells.append(f"{number(row['ours_over_this'])}{once}{memory}" if "ms" in row else "-")
+            out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)
 
 
@@ -97,16 +117,17 @@ def draw(cases: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+", help="JSON of one run, or of runs of different cases")
     parser.add_argument("--markdown", action="store_true")
     arguments = parser.parse_args()
-    results = json.loads(arguments.results.read_text())
-    cases = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
-    machine = results["machine_info"]
+    runs = [json.loads(path.read_text()) for path in arguments.results]
+    cases = [benchmark["extra_info"] for run in runs for benchmark in run["benchmarks"]]
+    machine = runs[0]["machine_info"]
     facts = ("device", "threads", "capability", "gemm", "torch", "tst_ext")
     print(", ".join(f"{name} {machine[name]}" for name in facts))
-    print(table([case for case in cases if case["op"] != "scaling"], arguments.markdown))
-    path = arguments.results.with_suffix(".png")
+    compared = [case for case in cases if case["op"] != "scaling"]
+    print(markdown(compared) if arguments.markdown else table(compared))
+    path = arguments.results[0].with_suffix(".png")
     draw(cases, path)
     print(f"\nfigure: {path}")
 
