@@ -4,7 +4,7 @@ pytest-benchmark times us. Each of its rounds runs the others too, some before a
 machine does in the meantime falls on all alike; their times, peak memory and our ratios to them are in `extra_info`.
 Each timed call follows an untimed one of the same contender: it finds the memory and the pages that it left itself, as
 in a training loop, not those of its predecessor. Peers that take more than five times our time are timed three times,
-and those of them that take more than `patience` seconds once: their rank is not in doubt.
+without that, and those of them that take more than `patience` seconds once: their rank is not in doubt.
 """
 
 import ctypes
@@ -145,10 +145,11 @@ def race(benchmark, request, evict):
             row["extra_mib"] = None if peak is None else (peak - result_bytes) / 2**20
             if name == OURS:
                 our_time = again
-            if name in peers and again > max(patience, 5 * our_time):
+            far = name in peers and again > 5 * our_time
+            if far and again > patience:
                 row["seconds"] = [again]
             else:
-                times[name] = []
+                times[name] = [again] if far else []
             if found is not None:
                 agreed = agreed or found
                 differences = [float((a - b).norm() / b.norm()) for a, b in zip(found, agreed, strict=True)]
@@ -164,15 +165,18 @@ def race(benchmark, request, evict):
             if cold:
                 evict()
 
-        def close(name: str) -> bool:
-            return statistics.median(times[name]) < 5 * statistics.median(times[OURS])
+        def is_far(name: str) -> bool:
+            return name in peers and bool(times[name]) and times[name][0] > 5 * our_time
 
         def timed(name: str) -> None:
-            prepare(name)
+            if is_far(name):
+                evict()
+            else:
+                prepare(name)
             times[name].append(seconds(runners[name]))
 
         def before_ours() -> None:
-            order = [name for name in times if name not in peers or len(times[name]) < 3 or close(name)]
+            order = [name for name in times if not is_far(name) or len(times[name]) < 3]
             shuffle.shuffle(order)
             here = order.index(OURS)
             after[:] = order[here + 1 :]

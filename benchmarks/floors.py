@@ -1,6 +1,5 @@
 """What the ops are held to: the GEMMs alone, and the bytes they must move at this machine's copy speed."""
 
-import statistics
 from collections.abc import Callable
 
 import torch
@@ -25,7 +24,7 @@ def gemms(hidden: Tensor, weight: Tensor) -> tuple[dict[str, Callable[[], None]]
     """Two floors of forward and backward, {name: runner}, one of the forward alone, and what was chosen.
 
     Every GEMM runs by torch.mm, and where torch carries oneDNN for float32 by that, at every chunk size; the fastest
-    median of three is taken: one library and one chunk size for all, "3 GEMMs, torch.mm"; or each its own, "3 best
+    is taken: one library and one chunk size for all, "3 GEMMs, torch.mm"; or each its own, "3 best
     GEMMs". The products are written to memory that is there already, or
     in oneDNN's case to blocks that the allocator recycles.
     """
@@ -72,7 +71,7 @@ def gemms(hidden: Tensor, weight: Tensor) -> tuple[dict[str, Callable[[], None]]
         for library, product in libraries.items()
     }
     some = min(rows, CHUNKS[-1])
-    time = {key: statistics.median(seconds(lambda r=run: r(some)) for _ in range(3)) for key, run in runs.items()}
+    time = {key: min(seconds(lambda r=run: r(some)) for _ in range(2)) for key, run in runs.items()}
     best = {gemm: min((key for key in time if key[0] == gemm), key=time.__getitem__) for gemm in products}
     one = min({key[2] for key in time}, key=lambda c: sum(t for k, t in time.items() if k[1] == "mm" and k[2] == c))
 

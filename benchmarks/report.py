@@ -122,6 +122,7 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = [json.loads(path.read_text()) for path in arguments.results]
     cases = [benchmark["extra_info"] for run in runs for benchmark in run["benchmarks"]]
+    cases = [case for case in cases if "contenders" in case]  # without those that failed
     machine = runs[0]["machine_info"]
     facts = ("device", "threads", "capability", "gemm", "torch", "tst_ext")
     print(", ".join(f"{name} {machine[name]}" for name in facts))
