@@ -187,7 +187,7 @@ void gather_sum_rows(const GatherSum& a, int64_t begin, int64_t end) {
     O* out = static_cast<O*>(a.out) + (a.out_rows ? a.out_rows[r] : r) * a.dim;
     const int64_t first = a.begin[r], last = a.end[r];
     // The next row's sources are asked for meanwhile: short rows of random places defeat the hardware's prefetcher
-    // (bfloat16, d = 1024, six a bag: 2.7 -> 2.2 ms).
+    // (bfloat16, d = 1024, 16 a bag: 5.6 -> 3.8 ms). Into the second cache level: they would fill the first (5.5 ms).
     const int64_t ahead = r + 1 < end && a.begin[r + 1] == last && a.end[r + 1] - last <= 16 ? a.end[r + 1] : last;
     const auto row = [&](int64_t k) { return source + (a.index ? a.index[k] : k) * a.dim; };
     const auto coefficient = [&](int64_t k) { return weighted ? static_cast<A>(a.coefficients[k]) : A(1); };
@@ -199,7 +199,7 @@ void gather_sum_rows(const GatherSum& a, int64_t begin, int64_t end) {
       }
       for (int64_t k = last; k < ahead; ++k) {
         for (int64_t b = 0; b < kUnroll * kLanes * int64_t(sizeof(T)); b += 64) {
-          __builtin_prefetch(reinterpret_cast<const char*>(row(k) + c) + b);
+          __builtin_prefetch(reinterpret_cast<const char*>(row(k) + c) + b, 0, 2);
         }
       }
       for (int u = 0; u < kUnroll; ++u) store(out + c + u * kLanes, sum[u] * scale);
