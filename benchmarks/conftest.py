@@ -3,7 +3,7 @@
 pytest-benchmark times us. Each of its rounds runs the others too, some before and some after, so that whatever the
 machine does in the meantime falls on all alike; their times, peak memory and our ratios to them are in `extra_info`.
 Each timed call follows an untimed one of the same contender: it finds the memory and the pages that it left itself, as
-in a training loop, not those of its predecessor. Peers that take more than five times our time are timed three times,
+in a training loop, not those of its predecessor. Peers that take more than twice our time are timed three times,
 without that, and those of them that take more than `patience` seconds once: their rank is not in doubt.
 """
 
@@ -135,7 +135,7 @@ def race(benchmark, request, evict):
                 found = None if results[0] is None else [t.detach().double() for t in (results[0], *gradients())]
                 results.clear()
                 clear()
-                slow = name in peers and first > max(4 * patience, 5 * our_time) and name not in COMPILED
+                slow = name in peers and first > max(2 * patience, 2 * our_time) and name not in COMPILED
                 again, peak = (first, None) if slow else peak_memory(function)
             except Exception as error:
                 if name not in peers:
@@ -145,7 +145,7 @@ def race(benchmark, request, evict):
             row["extra_mib"] = None if peak is None else (peak - result_bytes) / 2**20
             if name == OURS:
                 our_time = again
-            far = name in peers and again > 5 * our_time
+            far = name in peers and again > 2 * our_time
             if far and again > patience:
                 row["seconds"] = [again]
             else:
@@ -166,7 +166,7 @@ def race(benchmark, request, evict):
                 evict()
 
         def is_far(name: str) -> bool:
-            return name in peers and bool(times[name]) and times[name][0] > 5 * our_time
+            return name in peers and bool(times[name]) and times[name][0] > 2 * our_time
 
         def timed(name: str) -> None:
             if is_far(name):
