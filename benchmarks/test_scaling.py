@@ -35,11 +35,17 @@ def test_scaling(race, axis, point):
     def clear():
         hidden.grad = weight.grad = None
 
-    def run():
+    def step(labels):
         clear()
         loss = linear_multi_hot_cross_entropy(hidden, weight, labels, chunk_size=sizes["chunk_size"])
         loss.backward()
         return loss
+
+    def run():
+        return step(labels)
+
+    def one_token():
+        step(labels[:, :1])  # returns nothing: it is another loss
 
     threads = torch.get_num_threads()
     torch.set_num_threads(point.get("threads", threads))
@@ -47,8 +53,8 @@ def test_scaling(race, axis, point):
         race(
             run,
             {},
-            {},
-            rounds=2,
+            {"s = 1": one_token} if axis == "s" else {},
+            rounds=9 if axis == "s" else 2,
             clear=clear,
             result_bytes=hidden.nbytes + weight.nbytes,
             op="scaling",
