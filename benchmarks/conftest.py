@@ -123,6 +123,7 @@ def race(benchmark, request, evict):
         runners = {OURS: ours, **peers, **floors}
         table = {name: {"unavailable": f} for name, f in peers.items() if isinstance(f, str)}
         times: dict[str, list[float]] = {}
+        far: set[str] = set()
         our_time, agreed = math.inf, None
         for name, function in runners.items():
             if isinstance(function, str):
@@ -145,11 +146,12 @@ def race(benchmark, request, evict):
             row["extra_mib"] = None if peak is None else (peak - result_bytes) / 2**20
             if name == OURS:
                 our_time = again
-            far = name in peers and again > 2 * our_time
-            if far and again > patience:
+            if name in peers and again > 2 * our_time:
+                far.add(name)
+            if name in far and again > patience:
                 row["seconds"] = [again]
             else:
-                times[name] = [again] if far else []
+                times[name] = [again] if name in far else []
             if found is not None:
                 agreed = agreed or found
                 differences = [float((a - b).norm() / b.norm()) for a, b in zip(found, agreed, strict=True)]
@@ -161,22 +163,17 @@ def race(benchmark, request, evict):
         after: list[str] = []
 
         def prepare(name: str) -> None:
-            runners[name]()
+            if name not in far:
+                runners[name]()
             if cold:
                 evict()
 
-        def is_far(name: str) -> bool:
-            return name in peers and bool(times[name]) and times[name][0] > 2 * our_time
-
         def timed(name: str) -> None:
-            if is_far(name):
-                evict()
-            else:
-                prepare(name)
+            prepare(name)
             times[name].append(seconds(runners[name]))
 
         def before_ours() -> None:
-            order = [name for name in times if not is_far(name) or len(times[name]) < 3]
+            order = [name for name in times if name not in far or len(times[name]) < 3]
             shuffle.shuffle(order)
             here = order.index(OURS)
             after[:] = order[here + 1 :]
