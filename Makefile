@@ -10,6 +10,7 @@ CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 COMPARE ?=
 BENCH ?=
 RESULTS ?= benchmarks/results/latest.json
+STEPS ?=
 
 .PHONY: train test test-slow mutation bench lint format cpp-test cpp-test-baseline cuda-compile gpu-check clean
 
@@ -54,14 +55,14 @@ cpp-test:
 
 # The baseline instruction set on an emulated processor without AVX: no kernel but the chosen one may use more.
 cpp-test-baseline: cpp-test
-	qemu-x86_64 -cpu qemu64 build/cmake-none/tst_tests --gtest_brief=1
+	qemu-x86_64 -cpu qemu64 build/cmake-none/tst_tests --gtest_brief=1 --gtest_filter='-Emulated/*:*Cuda*:Emulator.*'
 
 cuda-compile: $(INSTALLED)
 	cmake -S . -B build/cmake-cuda -DTST_CUDA=ON -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
 	cmake --build build/cmake-cuda --parallel --target tst_cuda
 
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py
+	$(PYTHON) benchmarks/gpu_check.py $(STEPS)
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -c 'import sys; sys.exit("tst-ext needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'

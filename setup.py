@@ -54,7 +54,7 @@ compile_args = {"cxx": cxx_flags}
 extension = CppExtension
 if build_cuda():
     extension = CUDAExtension
-    sources.append("csrc/cuda/bag_embedding.cu")
+    sources += ["csrc/cuda/bag_embedding.cu", "csrc/cuda/multi_hot_cross_entropy.cu"]
     macros += [("TST_WITH_CUDA", None), ("USE_CUDA", None)]
     compile_args["nvcc"] = ["-O3", "--expt-relaxed-constexpr"]
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tst_ext import _C
 
-CHUNKS = (128, 256, 512, 1024)
+CHUNKS = (2048, 4096, 8192, 16384) if DEVICE.type == "cuda" else (128, 256, 512, 1024)
 BLOCK = 2048  # columns of a oneDNN product, which is fresh memory: small enough that the allocator recycles it
 
 
@@ -31,7 +31,8 @@ def gemms(hidden: Tensor, weight: Tensor) -> tuple[dict[str, Callable[[], None]]
     hidden, weight = hidden.detach(), weight.detach()
     rows, vocabulary = len(hidden), len(weight)
     grad_hidden, grad_weight = torch.empty_like(hidden), big(*weight.shape, dtype=weight.dtype).zero_()
-    buffer = big(min(rows, CHUNKS[-1]), vocabulary, dtype=weight.dtype).normal_()
+    width = -(-vocabulary // 64) * 64 if DEVICE.type == "cuda" else vocabulary  # what tensor cores like
+    buffer = big(min(rows, CHUNKS[-1]), width, dtype=weight.dtype).normal_()[:, :vocabulary]
     has_onednn = DEVICE.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
     def chunked(chunk: int, product: Callable[[Tensor, Tensor, int], object]) -> Callable[[int], None]:
@@ -66,7 +67,7 @@ def gemms(hidden: Tensor, weight: Tensor) -> tuple[dict[str, Callable[[], None]]
     runs = {
         (gemm, library, chunk): chunked(chunk, product)
         for chunk in CHUNKS
-        if chunk <= rows
+        if chunk <= max(rows, CHUNKS[0])
         for gemm, libraries in products.items()
         for library, product in libraries.items()
     }

@@ -1,12 +1,17 @@
-"""Builds with CUDA in the ambient Python, runs the CUDA tests and the benchmarks, and writes JSON results.
+"""Builds with CUDA in the ambient Python, runs CUDA tests, compute-sanitizer and benchmarks, and writes results.
 
-Run by `make gpu-check`. Needs torch with CUDA, nvcc, pybind11, ninja, pytest, hypothesis and pytest-benchmark, and the
-packages of the extra `train`; no network. Results go to the folder named by the environment variable OUT, else to
-benchmarks/results.
+Run by `make gpu-check`, all steps in 9 minutes at most: each has its limit, and one that reaches it ends with status
+124, what it had measured kept. `make gpu-check STEPS="build tests"` runs some of them. Needs torch with CUDA, nvcc,
+pybind11, ninja, pytest, hypothesis and pytest-benchmark; no network. Peers that cannot be imported are named in the
+table. Results go to the folder that the environment variable OUT names, else to benchmarks/results: gpu_check.json
+(what ended how), gpu_tests.xml, gpu_*.json (a file a group of benchmarks), gpu_benchmarks.txt (the table),
+gpu_kernels.txt (the time of each kernel).
 """
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +20,60 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+KERNELS = """
+import sys
+sys.path[:0] = ["benchmarks", "tests"]
+import torch
+from conftest import zipf_ids
+from torch.profiler import ProfilerActivity, profile
+from tst_ext import bag_embedding, linear_multi_hot_cross_entropy
+for rows, dim, vocabulary, s in ((16384, 2048, 128256, 6), (32768, 1024, 49152, 4), (8192, 4096, 151936, 16)):
+    options = dict(device="cuda", dtype=torch.bfloat16)
+    hidden = torch.randn(rows, dim, **options).requires_grad_()
+    weight = torch.randn(vocabulary, dim, **options).div_(dim**0.5).requires_grad_()
+    ids = zipf_ids((rows, s), vocabulary)
+    def step():
+        hidden.grad = weight.grad = None
+        linear_multi_hot_cross_entropy(hidden, weight, ids).backward()
+        bag_embedding(ids, weight).sum().backward()
+    step(), step()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        step()
+        torch.cuda.synchronize()
+    print(f"rows {rows}, d {dim}, V {vocabulary}, s {s}, bfloat16")
+    print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=90))
+"""
+
+
+# One process a group of benchmarks, so that a limit costs one group's figures: what is -k'd, of which file.
+GROUPS = {
+    "embedding": ("test_embedding.py", "bfloat16"),
+    "loss_a": ("test_loss.py", "16384x2048x128256-s6"),
+    "loss_b": ("test_loss.py", "32768x1024x49152"),
+    "loss_c": ("test_loss.py", "8192x4096x151936"),
+    "loss_small": ("test_loss.py", "4096x1024x50257 or 2048x512x32768"),
+}
+
+
+def steps(out: Path) -> dict[str, tuple[list[str], int]]:
+    """Name: command, and the seconds it may take; 535 in all."""
+    python = [sys.executable, "-m"]
+    install = ["pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "-e", "."]
+    small = [*python, "pytest", "tests/test_cuda.py", "-q", "-x", "-k", "TestSmall", "-p", "no:cacheprovider"]
+    found = {
+        "build": ([*python, *install], 120),
+        "tests": ([*python, "pytest", "tests", "-m", "cuda", "-q", f"--junitxml={out / 'gpu_tests.xml'}"], 120),
+    }
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer:  # of our kernels alone, which have this namespace in their names
+        ours = ["--kernel-regex", "kns=tst", "--report-api-errors", "no", "--error-exitcode", "9"]
+        for tool in ("memcheck", "racecheck"):
+            found[tool] = ([sanitizer, "--tool", tool, *ours, *small], 40)
+    for group, (file, chosen) in GROUPS.items():
+        result = f"--benchmark-json={out / f'gpu_{group}.json'}"
+        found[group] = ([*python, "pytest", f"benchmarks/{file}", "-q", "-k", chosen, result], 35)
+    found["kernels"] = ([sys.executable, "-c", KERNELS], 30)
+    return found
 
 
 def main() -> int:
@@ -23,28 +82,47 @@ def main() -> int:
         return 1
     out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results").resolve()
     out.mkdir(parents=True, exist_ok=True)
-    python = [sys.executable, "-m"]
-    install = ["pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "-e", "."]
-    steps = {
-        "build": [*python, *install],
-        "tests": [*python, "pytest", "tests", "-m", "cuda", "-q", f"--junitxml={out / 'gpu_tests.xml'}"],
-        "benchmarks": [*python, "pytest", "benchmarks", "-q", f"--benchmark-json={out / 'gpu_benchmarks.json'}"],
-    }
     summary = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": sys.version.split()[0],
+        "compute_sanitizer": shutil.which("compute-sanitizer") is not None,
         "steps": {},
     }
-    for name, command in steps.items():
+    environment = {**os.environ, "TST_CUDA": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "0"}
+    major, minor = torch.cuda.get_device_capability()
+    environment.setdefault("TORCH_CUDA_ARCH_LIST", "9.0a" if major == 9 else f"{major}.{minor}")  # of this device alone
+    chosen = sys.argv[1:] or list(steps(out))
+    for name, (command, limit) in steps(out).items():
+        if name not in chosen:
+            continue
+        # memcheck sees what lies beyond a tensor only where each has memory of its own.
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1" if name == "memcheck" else "0"
         start = time.monotonic()
-        status = subprocess.run(command, cwd=ROOT, env={**os.environ, "TST_CUDA": "1"}).returncode
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+        try:
+            output = process.communicate(timeout=limit)[0]
+            status = process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+            output, status = process.communicate()[0], 124
+        if name == "kernels":
+            (out / "gpu_kernels.txt").write_text(output)
+        print(output[-4000:])
         summary["steps"][name] = {"status": status, "seconds": round(time.monotonic() - start, 1)}
         (out / "gpu_check.json").write_text(json.dumps(summary, indent=2) + "\n")
         print(f"gpu-check: {name} ended with status {status}", flush=True)
         if name == "build" and status:
             break
+    results = [str(path) for group in GROUPS if (path := out / f"gpu_{group}.json").exists() and path.stat().st_size]
+    if results:
+        report = subprocess.run(
+            [sys.executable, "benchmarks/report.py", *results], cwd=ROOT, capture_output=True, text=True
+        )
+        (out / "gpu_benchmarks.txt").write_text(report.stdout)
+        print(report.stdout, report.stderr)
     return max(abs(step["status"]) for step in summary["steps"].values())
 
 

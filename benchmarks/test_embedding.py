@@ -8,26 +8,33 @@ from floors import bytes_moved
 from tst_ext import bag_embedding
 
 BAGS = 4096
-QUICK = [(32768, 1024, 6, torch.float32)]
-FULL = [
+QUICK = [(BAGS, 32768, 1024, 6, torch.float32)]
+CPU = [
     *((v, 1024, 6, torch.float32) for v in (4096, 32768, 128256)),
     *((128256, 1024, s, torch.float32) for s in (1, 2, 4, 8, 16)),
     (128256, 1024, 6, torch.bfloat16),
 ]
+GPU = [  # rows of A, B and C of test_loss.py
+    (16384, 128256, 2048, 6, torch.bfloat16),
+    (32768, 49152, 1024, 4, torch.bfloat16),
+    (8192, 151936, 4096, 16, torch.bfloat16),
+    (16384, 128256, 2048, 6, torch.float32),
+]
+FULL = GPU if DEVICE.type == "cuda" else [(BAGS, *case) for case in CPU]
 
 
 def pytest_generate_tests(metafunc):
     quick = metafunc.config.getoption("quick")
     metafunc.parametrize("direction", ["forward", "forward and backward", *([] if quick else ["backward"])])
     cases = QUICK if quick else FULL
-    ids = [f"{BAGS}x{s}-{v}x{d}-{str(dtype)[6:]}" for v, d, s, dtype in cases]
-    metafunc.parametrize(("vocabulary", "dim", "bag_size", "dtype"), cases, ids=ids)
+    ids = [f"{n}x{s}-{v}x{d}-{str(dtype)[6:]}" for n, v, d, s, dtype in cases]
+    metafunc.parametrize(("bags", "vocabulary", "dim", "bag_size", "dtype"), cases, ids=ids)
 
 
-def test_embedding(race, direction, vocabulary, dim, bag_size, dtype):
+def test_embedding(race, direction, bags, vocabulary, dim, bag_size, dtype):
     weight = torch.randn(vocabulary, dim, device=DEVICE, dtype=dtype, requires_grad=True)
-    ids = zipf_ids((BAGS, bag_size), vocabulary)
-    grad = torch.randn(BAGS, dim, device=DEVICE, dtype=dtype)
+    ids = zipf_ids((bags, bag_size), vocabulary)
+    grad = torch.randn(bags, dim, device=DEVICE, dtype=dtype)
     row = dim * weight.element_size()
 
     def clear():
@@ -57,9 +64,9 @@ def test_embedding(race, direction, vocabulary, dim, bag_size, dtype):
     # Must move, forward: each distinct row read once, a row written per bag; backward: the output's gradient read once,
     # a fresh table written. As gathered: a row, or a row of the gradient, read anew for every id.
     forward, backward = direction != "backward", direction != "forward"
-    read = ids.nbytes + (ids.unique().numel() * row if forward else 0) + (BAGS * row if backward else 0)
-    gathered = ids.nbytes + BAGS * bag_size * row * (forward + backward)
-    written = BAGS * row if forward else 0
+    read = ids.nbytes + (ids.unique().numel() * row if forward else 0) + (bags * row if backward else 0)
+    gathered = ids.nbytes + bags * bag_size * row * (forward + backward)
+    written = bags * row if forward else 0
     fresh = vocabulary * row if backward else 0
     race(
         runner(bag_embedding),
@@ -72,7 +79,7 @@ def test_embedding(race, direction, vocabulary, dim, bag_size, dtype):
         cold=True,
         tolerance=1e-5 if dtype == torch.float32 else 0.5,  # some add up gradients in bfloat16
         op=f"bag embedding, {direction}",
-        shape=f"{BAGS}x{bag_size} ids, {vocabulary}x{dim}",
+        shape=f"{bags}x{bag_size} ids, {vocabulary}x{dim}",
         s=bag_size,
         dtype=str(dtype)[6:],
         work={"GB": 1e-9 * (gathered + written + fresh)},

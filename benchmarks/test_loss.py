@@ -12,7 +12,7 @@ from tst_ext import linear_multi_hot_cross_entropy
 
 SMALL, LLAMA3, LLAMA3_LONG = (2048, 512, 32768), (1024, 1024, 128256), (4096, 1024, 128256)  # rows, d, V
 QUICK = [((512, 512, 32768), 4, torch.float32)]
-FULL = [
+CPU = [
     *((SMALL, s, torch.float32) for s in (1, 2, 4, 6, 8, 16)),
     *((SMALL, s, torch.bfloat16) for s in (1, 4, 16)),
     *((LLAMA3, s, torch.bfloat16) for s in (1, 4)),
@@ -20,12 +20,23 @@ FULL = [
     (LLAMA3_LONG, 4, torch.bfloat16),
     (LLAMA3_LONG, 4, torch.float32),
 ]
+# A: a 3B model's head; B: a small model's, V a multiple of 64 as most are; C: a 10B model's at the paper's largest bag.
+A, B, C = (16384, 2048, 128256), (32768, 1024, 49152), (8192, 4096, 151936)
+GPU = [
+    *(((4096, 1024, 50257), s, torch.bfloat16) for s in (1, 4, 16)),
+    (A, 1, torch.bfloat16),
+    (A, 6, torch.bfloat16),
+    (B, 4, torch.bfloat16),
+    (C, 16, torch.bfloat16),
+    (SMALL, 4, torch.float32),
+]
+FULL = GPU if DEVICE.type == "cuda" else CPU
 
 
 def pytest_generate_tests(metafunc):
     cases = QUICK if metafunc.config.getoption("quick") else FULL
     if "bag_size" not in metafunc.fixturenames:
-        cases = [case for case in cases if case[1] == 4 and case[0] != LLAMA3_LONG]
+        cases = [case for case in cases if case[1] in (4, 6) and case[0] != LLAMA3_LONG]
     ids = ["x".join(map(str, shape)) + f"-s{s}-{str(dtype)[6:]}" for shape, s, dtype in cases]
     if "bag_size" in metafunc.fixturenames:
         metafunc.parametrize(("shape", "bag_size", "dtype"), cases, ids=ids)

@@ -1,5 +1,6 @@
 """Random cases for the ops, and their results beside float64 and plain torch: shared by the tests of the ops."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_accurate
@@ -9,6 +10,9 @@ from tst_ext.arguments import position_scale_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 IGNORE = -100
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+DEVICES = ["cpu", CUDA] if torch.cuda.is_available() else ["cpu"]
+each_device = pytest.mark.parametrize("device", DEVICES)  # where Hypothesis draws: it refuses fixtures
 
 
 def generator(seed=0):
@@ -106,7 +110,9 @@ def loss_and_gradients(function, hidden, weight, bias, labels, upstream=1.0, **o
     """The loss, and the gradients of hidden, weight and, if there is one, bias. upstream: a number, or one per row."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
     loss = function(*leaves, labels, **options)
-    upstream = torch.as_tensor(upstream, dtype=loss.dtype, device=loss.device).expand_as(loss)
+    if isinstance(upstream, float | int):  # filled on the device: a copy from the host would wait for it
+        upstream = torch.full((), upstream, dtype=loss.dtype, device=loss.device)
+    upstream = upstream.to(loss).expand_as(loss)
     return loss.detach(), *torch.autograd.grad(loss, [t for t in leaves if t is not None], upstream)
 
 

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from cases import DEVICES
 from hypothesis import settings
 
 from tst_ext import _C, fallback
@@ -13,10 +14,8 @@ settings.register_profile("default", deadline=None, max_examples=250, derandomiz
 settings.register_profile("explore", deadline=None, max_examples=5000)
 settings.load_profile("default")
 
-CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 
-
-@pytest.fixture(params=["cpu", CUDA] if torch.cuda.is_available() else ["cpu"])
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 

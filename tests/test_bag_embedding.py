@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, check_embedding, embedding_and_gradient, embedding_case, generator
+from cases import DTYPES, check_embedding, each_device, embedding_and_gradient, embedding_case, generator
 from hypothesis import given
 from hypothesis import strategies as st
 from numerics import relative_error
@@ -99,12 +99,13 @@ class TestBagEmbedding:
         ids, weight, _ = embedding_case((3, 2, 4), 7, 5, torch.float64, device)
         assert torch.autograd.gradcheck(lambda w: bag_embedding(ids, w), weight.requires_grad_())
 
+    @each_device
     @given(
         bags=st.integers(0, 9), bag_size=st.integers(1, 9), vocabulary=st.integers(1, 40), dim=st.integers(1, 70),
         seed=st.integers(0, 1000),
     )  # fmt: skip
-    def test_any_shape(self, bags, bag_size, vocabulary, dim, seed):
-        check_embedding(*embedding_case((bags, bag_size), vocabulary, dim, torch.float32, "cpu", seed))
+    def test_any_shape(self, device, bags, bag_size, vocabulary, dim, seed):
+        check_embedding(*embedding_case((bags, bag_size), vocabulary, dim, torch.float32, device, seed))
 
     def test_repeats_and_thread_counts_are_bitwise_equal(self):
         ids, weight, grad = embedding_case((3000, 6), 500, 64, torch.float32, "cpu")
@@ -213,14 +214,15 @@ class TestPaddingAndWeights:
 
         assert torch.autograd.gradcheck(call, weight.requires_grad_())
 
+    @each_device
     @given(
         bags=st.integers(0, 9), bag_size=st.integers(1, 9), vocabulary=st.integers(1, 40), dim=st.integers(1, 40),
         padded=st.sampled_from([0, 0.3, 1]), padding_idx=st.sampled_from([PADDING, -1, 0]),
         weights=st.sampled_from([None, "power_law", "first"]), mode=st.sampled_from(["mean", "sum"]),
         dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), seed=st.integers(0, 1000),
     )  # fmt: skip
-    def test_any_shape(self, bags, bag_size, vocabulary, dim, padded, padding_idx, weights, mode, dtype, seed):
-        ids, weight, grad = embedding_case((bags, bag_size), vocabulary, dim, dtype, "cpu", seed)
+    def test_any_shape(self, device, bags, bag_size, vocabulary, dim, padded, padding_idx, weights, mode, dtype, seed):
+        ids, weight, grad = embedding_case((bags, bag_size), vocabulary, dim, dtype, device, seed)
         ids[torch.rand(ids.shape, generator=generator(seed)) < padded] = padding_idx
         check_embedding(ids, weight, grad, mode=mode, padding_idx=padding_idx, position_weights=weights)
 

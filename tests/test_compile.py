@@ -55,6 +55,7 @@ class TestOpcheck:
             "linear_multi_hot_cross_entropy",
             "multi_hot_cross_entropy",
             "multi_hot_cross_entropy_backward_",
+            "multi_hot_cross_entropy_rows_",
         }
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -105,6 +106,8 @@ class TestOpcheck:
         for grad_loss, grad_lse in ((None, None), (normal(), None), (normal(8), normal(8, seed=1))):
             options = dict(objective=objective, logit_softcap=5.0, grad_loss=grad_loss, grad_lse=grad_lse)
             opcheck(OPS.multi_hot_cross_entropy_backward_, (logits.clone(), labels, scale), options)
+            rows = logits.reshape(8, VOCABULARY).clone(), labels.reshape(8, BAG), scale, torch.empty(8), torch.empty(8)
+            opcheck(OPS.multi_hot_cross_entropy_rows_, rows, {**options, "gradient": True})
 
 
 # ---- torch.compile and torch.export ----------------------------------------------------------------------------------

@@ -106,4 +106,44 @@ class TestWithoutKernels:
             fallback.linear_multi_hot_cross_entropy(
                 hidden, weight, labels, torch.ones(3), chunk_size=64, grad_hidden=True, grad_weight=True
             )
-        assert largest.elements == 64 * 1000
+        assert largest.elements == 64 * 1024  # rows padded to 128 bytes
+
+
+class TestLoopForCuda:
+    """What surrounds the row kernel on CUDA, run on the CPU: docs/kernels.md says why it is as it is."""
+
+    def test_chunks_are_as_large_as_the_memory_allows(self):
+        def rows(vocabulary, element_size):
+            return fallback._chunk_rows(100_000, vocabulary, element_size, torch.device("cuda"))
+
+        assert rows(128256, 2) == 5120 and 5120 * 128256 * 2 <= 1.25 * 2**30 < 6144 * 128256 * 2
+        assert rows(128256, 4) == 2048  # 2560, in steps of 1024
+        assert rows(49152, 2) == 8192  # no more, though they would fit
+        assert rows(1_000_000, 4) == 2048  # no less, though they do not fit
+
+    def test_products_add_up(self):
+        a, b = (torch.randn(9, 9, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+        for dtype in (torch.float32, torch.bfloat16):  # in bfloat16: by way of a rounded product
+            x, y = a.to(dtype), b.to(dtype)
+            out = torch.full((9, 9), float("nan"))
+            fallback._add_product(out, x, y, False)
+            torch.testing.assert_close(out, (x @ y).float(), rtol=1e-6, atol=1e-6)
+            fallback._add_product(out, x, y, True)
+            torch.testing.assert_close(out, 2 * (x @ y).float(), rtol=1e-6, atol=1e-6)
+
+    def test_rows_of_a_strided_view(self):
+        _, _, _, labels = loss_case(6, 1, 50, 4, torch.float32, "cpu")
+        logits = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+        scale = torch.full((4,), 0.25)
+        whole, strided = logits[:, :50].contiguous(), logits.clone()
+        (loss, lse), (loss2, lse2) = torch.empty(2, 6), torch.empty(2, 6)
+        rows = torch.ops.tst_ext.multi_hot_cross_entropy_rows_
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is no kernel
+            rows(whole, labels, scale, loss, lse, gradient=True)
+            rows(strided[:, :50], labels, scale, loss2, lse2, gradient=True)
+        assert torch.equal(loss, loss2) and torch.equal(lse, lse2) and torch.equal(strided[:, :50], whole)
+        assert torch.equal(strided[:, 50:], logits[:, 50:])
+        wanted = torch.ops.tst_ext.multi_hot_cross_entropy(logits[:, :50], labels, scale, reduction="none")
+        torch.testing.assert_close(loss, wanted[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lse, wanted[1], rtol=1e-5, atol=1e-6)

@@ -8,6 +8,7 @@ from cases import (
     FUNCTIONS,
     IGNORE,
     check_loss,
+    each_device,
     fused,
     generator,
     loss_and_gradients,
@@ -270,6 +271,7 @@ class TestNumerics:
                 error = relative_error(actual[columns], wanted[columns])
                 assert error <= 1.1 * relative_error(other[columns], wanted[columns]) + again
 
+    @each_device
     @given(
         rows=st.integers(1, 40), dim=st.integers(1, 20), vocabulary=st.integers(1, 130), bag_size=st.integers(1, 9),
         chunk_size=st.none() | st.integers(1, 13), reduction=st.sampled_from(["mean", "sum", "none"]),
@@ -278,10 +280,10 @@ class TestNumerics:
         weights=st.sampled_from([None, "power_law", "first"]), transposed=st.booleans(), seed=st.integers(0, 1000),
     )  # fmt: skip
     def test_as_close_to_float64_as_plain_torch(
-        self, rows, dim, vocabulary, bag_size, chunk_size, reduction, dtype, ignored, function, bias, weights,
+        self, device, rows, dim, vocabulary, bag_size, chunk_size, reduction, dtype, ignored, function, bias, weights,
         transposed, seed,
     ):  # fmt: skip
-        hidden, weight, b, labels = loss_case(rows, dim, vocabulary, bag_size, dtype, "cpu", seed, ignored, bias)
+        hidden, weight, b, labels = loss_case(rows, dim, vocabulary, bag_size, dtype, device, seed, ignored, bias)
         if transposed:
             hidden, weight, labels = hidden.T.contiguous().T, weight.T.contiguous().T, labels.T.contiguous().T
         upstream = torch.randn(rows if reduction == "none" else (), generator=generator(seed), dtype=torch.float64)

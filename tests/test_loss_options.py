@@ -10,6 +10,7 @@ from cases import (
     FUNCTIONS,
     IGNORE,
     check_loss,
+    each_device,
     fused,
     generator,
     loss_and_gradients,
@@ -69,6 +70,7 @@ class TestAgainstPlainTorch:
         case = loss_case(7, 6, vocabulary, 4, torch.float32, device, bias=True)
         check_loss(*case, function=on_logits, **options)
 
+    @each_device
     @given(
         rows=st.integers(1, 30), dim=st.integers(1, 12), vocabulary=st.integers(1, 100), bag_size=st.integers(1, 9),
         chunk_size=st.none() | st.integers(1, 13), reduction=st.sampled_from(["mean", "sum", "none"]),
@@ -79,14 +81,14 @@ class TestAgainstPlainTorch:
         seed=st.integers(0, 1000),
     )  # fmt: skip
     def test_all_options_together(
-        self, rows, dim, vocabulary, bag_size, chunk_size, reduction, dtype, ignored, function, bias, objective,
+        self, device, rows, dim, vocabulary, bag_size, chunk_size, reduction, dtype, ignored, function, bias, objective,
         softcap, z_loss, smoothing, normalizer, seed,
     ):  # fmt: skip
         options = dict(
             objective=objective, logit_softcap=softcap, z_loss=z_loss, label_smoothing=smoothing, reduction=reduction,
             normalizer=normalizer if reduction == "mean" else None, chunk_size=chunk_size,
         )  # fmt: skip
-        case = loss_case(rows, dim, vocabulary, bag_size, dtype, "cpu", seed, ignored, bias)
+        case = loss_case(rows, dim, vocabulary, bag_size, dtype, device, seed, ignored, bias)
         check_loss(*case, upstream_of(rows, options, seed), function, **options)
 
 

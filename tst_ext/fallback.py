@@ -1,7 +1,9 @@
 """The ops in plain torch, for tensors on a device that this build has no kernel for. Chunked, deterministic, slower.
 
 Importing this module registers them: the dispatcher prefers a compiled kernel where there is one. The formulas are
-those of csrc/cpu/kernels.h.
+those of csrc/cpu/kernels.h. linear_multi_hot_cross_entropy is here for CUDA too: GEMMs, and between them a row pass
+that has a CUDA kernel. The loop is in Python because torch's stable ABI cannot pass the Scalars of
+aten::addmm.dtype_out, the GEMM that adds to a float32 gradient.
 """
 
 import math
@@ -147,8 +149,9 @@ def _rows(
 
 
 def _without_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast has cast the arguments; what the op computes in float32 it must not cast again."""
+    """Autocast has cast the arguments; what the op computes in float32 it must not cast again. Nor is there a graph."""
 
+    @torch.no_grad()
     @wraps(op)
     def wrapper(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         device = x.device.type
@@ -156,6 +159,49 @@ def _without_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
             return op(x, *args, **kwargs)
 
     return wrapper
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """out = a @ b, or out += a @ b: out float32 or of the operands' dtype."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=int(add), out=out)
+    elif _multiplies_to_float32(a.dtype, a.device):
+        if add:
+            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+        else:
+            torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    elif add:
+        out += a @ b
+    else:
+        out.copy_(a @ b)
+
+
+@cache
+def _multiplies_to_float32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this torch multiplies matrices of `dtype` into a float32 result there: no rounding before the sum."""
+    a, out = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    try:
+        torch.ops.aten.mm.dtype_out(a, a, out.dtype, out=out)
+        torch.ops.aten.addmm.dtype_out(out, a, a, out.dtype, out=out)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the GEMMs
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def padded_columns(vocabulary: int) -> int:
+    """Columns of a row of logits with its padding: 128 bytes of bfloat16, else tensor cores run at half their speed."""
+    return -(-vocabulary // 64) * 64
+
+
+def _chunk_rows(rows: int, vocabulary: int, element_size: int, device: torch.device) -> int:
+    row = element_size * max(1, vocabulary)
+    if device.type != "cuda":
+        return max(1, (64 << 20) // row, min(rows // 8, 512))
+    # The float32 sum of the weight's gradient is read and written once a chunk, which costs about 1000 / rows of its
+    # GEMM on an H100 (2 V d FLOPs and 8 V d bytes a chunk): chunks are as large as 1.25 GiB allows.
+    return min(max((5 << 28) // row // 1024 * 1024, 2048), 8192)
 
 
 @_without_autocast
@@ -175,35 +221,69 @@ def linear_multi_hot_cross_entropy(
     grad_bias: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _warn("linear_multi_hot_cross_entropy", hidden.device.type)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     compute = dtype if hidden.dtype == torch.float16 else hidden.dtype  # as the CPU kernel, and for its reasons
-    h = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1]).to(compute)
-    weight = weight.to(compute)
+    h = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1]).to(compute)  # [N, d]
+    w = weight.to(compute)
     bias = None if bias is None else bias.to(compute)
-    rows, vocabulary = len(h), len(weight)
+    (rows, dim), vocabulary = h.shape, len(w)
     y = labels.reshape(rows, len(position_scale))
-    loss, lse = (torch.empty(rows, dtype=dtype, device=h.device) for _ in range(2))
-    dh = hidden.new_zeros(h.shape if grad_hidden else (0,), dtype=dtype)
-    dw = weight.new_zeros(weight.shape if grad_weight else (0,), dtype=dtype)
-    db = weight.new_zeros(vocabulary if grad_bias else 0, dtype=dtype)
-    step = chunk_size or max(1, (64 << 20) // (4 * max(1, vocabulary)), min(rows // 8, 512))
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        upstream = grad_loss if grad_loss is None or grad_loss.dim() == 0 else grad_loss[part]
-        upstream_lse = None if grad_lse is None else grad_lse[part]
-        x = torch.nn.functional.linear(h[part], weight, bias).to(dtype)
-        gradient = grad_hidden or grad_weight or grad_bias
-        loss[part], lse[part], d = _rows(x, y[part], position_scale, upstream, upstream_lse, gradient, **options)
-        d = d.to(compute)
+    loss, lse = (h.new_empty(rows, dtype=dtype) for _ in range(2))
+    dh = hidden.new_empty((rows, dim) if grad_hidden else (0,), dtype=dtype)
+    dw = weight.new_empty((vocabulary, dim) if grad_weight else (0,), dtype=dtype)
+    db = weight.new_empty(vocabulary if grad_bias else 0, dtype=dtype)
+    if rows == 0:
+        dw.zero_(), db.zero_()
+    most = chunk_size or _chunk_rows(rows, vocabulary, h.element_size(), h.device)
+    chunk = -(-rows // max(1, -(-rows // most)))  # equal parts
+    buffer = h.new_empty(chunk, padded_columns(vocabulary))[:, :vocabulary]
+    for start in range(0, rows, max(1, chunk)):
+        part = slice(start, start + chunk)
+        z = buffer[: len(h[part])]
+        if bias is None:
+            torch.mm(h[part], w.T, out=z)
+        else:
+            torch.addmm(bias, h[part], w.T, out=z)
+        torch.ops.tst_ext.multi_hot_cross_entropy_rows_(
+            z,
+            y[part],
+            position_scale,
+            loss[part],
+            lse[part],
+            grad_loss=grad_loss if grad_loss is None or grad_loss.dim() == 0 else grad_loss[part],
+            grad_lse=None if grad_lse is None else grad_lse[part],
+            gradient=grad_hidden or grad_weight or grad_bias,
+            **options,
+        )
         if grad_hidden:
-            dh[part] = (d @ weight).to(dtype)
+            _add_product(dh[part], z, w, False)
         if grad_weight:
-            dw += (d.T @ h[part]).to(dtype)
+            _add_product(dw, z.T, h[part], start > 0)
         if grad_bias:
-            db += d.sum(0, dtype=dtype)
+            column_sums = z.sum(0, dtype=dtype)
+            db.copy_(column_sums if start == 0 else db + column_sums)
     total = loss if reduction == "none" else loss.sum()
     return total, lse, dh.view_as(hidden) if grad_hidden else dh, dw, db
+
+
+def multi_hot_cross_entropy_rows_(
+    logits: Tensor,
+    labels: Tensor,
+    position_scale: Tensor,
+    loss: Tensor,
+    lse: Tensor,
+    *,
+    gradient: bool = False,
+    **options: Any,
+) -> None:
+    _warn("linear_multi_hot_cross_entropy", logits.device.type)
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    grad_loss, grad_lse = options.pop("grad_loss", None), options.pop("grad_lse", None)
+    row_loss, row_lse, d = _rows(x, labels, position_scale, grad_loss, grad_lse, gradient, **options)
+    loss.copy_(row_loss)
+    lse.copy_(row_lse)
+    if gradient:
+        logits.copy_(d)
 
 
 def multi_hot_cross_entropy(
@@ -238,6 +318,7 @@ OPS = (
     linear_multi_hot_cross_entropy,
     multi_hot_cross_entropy,
     multi_hot_cross_entropy_backward_,
+    multi_hot_cross_entropy_rows_,
 )
 for _op in OPS:
     torch.library.impl(f"tst_ext::{_op.__name__}", "CompositeExplicitAutograd", _op)

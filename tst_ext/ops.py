@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import tst_ext.fallback  # noqa: F401  (registers plain torch for devices without kernels)
-
 from . import _C  # its import registers the ops and their kernels
 from .arguments import check_loss_options, checked_bag_size, checked_position_weights, position_scale_of
 from .checks import FLOATING, INTEGER, check_integer, check_same_device, check_tensor
 from .derivatives import first_derivative, link
+from .fallback import padded_columns  # importing it registers plain torch for devices without kernels
 
 __all__ = ["bag_embedding", "linear_multi_hot_cross_entropy", "multi_hot_cross_entropy"]
 
@@ -226,7 +225,7 @@ def linear_multi_hot_cross_entropy(
         chunk_size: rows whose logits exist at a time, at most. Default: as many as fit an eighth of the full logits, or
             64 MiB where that is more, and 512 at most beyond 64 MiB; without gradients 512, of which a block of
             columns exists at a time. On the CPU fewer rows than about 256 cost time, because the weight is read again
-            for every chunk.
+            for every chunk. On CUDA 2048 to 8192, whose logits take up to 1.25 GiB where 2048 do not take more.
         memory_budget: the same in bytes of logits, one row's at least, in the place of `chunk_size`.
 
     Returns:
@@ -303,7 +302,8 @@ def _rows_within(memory_budget: int, chunk_size: int | None, weight: Tensor) -> 
     check_integer("memory_budget", memory_budget, 1)
     if chunk_size is not None:
         raise ValueError(f"chunk_size, memory_budget: expected one of them, got {chunk_size} and {memory_budget}")
-    row = weight.shape[0] * (4 if weight.dtype == torch.float16 else weight.element_size())
+    columns = weight.shape[0] if weight.device.type == "cpu" else padded_columns(weight.shape[0])
+    row = columns * (4 if weight.dtype == torch.float16 else weight.element_size())
     if memory_budget < row:
         raise ValueError(f"memory_budget: expected at least {row} bytes, the logits of a row, got {memory_budget}")
     return memory_budget // max(1, row)
@@ -382,16 +382,15 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """`gradient * factor` rounded once to dtype, without a second gradient in float32 where that can be avoided.
 
     In place, or not at all for a factor of 1, the usual `loss.backward()`. Not where a compiler traces, and not from a
-    graph that is kept: a second backward would find the gradient changed. That the factor is read on the host is free
-    on the CPU only.
+    graph that is kept: a second backward would find the gradient changed. Reading the factor on the host is free on the
+    CPU only; elsewhere product and rounding are one pass.
     """
-    if (
-        torch.compiler.is_compiling()
-        or gradient.device.type != "cpu"
-        or torch._C._autograd._get_current_graph_task_keep_graph()
-    ):
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
         return (gradient * factor).to(dtype)
-    if factor != 1:
+    on_cpu = gradient.device.type == "cpu"
+    if gradient.dtype != dtype and not on_cpu:
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    if not on_cpu or factor != 1:
         gradient.mul_(factor)
     if gradient.dtype == dtype:
         return gradient
@@ -537,4 +536,9 @@ def _(
 
 @torch.library.register_fake("tst_ext::multi_hot_cross_entropy_backward_")
 def _(logits: Tensor, labels: Tensor, position_scale: Tensor, **options: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("tst_ext::multi_hot_cross_entropy_rows_")
+def _(logits: Tensor, labels: Tensor, position_scale: Tensor, loss: Tensor, lse: Tensor, **options: Any) -> None:
     return None

@@ -31,7 +31,7 @@ def bag_embedding(
         return (embedded.mean(-2) if mode == "mean" else embedded.sum(-2)).to(weight.dtype)
     w = torch.ones(input_ids.shape, dtype=dtype, device=weight.device)
     if position_weights is not None:
-        w = w * position_weights.to(dtype)
+        w = w * position_weights.to(w)
     if padding_idx is not None:
         w = w.masked_fill(input_ids == padding_idx, 0)
         input_ids = input_ids.masked_fill(input_ids == padding_idx, 0)

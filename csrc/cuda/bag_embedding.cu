@@ -1,64 +1,9 @@
-// bag_embedding's forward on CUDA.
+// bag_embedding on CUDA: out[..., :] = sum_i w_i weight[input_ids[..., i], :] / sum_i w_i, and its gradient.
+#include "bag_embedding.h"
 
-// ---- raw kernel: no torch header -------------------------------------------------------------------------------
+#include <cub/device/device_radix_sort.cuh>
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cstdint>
-
-namespace tst::cuda {
-
-// Spelled out: torch compiles extensions without the implicit conversions of the 16-bit types.
-__device__ inline float widen(float x) { return x; }
-__device__ inline double widen(double x) { return x; }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float widen(__half x) { return __half2float(x); }
-__device__ inline void narrow(float x, float& to) { to = x; }
-__device__ inline void narrow(double x, double& to) { to = x; }
-__device__ inline void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
-__device__ inline void narrow(float x, __half& to) { to = __float2half_rn(x); }
-
-// One block per bag, threads along the embedding dimension, so that each of the bag_size row reads is coalesced.
-// Accumulates in A in the order of the bag and rounds once. bag * dim and id * dim pass 2^31: 64-bit offsets.
-template <typename T, typename A, typename Index>
-__global__ void bag_embedding_kernel(const Index* __restrict__ ids,  // [bags, bag_size]
-                                     const T* __restrict__ weight,   // [rows, dim]
-                                     T* __restrict__ out,            // [bags, dim]
-                                     int64_t bag_size, int64_t dim, int64_t rows, bool mean, bool padded,
-                                     int64_t padding_idx,
-                                     const double* __restrict__ position_weights) {  // [bag_size] or nullptr: all 1
-  const int64_t bag = blockIdx.x;
-  for (int64_t column = threadIdx.x; column < dim; column += blockDim.x) {
-    A sum = 0, total = 0;
-    for (int64_t i = 0; i < bag_size; ++i) {
-      const int64_t id = ids[bag * bag_size + i];
-      if (padded && id == padding_idx) continue;
-      // As torch's own gathers do: stop the kernel rather than read outside the table, without a host round trip.
-      if (id < 0 || id >= rows) __trap();
-      const A w = position_weights ? static_cast<A>(position_weights[i]) : A(1);
-      sum += w * widen(weight[id * dim + column]);
-      total += w;
-    }
-    narrow(mean ? (total == 0 ? A(0) : sum / total) : sum, out[bag * dim + column]);
-  }
-}
-
-}  // namespace tst::cuda
-
-// ---- op --------------------------------------------------------------------------------------------------------
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-
-#include <algorithm>
-#include <optional>
-#include <string>
-#include <vector>
-
-#include "../checks.h"
+#include "op.h"
 
 namespace tst::cuda {
 
@@ -69,68 +14,173 @@ std::string architectures() {
   return names;
 }
 
-template <typename T, typename A>
-void launch(const Tensor& ids, const Tensor& table, Tensor& out, bool mean, std::optional<int64_t> padding_idx,
-            const double* position_weights, cudaStream_t stream) {
-  const int64_t bag_size = ids.size(ids.dim() - 1), dim = table.size(1), bags = ids.numel() / bag_size;
-  const int threads = static_cast<int>(std::min<int64_t>(256, (dim + 31) / 32 * 32));
-  const auto go = [&](const auto* id_data) {
-    bag_embedding_kernel<T, A><<<static_cast<unsigned>(bags), threads, 0, stream>>>(
-        id_data, static_cast<const T*>(table.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()), bag_size, dim,
-        table.size(0), mean, padding_idx.has_value(), padding_idx.value_or(0), position_weights);
-  };
-  if (ids.scalar_type() == ScalarType::Long)
-    go(ids.const_data_ptr<int64_t>());
-  else
-    go(ids.const_data_ptr<int32_t>());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
+namespace {
 
-Tensor bag_embedding(const Tensor& input_ids, const Tensor& weight, const std::string& mode,
-                     std::optional<int64_t> padding_idx, const std::optional<Tensor>& position_weights) {
+constexpr int kThreads = 128;
+
+struct Checked {
+  Tensor ids;  // int64, contiguous
+  std::optional<Tensor> position_weights;
+  Pooling pooling;
+  int64_t bags;
+  bool weighted;
+};
+
+Checked checked(const Tensor& input_ids, const Tensor& beside, const std::string& mode,
+                std::optional<int64_t> padding_idx, const std::optional<Tensor>& position_weights) {
   STD_TORCH_CHECK(mode == "mean" || mode == "sum", "mode: expected 'mean' or 'sum', got '", mode, "'");
-  STD_TORCH_CHECK(weight.dim() == 2 && input_ids.is_cuda() && weight.is_cuda() &&
-                      input_ids.get_device_index() == weight.get_device_index(),
-                  "input_ids, weight: expected [..., bag_size] and [V, d] on one CUDA device");
   STD_TORCH_CHECK(input_ids.dim() >= 1 && input_ids.size(input_ids.dim() - 1) >= 1,
                   "input_ids: expected [..., bag_size] with bag_size >= 1");
-  STD_TORCH_CHECK(input_ids.scalar_type() == ScalarType::Long || input_ids.scalar_type() == ScalarType::Int,
-                  "input_ids: expected int64 or int32");
-  const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(weight.get_device_index(), &stream));
-  const Tensor ids = torch::stable::contiguous(input_ids), table = torch::stable::contiguous(weight);
-
-  std::vector<int64_t> shape(ids.sizes().begin(), ids.sizes().end());
-  const bool mean = mode == "mean";
-  STD_TORCH_CHECK(!position_weights || position_weights->numel() == shape.back(),
-                  "position_weights: expected one weight per position of the bag");
-  std::optional<Tensor> wide;
-  if (position_weights) wide = torch::stable::contiguous(torch::stable::to(*position_weights, ScalarType::Double));
-  const double* weights = wide ? wide->const_data_ptr<double>() : nullptr;
-  shape.back() = table.size(1);
-  Tensor out = torch::stable::new_empty(weight, shape);
-  if (out.numel() == 0) return out;
-  const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  switch (weight.scalar_type()) {
-    case ScalarType::Float:
-      launch<float, float>(ids, table, out, mean, padding_idx, weights, s);
-      break;
-    case ScalarType::BFloat16:
-      launch<__nv_bfloat16, float>(ids, table, out, mean, padding_idx, weights, s);
-      break;
-    case ScalarType::Half:
-      launch<__half, float>(ids, table, out, mean, padding_idx, weights, s);
-      break;
-    case ScalarType::Double:
-      launch<double, double>(ids, table, out, mean, padding_idx, weights, s);
-      break;
-    default:
-      STD_TORCH_CHECK(false, "weight: expected float32, bfloat16, float16 or float64");
+  check_same_device("input_ids, weight", input_ids, beside);
+  const int64_t bag_size = input_ids.size(input_ids.dim() - 1);
+  STD_TORCH_CHECK(input_ids.numel() < int64_t(1) << 31, "input_ids: expected fewer than 2^31, got ", input_ids.numel());
+  Checked out{as_int64("input_ids", input_ids), std::nullopt, {}, input_ids.numel() / bag_size, false};
+  if (position_weights) {
+    STD_TORCH_CHECK(position_weights->numel() == bag_size,
+                    "position_weights: expected one weight per position of the bag");
+    check_same_device("input_ids, position_weights", input_ids, *position_weights);
+    out.position_weights = torch::stable::contiguous(torch::stable::to(*position_weights, ScalarType::Double));
   }
+  out.weighted = padding_idx || position_weights;
+  out.pooling.bag_size = static_cast<int>(bag_size);
+  out.pooling.mean = mode == "mean";
+  out.pooling.padded = padding_idx.has_value();
+  out.pooling.padding_idx = padding_idx.value_or(0);
+  out.pooling.position_weights = out.position_weights ? data<double>(*out.position_weights) : nullptr;
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tst_ext, CUDA, m) { m.impl("bag_embedding", TORCH_BOX(&bag_embedding)); }
+// 16 bytes at a time where every row starts at a multiple of them.
+template <typename T>
+bool aligned(int64_t dim, const Tensor& a, const Tensor& b) {
+  const auto address = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()); };
+  return dim % kPack<T> == 0 && address(a) % 16 == 0 && address(b) % 16 == 0;
+}
+
+template <int n>
+dim3 grid(int64_t rows, int64_t dim) {
+  const unsigned slabs = blocks_for(dim, kSlab<n>);
+  STD_TORCH_CHECK(slabs <= 65535, "weight: rows too long for one CUDA grid: ", dim, " columns");
+  return dim3(blocks_for(rows, kThreads / kWarp), slabs);
+}
+
+template <typename F>
+void with_flag(bool flag, F f) {
+  flag ? f(std::true_type{}) : f(std::false_type{});
+}
+
+// Calls f with the type, the elements moved at a time and whether ids are weighted, all as types.
+template <typename F>
+void with_variant(const Tensor& table, const Tensor& other, int64_t dim, bool weighted, F f) {
+  with_type("weight", table, [&](auto type) {
+    using T = decltype(type);
+    with_flag(weighted, [&](auto is_weighted) {
+      if (aligned<T>(dim, table, other))
+        f(type, std::integral_constant<int, kPack<T>>{}, is_weighted);
+      else
+        f(type, std::integral_constant<int, 1>{}, is_weighted);
+    });
+  });
+}
+
+}  // namespace
+
+Tensor bag_embedding(const Tensor& input_ids, const Tensor& weight, const std::string& mode,
+                     std::optional<int64_t> padding_idx, const std::optional<Tensor>& position_weights) {
+  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected [num_embeddings, embedding_dim]");
+  const Checked c = checked(input_ids, weight, mode, padding_idx, position_weights);
+  const Current current(weight);
+  const Tensor table = torch::stable::contiguous(weight);
+  const int64_t dim = weight.size(1);
+  std::vector<int64_t> shape(input_ids.sizes().begin(), input_ids.sizes().end());
+  shape.back() = dim;
+  Tensor out = torch::stable::new_empty(weight, shape);
+  if (out.numel() == 0) return out;
+  with_variant(table, out, dim, c.weighted, [&](auto type, auto n, auto weighted) {
+    using T = decltype(type);
+    const BagForward<T> a{
+        data<int64_t>(c.ids), data<T>(table), mutable_data<T>(out), c.bags, table.size(0), dim, c.pooling};
+    bag_embedding_kernel<T, n(), weighted()><<<grid<n()>(c.bags, dim), kThreads, 0, current.stream>>>(a);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return out;
+}
+
+Tensor bag_embedding_backward(const Tensor& grad, const Tensor& input_ids, int64_t num_embeddings,
+                              const std::string& mode, std::optional<int64_t> padding_idx,
+                              const std::optional<Tensor>& position_weights) {
+  const Checked c = checked(input_ids, grad, mode, padding_idx, position_weights);
+  const Current current(grad);
+  const Tensor rows = flatten_rows(grad);  // [bags, dim]
+  STD_TORCH_CHECK(rows.size(0) == c.bags, "grad: expected one row per bag");
+  STD_TORCH_CHECK(num_embeddings < int64_t(1) << 31, "weight: expected fewer than 2^31 rows, got ", num_embeddings);
+  const int64_t dim = rows.size(1), count = c.ids.numel();
+  Tensor out = torch::stable::new_empty(grad, {num_embeddings, dim});
+  if (out.numel() == 0) return out;
+  if (count == 0) return torch::stable::zero_(out);
+
+  const auto integers = [&](int64_t n) { return torch::stable::new_empty(grad, {n}, ScalarType::Int); };
+  const Tensor keys = integers(count), places = integers(count), sorted_keys = integers(count),
+               sorted_places = integers(count), offsets = integers(num_embeddings + 1);
+  const Tensor scales = torch::stable::new_empty(grad, {c.weighted ? c.bags : 0}, ScalarType::Double);
+  const BagHits hits{data<int64_t>(c.ids),
+                     c.bags,
+                     num_embeddings,
+                     c.pooling,
+                     mutable_data<uint32_t>(keys),
+                     mutable_data<uint32_t>(places),
+                     mutable_data<double>(scales)};
+  with_flag(c.weighted, [&](auto weighted) {
+    bag_hits_kernel<weighted()><<<blocks_for(c.bags, kThreads), kThreads, 0, current.stream>>>(hits);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+
+  int bits = 1;  // of a key, num_embeddings included
+  while (num_embeddings >> bits) ++bits;
+  size_t bytes = 0;
+  const auto sort = [&](void* scratch) {
+    STD_CUDA_CHECK(cub::DeviceRadixSort::SortPairs(
+        scratch, bytes, data<uint32_t>(keys), mutable_data<uint32_t>(sorted_keys), data<uint32_t>(places),
+        mutable_data<uint32_t>(sorted_places), static_cast<int>(count), 0, bits, current.stream));
+  };
+  sort(nullptr);
+  const Tensor scratch =
+      torch::stable::new_empty(grad, {std::max<int64_t>(1, static_cast<int64_t>(bytes))}, ScalarType::Byte);
+  sort(scratch.mutable_data_ptr());
+  bag_offsets_kernel<<<blocks_for(num_embeddings + 1, kThreads), kThreads, 0, current.stream>>>(
+      data<uint32_t>(sorted_keys), static_cast<int>(count), num_embeddings, mutable_data<int>(offsets));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+
+  const int64_t windows = (count + kWindow - 1) / kWindow;
+  const Tensor pieces =
+      torch::stable::new_empty(grad, {count > kWindow ? 2 * windows : 0, dim}, accumulation_type(grad));
+  with_variant(rows, out, dim, c.weighted, [&](auto type, auto n, auto weighted) {
+    using T = decltype(type);
+    const BagBackward<T> a{data<T>(rows),
+                           data<uint32_t>(sorted_keys),
+                           data<uint32_t>(sorted_places),
+                           data<int>(offsets),
+                           data<double>(scales),
+                           mutable_data<T>(out),
+                           mutable_data<Acc<T>>(pieces),
+                           num_embeddings,
+                           dim,
+                           static_cast<int>(count),
+                           c.pooling};
+    bag_rows_kernel<T, n(), weighted()><<<grid<n()>(num_embeddings, dim), kThreads, 0, current.stream>>>(a);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    if (count <= kWindow) return;  // no row can be long
+    bag_pieces_kernel<T, n(), weighted()><<<grid<n()>(2 * windows, dim), kThreads, 0, current.stream>>>(a);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    bag_join_kernel<T, n(), weighted()><<<grid<n()>(windows, dim), kThreads, 0, current.stream>>>(a);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tst_ext, CUDA, m) {
+  m.impl("bag_embedding", TORCH_BOX(&bag_embedding));
+  m.impl("bag_embedding_backward", TORCH_BOX(&bag_embedding_backward));
+}
 
 }  // namespace tst::cuda

@@ -7,113 +7,13 @@
 #include <thread>
 
 #include "cpu/kernels.h"
+#include "emulated.h"
+#include "stored.h"
 
 namespace tst::cpu {
 namespace {
 
 constexpr int64_t kIgnore = -100;
-
-// Storage formats as the tests see them: bit patterns converted one at a time, by rules written independently of the
-// kernels' (round half to even by remainder).
-uint16_t to_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if (std::isnan(value)) return 0x7fc0;
-  const uint32_t low = bits & 0xffff, high = bits >> 16;
-  return static_cast<uint16_t>(high + (low > 0x8000 || (low == 0x8000 && (high & 1))));
-}
-
-float from_bf16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, 4);
-  return value;
-}
-
-float from_f16(uint16_t bits) {
-  const int exponent = (bits >> 10) & 31, fraction = bits & 1023;
-  double value;
-  if (exponent == 31) {
-    value = fraction ? NAN : INFINITY;
-  } else {
-    value = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
-  }
-  return static_cast<float>(bits & 0x8000 ? -value : value);
-}
-
-uint16_t to_f16(float value) {  // the nearest of all finite halves, ties to the even pattern
-  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
-  const double magnitude = std::fabs(value);
-  if (std::isnan(value)) return 0x7e00;
-  if (magnitude >= 65520) return sign | 0x7c00;
-  int low = 0, high = 0x7bff;  // finite halves are ordered as their patterns
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (from_f16(static_cast<uint16_t>(middle)) <= magnitude)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  const double below = magnitude - from_f16(low);
-  const double above = (low == 0x7bff ? 65536.0 : from_f16(low + 1)) - magnitude;
-  return sign | static_cast<uint16_t>(low + (above < below || (above == below && (low & 1))));
-}
-
-struct Stored {  // a buffer in one of the dtypes, read and written as double
-  DType dtype;
-  std::vector<unsigned char> bytes;
-
-  static size_t width(DType dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
-  Stored(DType type, size_t count) : dtype(type), bytes(count * width(type), 0xcd) {}  // poisoned
-
-  template <typename T>
-  T raw(size_t i) const {
-    T value;
-    std::memcpy(&value, bytes.data() + i * sizeof(T), sizeof(T));
-    return value;
-  }
-  template <typename T>
-  void raw(size_t i, T value) {
-    std::memcpy(bytes.data() + i * sizeof(T), &value, sizeof(T));
-  }
-  double get(size_t i) const {
-    switch (dtype) {
-      case kFloat32:
-        return raw<float>(i);
-      case kBFloat16:
-        return from_bf16(raw<uint16_t>(i));
-      case kFloat16:
-        return from_f16(raw<uint16_t>(i));
-      default:
-        return raw<double>(i);
-    }
-  }
-  void set(size_t i, double value) {
-    switch (dtype) {
-      case kFloat32:
-        return raw<float>(i, static_cast<float>(value));
-      case kBFloat16:
-        return raw<uint16_t>(i, to_bf16(static_cast<float>(value)));
-      case kFloat16:
-        return raw<uint16_t>(i, to_f16(static_cast<float>(value)));
-      default:
-        return raw<double>(i, value);
-    }
-  }
-};
-
-double eps(DType dtype) {
-  switch (dtype) {
-    case kFloat32:
-      return std::ldexp(1, -23);
-    case kBFloat16:
-      return std::ldexp(1, -7);
-    case kFloat16:
-      return std::ldexp(1, -10);
-    default:
-      return std::ldexp(1, -52);
-  }
-}
 
 class KernelTest : public testing::TestWithParam<std::tuple<std::string, DType>> {
  protected:
@@ -123,6 +23,28 @@ class KernelTest : public testing::TestWithParam<std::tuple<std::string, DType>>
   std::mt19937_64 random{7};
   double normal() { return std::normal_distribution<double>()(random); }
 };
+
+// The loss by each instruction set, and by the CUDA kernel as its emulation runs it.
+class LossTest : public KernelTest {
+ protected:
+  void SetUp() override {
+    const std::string& name = std::get<0>(GetParam());
+    emulated_ = is_emulated(name) ? name : "";
+    if (emulated_.empty()) return set_capability(name);
+    bool skip = dtype() != kFloat32 && dtype() != kBFloat16 && name != "cuda_cached";
+#if defined(__SANITIZE_THREAD__)
+    skip = dtype() != kFloat32;
+#endif
+    if (skip) GTEST_SKIP() << "to save time";
+  }
+
+ public:
+  static inline std::string emulated_;
+};
+
+LossRowsFn loss_rows(DType dtype) {
+  return LossTest::emulated_.empty() ? kernels().loss_rows[dtype] : emulated_loss_rows(LossTest::emulated_, dtype);
+}
 
 // The formulas of kernels.h, row by row in long double: a plain sum of thousands of doubles would err more than what it
 // judges.
@@ -201,20 +123,27 @@ std::pair<std::vector<double>, std::vector<double>> in_blocks(LossRows args, DTy
   std::vector<RowSums> partial(rows);
   char* logits = static_cast<char*>(args.logits);
   args.gradient = false, args.loss = loss.data(), args.lse = lse.data();
+  if (!LossTest::emulated_.empty()) {  // on CUDA whole rows alone
+    args.partial = nullptr;
+    loss_rows(dtype)(args, 0, rows);
+    return {loss, lse};
+  }
   args.partial = partial.data(), args.label_logits = label_logits.data();
   for (int64_t v = 0; v < args.vocabulary; v += width) {
     args.block_start = v, args.block_columns = std::min(width, args.vocabulary - v);
     args.logits = logits + v * static_cast<int64_t>(Stored::width(dtype));
-    kernels().loss_rows[dtype](args, 0, rows);
+    loss_rows(dtype)(args, 0, rows);
   }
   return {loss, lse};
 }
 
-TEST_P(KernelTest, LossRows) {
+TEST_P(LossTest, LossRows) {
   for (const LossOptions& options : kLossOptions) {
-    for (const int64_t vocabulary : {1, 2, 3, 7, 8, 9, 31, 32, 33, 64, 100, 4095, 4096, 4097, 8200}) {
+    std::vector<int64_t> vocabularies = {1, 2, 3, 7, 8, 9, 31, 32, 33, 64, 100, 4095, 4096, 4097, 8200};
+    if (!emulated_.empty()) vocabularies = {1, 7, 33, 100, 2700};  // 300 packs at least, four for a thread and some
+    for (const int64_t vocabulary : vocabularies) {
       for (const int64_t bag_size : {1, 3, 9}) {
-        if (vocabulary > 4000 && bag_size != 3) continue;
+        if (vocabulary > 2000 && bag_size != 3) continue;
         SCOPED_TRACE(std::string(options.name) + ", V " + std::to_string(vocabulary));
         const int64_t rows = 5, stride = vocabulary + 5;
         Stored logits(dtype(), rows * stride);
@@ -240,13 +169,13 @@ TEST_P(KernelTest, LossRows) {
         forward.label_smoothing = options.label_smoothing;
         forward.loss = loss_only.data(), forward.lse = lse_only.data();
         if (options.upstream) forward.grad_loss = grad_loss.data(), forward.grad_lse = grad_lse.data();
-        kernels().loss_rows[dtype()](forward, 0, rows);
+        loss_rows(dtype())(forward, 0, rows);
         EXPECT_EQ(logits.bytes, before.bytes) << "without a gradient the logits stay";
         const auto [loss_of_blocks, lse_of_blocks] = in_blocks(forward, dtype(), rows, 1 + random() % vocabulary);
         EXPECT_EQ(logits.bytes, before.bytes);
         LossRows both = forward;
         both.gradient = true, both.loss = loss.data(), both.lse = lse.data();
-        kernels().loss_rows[dtype()](both, 0, rows);
+        loss_rows(dtype())(both, 0, rows);
 
         for (int64_t r = 0; r < rows; ++r) {
           std::vector<double> x(vocabulary);
@@ -278,7 +207,7 @@ TEST_P(KernelTest, LossRows) {
   }
 }
 
-TEST_P(KernelTest, LossRowsExtremes) {
+TEST_P(LossTest, LossRowsExtremes) {
   const int64_t vocabulary = 70;
   for (const LossOptions& options : kLossOptions) {
     if (options.upstream || options.logit_softcap || options.z_loss) continue;  // a cap lifts -inf
@@ -303,9 +232,11 @@ TEST_P(KernelTest, LossRowsExtremes) {
       EXPECT_NEAR(blocks[0], 0, eps(kFloat64)) << width;
       EXPECT_TRUE(std::isnan(blocks[2])) << width;
       EXPECT_EQ(blocks[3], 0) << width;
-      if (!options.label_smoothing) EXPECT_EQ(blocks[1], 0) << width;
+      if (!options.label_smoothing) {
+        EXPECT_EQ(blocks[1], 0) << width;
+      }
     }
-    kernels().loss_rows[dtype()](args, 0, 4);
+    loss_rows(dtype())(args, 0, 4);
     // 0 but for the rounding of 1 - label_smoothing.
     EXPECT_NEAR(loss[0], 0, eps(kFloat64)) << "the only column that is not masked";
     EXPECT_TRUE(std::isnan(loss[2]));
@@ -320,7 +251,7 @@ TEST_P(KernelTest, LossRowsExtremes) {
   }
 }
 
-TEST_P(KernelTest, MaximumInEveryColumn) {
+TEST_P(LossTest, MaximumInEveryColumn) {
   // Differences that exp cannot bridge: with any other maximum the loss is infinite or NaN.
   const int64_t n = 130;
   Stored logits(dtype(), n * n);
@@ -334,11 +265,12 @@ TEST_P(KernelTest, MaximumInEveryColumn) {
   args.labels = labels.data(), args.bag_size = 1, args.ignore_index = kIgnore, args.position_scale = &scale;
   args.gradient = true, args.loss = loss.data(), args.lse = lse.data();
   for (const int64_t width : {1, 33, 129}) {
+    if (!emulated_.empty() && width > 1) continue;  // which has no blocks of columns
     const auto [blocks, lse_of_blocks] = in_blocks(args, dtype(), n, width);
     EXPECT_EQ(blocks, std::vector<double>(n, 0.0)) << width;
     EXPECT_EQ(lse_of_blocks, std::vector<double>(n, 32768.0)) << width;
   }
-  kernels().loss_rows[dtype()](args, 0, n);
+  loss_rows(dtype())(args, 0, n);
   EXPECT_EQ(loss, std::vector<double>(n, 0.0));
   EXPECT_EQ(lse, std::vector<double>(n, 32768.0));
   for (int64_t i = 0; i < n * n; ++i) EXPECT_EQ(logits.get(i), 0) << i;
@@ -356,18 +288,18 @@ struct SmallRow {
     args.logits = logits.bytes.data(), args.stride = args.vocabulary = 9;
     args.labels = labels.data(), args.bag_size = 2, args.ignore_index = kIgnore, args.position_scale = scale.data();
     args.gradient = true, args.grad_loss = grad_loss, args.loss = &loss, args.lse = &lse;
-    kernels().loss_rows[dtype](args, 0, 1);
+    loss_rows(dtype)(args, 0, 1);
   }
 };
 
-TEST_P(KernelTest, LabelOfWeightZeroMayBeMasked) {
+TEST_P(LossTest, LabelOfWeightZeroMayBeMasked) {
   const SmallRow row(dtype(), -INFINITY, {1, 0}, nullptr);  // 0 times infinity is NaN
   EXPECT_NEAR(row.loss, std::log(8.0), 16 * accumulation_eps());
   EXPECT_EQ(row.logits.get(3), 0);
   EXPECT_NEAR(row.logits.get(2), 0.125 - 1, eps(dtype()));
 }
 
-TEST_P(KernelTest, RowWithoutUpstreamGradientIsZeros) {
+TEST_P(LossTest, RowWithoutUpstreamGradientIsZeros) {
   const double nothing = 0;
   for (const double logit : {NAN, INFINITY}) {
     const SmallRow row(dtype(), logit, {1, 1}, &nothing);
@@ -375,7 +307,7 @@ TEST_P(KernelTest, RowWithoutUpstreamGradientIsZeros) {
   }
 }
 
-TEST_P(KernelTest, MaskedColumnsGetNoSmoothing) {
+TEST_P(LossTest, MaskedColumnsGetNoSmoothing) {
   const int64_t vocabulary = 40;
   Stored logits(dtype(), vocabulary);
   for (int64_t v = 0; v < vocabulary; ++v) logits.set(v, v % 2 ? v % 4 - 2.0 : -INFINITY);  // 10 times -1, 10 times 1
@@ -386,7 +318,7 @@ TEST_P(KernelTest, MaskedColumnsGetNoSmoothing) {
   args.logits = logits.bytes.data(), args.stride = args.vocabulary = vocabulary;
   args.labels = &label, args.bag_size = 1, args.ignore_index = kIgnore, args.position_scale = &scale;
   args.label_smoothing = 0.5, args.gradient = true, args.loss = &loss, args.lse = &lse;
-  kernels().loss_rows[dtype()](args, 0, 1);
+  loss_rows(dtype())(args, 0, 1);
   const double total = 10 * std::exp(1.0) + 10 * std::exp(-1.0);
   EXPECT_NEAR(loss, 0.5 * (std::log(total) + 1) + 0.5 * std::log(total), 16 * accumulation_eps());
   for (int64_t v = 0; v < vocabulary; ++v) {
@@ -396,7 +328,7 @@ TEST_P(KernelTest, MaskedColumnsGetNoSmoothing) {
   }
 }
 
-TEST_P(KernelTest, SetObjectiveWithMaskedLabels) {
+TEST_P(LossTest, SetObjectiveWithMaskedLabels) {
   const int64_t vocabulary = 9;
   const std::vector<int64_t> labels = {2, 3, 3};
   const std::vector<double> scale = {1, 1, 1};
@@ -408,7 +340,7 @@ TEST_P(KernelTest, SetObjectiveWithMaskedLabels) {
     args.logits = logits.bytes.data(), args.stride = args.vocabulary = vocabulary;
     args.labels = labels.data(), args.bag_size = 3, args.ignore_index = kIgnore, args.position_scale = scale.data();
     args.objective = Objective::kMceAlt, args.gradient = true, args.loss = &loss, args.lse = &lse;
-    kernels().loss_rows[dtype()](args, 0, 1);
+    loss_rows(dtype())(args, 0, 1);
     const double tolerance = 16 * accumulation_eps() + eps(dtype());
     if (both) {
       EXPECT_EQ(loss, INFINITY);
@@ -491,7 +423,9 @@ TEST_P(KernelTest, GatherSumForwardAndPieces) {
         EXPECT_NEAR(out.get(out_rows[r] * dim + c), sum / 4, tolerance + (dtype() == kFloat16 ? 3e-8 : 0));
         EXPECT_EQ(joined.get(r * dim + c), out.get(out_rows[r] * dim + c));
         EXPECT_NEAR(partial.get(r * dim + c), sum, 8 * accumulation_eps() * size + 1e-300);
-        if (begin[r] == end[r]) EXPECT_EQ(out.get(out_rows[r] * dim + c), 0) << "no hit: zeros";
+        if (begin[r] == end[r]) {
+          EXPECT_EQ(out.get(out_rows[r] * dim + c), 0) << "no hit: zeros";
+        }
         EXPECT_EQ(std::memcmp(out.bytes.data() + 2 * r * dim * Stored::width(dtype()),
                               poisoned.bytes.data() + 2 * r * dim * Stored::width(dtype()), dim),
                   0)
@@ -535,9 +469,10 @@ TEST_P(KernelTest, RowsAreIndependent) {
   EXPECT_EQ(loss, loss2);
 }
 
-INSTANTIATE_TEST_SUITE_P(All, KernelTest,
-                         testing::Combine(testing::ValuesIn(capabilities()),
-                                          testing::Values(kFloat32, kBFloat16, kFloat16, kFloat64)));
+const auto kAllDTypes = testing::Values(kFloat32, kBFloat16, kFloat16, kFloat64);
+INSTANTIATE_TEST_SUITE_P(All, KernelTest, testing::Combine(testing::ValuesIn(capabilities()), kAllDTypes));
+INSTANTIATE_TEST_SUITE_P(Emulated, LossTest, testing::Combine(testing::ValuesIn(emulations()), kAllDTypes));
+INSTANTIATE_TEST_SUITE_P(All, LossTest, testing::Combine(testing::ValuesIn(capabilities()), kAllDTypes));
 
 // All 65536 patterns to float32 and back, and every rounding decision of a float32 on its way to 16 bits.
 class ConversionTest : public testing::TestWithParam<std::string> {

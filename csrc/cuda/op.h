@@ -1,0 +1,72 @@
+// What the CUDA ops share: the current stream, and torch's dtypes in the terms of the raw kernels.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../checks.h"
+#include "device.h"
+
+namespace tst::cuda {
+
+// Makes the tensor's device current, and knows its current stream.
+struct Current {
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+
+  explicit Current(const Tensor& tensor) : guard(tensor.get_device_index()) {
+    void* handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &handle));
+    stream = static_cast<cudaStream_t>(handle);
+  }
+};
+
+inline void check_same_device(const char* names, const Tensor& a, const Tensor& b) {
+  STD_TORCH_CHECK(a.is_cuda() && b.is_cuda() && a.get_device_index() == b.get_device_index(), names,
+                  ": expected tensors on one CUDA device");
+}
+
+inline ScalarType accumulation_type(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Calls f with a value of the dtype's storage type.
+template <typename F>
+void with_type(const char* name, const Tensor& tensor, F f) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    case ScalarType::Half:
+      return f(Float16{});
+    case ScalarType::Double:
+      return f(double{});
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16, float16 or float64");
+  }
+}
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <typename T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+inline unsigned blocks_for(int64_t work, int64_t per_block) {
+  const int64_t blocks = (work + per_block - 1) / per_block;
+  STD_TORCH_CHECK(blocks < int64_t(1) << 31, "too large for one CUDA grid: ", blocks, " blocks");
+  return static_cast<unsigned>(blocks);
+}
+
+}  // namespace tst::cuda

@@ -1,0 +1,15 @@
+// The CUDA kernels behind the interface of the CPU's, run by the emulator.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace tst::cpu {
+
+std::vector<std::string> emulations();  // ways to cut a row
+bool is_emulated(const std::string& name);
+LossRowsFn emulated_loss_rows(const std::string& name, DType dtype);
+
+}  // namespace tst::cpu

@@ -1,0 +1,350 @@
+// CUDA's execution model on the host, for the raw kernels of csrc/cuda: blocks and clusters of threads as fibres of one
+// thread, which change over at barriers and shuffles alone, in random order.
+//
+// What it is strict about: a barrier that some thread of the block never reaches is an error, shared memory is exactly
+// as large as was asked for and full of NaN before a block begins and after it has ended, and under ThreadSanitizer two
+// threads that touch the same memory without a barrier between them are a race.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
+
+namespace emulator {
+
+struct Dim {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+// Relaxed atomics throughout: the bookkeeping must not order what the threads do, or no race would show.
+struct Barrier {
+  std::atomic<unsigned> expected{0}, arrived{0}, generation{0};
+
+  unsigned arrive() {
+    const unsigned now = generation.load(std::memory_order_relaxed);
+#if defined(__SANITIZE_THREAD__)
+    __tsan_release(this);
+#endif
+    if (arrived.fetch_add(1, std::memory_order_relaxed) + 1 == expected.load(std::memory_order_relaxed)) {
+      arrived.store(0, std::memory_order_relaxed);
+      generation.store(now + 1, std::memory_order_relaxed);
+    }
+    return now;
+  }
+  bool passed(unsigned since) const { return generation.load(std::memory_order_relaxed) != since; }
+};
+
+struct alignas(16) Chunk {
+  unsigned char bytes[16];
+};
+
+struct Block {
+  std::unique_ptr<Chunk[]> shared;
+  size_t shared_chunks = 0;
+  Barrier barrier;
+  std::vector<Barrier> warps;
+  std::vector<double> slots[2];  // of shuffles, one a thread; two turns, since nobody is two shuffles ahead
+  unsigned rank = 0;
+  std::atomic<unsigned> running{0};
+  void poison() { std::memset(shared.get(), 0xff, shared_chunks * sizeof(Chunk)); }
+  explicit Block(unsigned threads)
+      : warps(threads / 32), slots{std::vector<double>(threads), std::vector<double>(threads)} {
+    barrier.expected = threads;
+    for (Barrier& warp : warps) warp.expected = 32;
+  }
+};
+
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  Barrier barrier;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  Block* block = nullptr;
+  Cluster* cluster = nullptr;
+  const std::function<void()>* kernel = nullptr;
+  Dim thread, block_index;
+  std::atomic<const Barrier*> waiting{nullptr};
+  std::atomic<unsigned> since{0}, cluster_since{0};
+  std::atomic<bool> done{false};
+  std::exception_ptr error;
+  bool turn = false;  // of shuffles
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake_stack = nullptr;
+#endif
+#if defined(__SANITIZE_THREAD__)
+  void* tsan = nullptr;
+  bool begun = false;
+#endif
+};
+
+constexpr size_t kStack = 128 << 10;
+
+struct Machine {  // one at a time
+  ucontext_t scheduler;
+  std::atomic<Fiber*> current{nullptr};
+  std::atomic<bool> failed{false};
+  Dim block_dim;
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake_stack = nullptr;
+  const void* stack_bottom = nullptr;
+  size_t stack_size = 0;
+#endif
+#if defined(__SANITIZE_THREAD__)
+  void* tsan = nullptr;
+#endif
+};
+inline Machine machine;
+inline Fiber& fiber() { return *machine.current.load(std::memory_order_relaxed); }
+
+inline void to_scheduler([[maybe_unused]] bool last = false) {
+  Fiber& self = fiber();
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(last ? nullptr : &self.fake_stack, machine.stack_bottom, machine.stack_size);
+#endif
+#if defined(__SANITIZE_THREAD__)
+  __tsan_release(&self);                    // to the end of the launch alone, where all fibres are acquired
+  __tsan_switch_to_fiber(machine.tsan, 1);  // 1: a change of fibres orders nothing
+#endif
+  swapcontext(&self.context, &machine.scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(self.fake_stack, nullptr, nullptr);
+#endif
+}
+
+inline void wait(const Barrier& barrier, unsigned since) {
+  Fiber& self = fiber();
+  self.since.store(since, std::memory_order_relaxed);
+  self.waiting.store(&barrier, std::memory_order_relaxed);
+  to_scheduler();
+  self.waiting.store(nullptr, std::memory_order_relaxed);
+#if defined(__SANITIZE_THREAD__)
+  __tsan_acquire(const_cast<Barrier*>(&barrier));
+#endif
+}
+
+inline void entry() {
+  Fiber& self = fiber();
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &machine.stack_bottom, &machine.stack_size);
+#endif
+  try {
+    (*self.kernel)();
+  } catch (...) {
+    self.error = std::current_exception();
+    machine.failed.store(true, std::memory_order_relaxed);
+  }
+  self.done.store(true, std::memory_order_relaxed);
+  to_scheduler(true);
+}
+
+inline void resume(Fiber& next) {
+  machine.current.store(&next, std::memory_order_relaxed);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&machine.fake_stack, next.stack.get(), kStack);
+#endif
+#if defined(__SANITIZE_THREAD__)
+  const unsigned orders_nothing = next.begun;  // at its first turn it sees what was written before the launch
+  next.begun = true;
+  __tsan_switch_to_fiber(next.tsan, orders_nothing);
+#endif
+  swapcontext(&machine.scheduler, &next.context);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(machine.fake_stack, nullptr, nullptr);
+#endif
+}
+
+// What outlives a launch, because making it anew would be most of the time.
+struct Spare {
+  std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStack);
+#if defined(__SANITIZE_THREAD__)
+  void* tsan = __tsan_create_fiber(0);
+#endif
+};
+
+// One cluster, whose first block is at `first`; what a thread throws comes out of here.
+inline void run_cluster(Dim first, unsigned threads, unsigned cluster_size, size_t shared_bytes,
+                        const std::function<void()>& kernel) {
+  static std::mt19937 order(1);
+  static std::vector<Spare> spares;
+  while (spares.size() < threads * cluster_size) spares.emplace_back();
+  Cluster cluster;
+  cluster.barrier.expected = threads * cluster_size;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  for (unsigned b = 0; b < cluster_size; ++b) {
+    cluster.blocks.push_back(std::make_unique<Block>(threads));
+    Block& block = *cluster.blocks.back();
+    block.rank = b, block.running = threads, block.shared_chunks = (shared_bytes + 15) / 16;
+    block.shared = std::make_unique<Chunk[]>(block.shared_chunks);
+    block.poison();
+    for (unsigned t = 0; t < threads; ++t) {
+      auto f = std::make_unique<Fiber>();
+      f->block = &block, f->cluster = &cluster, f->kernel = &kernel;
+      f->thread = {t, 0, 0}, f->block_index = {first.x + b, first.y, 0};
+      Spare& spare = spares[fibers.size()];
+      f->stack = std::move(spare.stack);
+#if defined(__SANITIZE_THREAD__)
+      f->tsan = spare.tsan;
+#endif
+      getcontext(&f->context);
+      f->context.uc_stack.ss_sp = f->stack.get(), f->context.uc_stack.ss_size = kStack;
+      makecontext(&f->context, entry, 0);
+      fibers.push_back(std::move(f));
+    }
+  }
+  std::vector<Fiber*> ready;
+  for (auto& f : fibers) ready.push_back(f.get());
+  size_t live = fibers.size();
+  bool stuck = false;
+  machine.failed = false;
+  while (live > 0 && !stuck && !machine.failed) {
+    std::shuffle(ready.begin(), ready.end(), order);
+    stuck = true;
+    for (Fiber* f : ready) {
+      const Barrier* barrier = f->waiting.load(std::memory_order_relaxed);
+      if (f->done.load(std::memory_order_relaxed)) continue;
+      if (barrier && !barrier->passed(f->since.load(std::memory_order_relaxed))) continue;
+      stuck = false;
+      resume(*f);
+      if (!f->done.load(std::memory_order_relaxed)) continue;
+      --live;
+#if !defined(__SANITIZE_THREAD__)  // to which this would be a race with those who read it rightly before
+      if (--f->block->running == 0) f->block->poison();
+#endif
+    }
+  }
+  std::exception_ptr error;
+  for (size_t i = 0; i < fibers.size(); ++i) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_acquire(fibers[i].get());
+    if (!fibers[i]->done) spares[i].tsan = __tsan_create_fiber(0);  // the old one stays where it was
+#endif
+    if (fibers[i]->error) error = fibers[i]->error;
+    spares[i].stack = std::move(fibers[i]->stack);
+  }
+  if (error) std::rethrow_exception(error);
+  if (stuck) throw std::logic_error("a barrier that not all threads reach");
+}
+
+// Runs kernel() in every thread of the grid, a cluster at a time.
+inline void launch(Dim grid, unsigned threads, unsigned cluster_size, size_t shared_bytes,
+                   const std::function<void()>& kernel) {
+  if (threads % 32 || grid.x % cluster_size) throw std::logic_error("a launch that CUDA refuses");
+  machine.block_dim = {threads, 1, 1};
+#if defined(__SANITIZE_THREAD__)
+  if (!machine.tsan) machine.tsan = __tsan_get_current_fiber();
+#endif
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; x += cluster_size) {
+      run_cluster({x, y, 0}, threads, cluster_size, shared_bytes, kernel);
+    }
+  }
+}
+
+}  // namespace emulator
+
+// What the kernels take from CUDA.
+#define __global__
+#define __device__
+#define __launch_bounds__(n)
+#define TST_SHARED_MEMORY(name) unsigned char* name = ::emulator::fiber().block->shared.get()->bytes
+#define threadIdx (::emulator::fiber().thread)
+#define blockIdx (::emulator::fiber().block_index)
+#define blockDim (::emulator::machine.block_dim)
+#define __syncthreads() \
+  ::emulator::wait(::emulator::fiber().block->barrier, ::emulator::fiber().block->barrier.arrive())
+#undef assert
+#define assert(condition) ((condition) ? void() : throw std::out_of_range(#condition))
+
+namespace tst::cuda {
+
+using std::max;
+using std::min;
+
+inline float widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline float widen(Float16 x) {
+  const int exponent = (x.bits >> 10) & 31, fraction = x.bits & 1023;
+  const float value = exponent == 31 ? (fraction ? NAN : INFINITY)
+                      : exponent     ? std::ldexp(1024.0f + fraction, exponent - 25)
+                                     : std::ldexp(float(fraction), -24);
+  return x.bits & 0x8000 ? -value : value;
+}
+inline void narrow(float x, BFloat16& to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  to.bits = static_cast<uint16_t>(std::isnan(x) ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline void narrow(float x, Float16& to) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const float magnitude = std::fabs(x);
+  if (std::isnan(x) || magnitude >= 65520) {
+    to.bits = sign | (std::isnan(x) ? 0x7e00 : 0x7c00);
+    return;
+  }
+  int exponent = 0;
+  std::frexp(magnitude, &exponent);
+  if (magnitude < 0x1p-14f) exponent = -13;                                 // 2^-24 is the last place of the smallest
+  const float ulps = std::nearbyint(std::ldexp(magnitude, 11 - exponent));  // of 11 bits: half to even
+  to.bits = sign | static_cast<uint16_t>(ulps + std::ldexp(float(exponent + 13), 10));
+}
+
+template <typename T>
+Acc<T> exponential(Acc<T> x) {
+  return std::exp(x);
+}
+
+template <typename T>
+T shuffle_xor(T value, int mask) {
+  static_assert(sizeof(T) <= sizeof(double));
+  emulator::Fiber& self = emulator::fiber();
+  emulator::Block& block = *self.block;
+  const unsigned t = self.thread.x;
+  emulator::Barrier& warp = block.warps[t / 32];
+  double* slots = block.slots[self.turn = !self.turn].data();
+  std::memcpy(&slots[t], &value, sizeof(T));
+  emulator::wait(warp, warp.arrive());
+  std::memcpy(&value, &slots[t ^ static_cast<unsigned>(mask)], sizeof(T));
+  return value;
+}
+
+inline unsigned cluster_size() { return static_cast<unsigned>(emulator::fiber().cluster->blocks.size()); }
+inline unsigned cluster_rank() { return emulator::fiber().block->rank; }
+inline void cluster_arrive() {
+  emulator::Fiber& self = emulator::fiber();
+  self.cluster_since.store(self.cluster->barrier.arrive(), std::memory_order_relaxed);
+}
+inline void cluster_wait() {
+  emulator::Fiber& self = emulator::fiber();
+  emulator::wait(self.cluster->barrier, self.cluster_since.load(std::memory_order_relaxed));
+}
+template <typename T>
+const T* cluster_shared(const T* mine, unsigned rank) {
+  emulator::Fiber& self = emulator::fiber();
+  const auto offset = reinterpret_cast<const unsigned char*>(mine) - self.block->shared.get()->bytes;
+  return reinterpret_cast<const T*>(self.cluster->blocks[rank]->shared.get()->bytes + offset);
+}
+
+}  // namespace tst::cuda
