@@ -37,6 +37,7 @@ def pytest_addoption(parser):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.pop("node", None)  # its name is nobody's business
     machine_info.update(
         tst_ext=__version__,
         torch=torch.__version__,

@@ -170,7 +170,8 @@ CPP: dict[str, list[Mutant]] = {
                "x[begin(p) + i] = pack.values[i];", "columns beside the row written"),
         Mutant("cuda-head", "begin(p) >= 0 && begin(p) + kPack<T> <= vocabulary", "begin(p) + kPack<T> <= vocabulary",
                "first pack begins before the row"),
-        Mutant("cuda-cache", "cache[q - slice.first] : row", "cache[q - slice.begin] : row", "cached packs out of step"),
+        Mutant("cuda-cache", "cache[q - slice.first] : row", "cache[q - slice.begin] : row",
+               "cached packs out of step"),
         # Running sums, and how they come together.
         Mutant("cuda-rescale", "sums.exps *= exponential<T>(sums.maximum - best);", "", "sums keep their old maximum"),
         Mutant("cuda-rescale-logits", "sums.logits += sums.columns * (sums.maximum - best);", "sums.logits += 0;",
