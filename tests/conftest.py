@@ -20,6 +20,15 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture
+def default_device(device: torch.device):
+    """`device` in turn as the one that new tensors are on."""
+    if device.type != "cpu":
+        torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)
+
+
 @pytest.fixture(params=_C.cpu_capabilities())
 def capability(request):
     """Each instruction set in turn."""

@@ -11,15 +11,17 @@ VOCABULARY, DIM, BAG = 29, 6, 3
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=generator(seed)).to(dtype)
+    numbers = torch.randn(shape, dtype=torch.float64, generator=generator(seed), device="cpu")
+    return numbers.to(torch.get_default_device(), dtype)
 
 
 def tokens(*shape, seed=0, ignored=0.0):
     """Ids below 5 half of the time, so that bags repeat tokens; a share of them `IGNORE`."""
     g = generator(seed)
-    ids = torch.randint(VOCABULARY, shape, generator=g)
-    ids = torch.where(torch.rand(shape, generator=g) < 0.5, ids % 5, ids)
-    return torch.where(torch.rand(shape, generator=g) < ignored, IGNORE, ids)
+    ids = torch.randint(VOCABULARY, shape, generator=g, device="cpu")
+    ids = torch.where(torch.rand(shape, generator=g, device="cpu") < 0.5, ids % 5, ids)
+    ids = torch.where(torch.rand(shape, generator=g, device="cpu") < ignored, IGNORE, ids)
+    return ids.to(torch.get_default_device())
 
 
 def batch(rows=4, length=2, seed=0):

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from tst_ext import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy, reference
 
 OPS = torch.ops.tst_ext
+pytestmark = pytest.mark.usefixtures("default_device")
 
 
 # ---- torch.func and torch.utils.checkpoint ---------------------------------------------------------------------------
@@ -310,7 +311,7 @@ class TestAutocast:
             )
         )
         labels = tokens(8, BAG, ignored=0.2)
-        with torch.autocast("cpu", low):
+        with torch.autocast(torch.get_default_device().type, low):
             assert F.linear(hidden, weight, bias).dtype == low
             loss = linear_multi_hot_cross_entropy(hidden, weight, labels, bias=bias)
             loss.backward()
@@ -328,14 +329,14 @@ class TestAutocast:
         hidden, weight = normal(8, DIM, dtype=torch.float64), normal(VOCABULARY, DIM, dtype=torch.float64)
         labels = tokens(8, BAG)
         expected = linear_multi_hot_cross_entropy(hidden, weight, labels)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             assert F.linear(hidden, weight).dtype == torch.float64
             assert torch.equal(linear_multi_hot_cross_entropy(hidden, weight, labels), expected)
 
     def test_model_keeps_float32_gradients(self):
         model, arguments = Model(bias=True), batch()
         exact = loss_and_gradients(Model.forward, model, *arguments)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             loss = model(*arguments)
         loss.backward()
         assert loss.dtype == torch.float32 and loss != exact[0]
