@@ -304,8 +304,10 @@ TEST(Emulator, MemoryOfBlocksThatLeftIsPoisoned) {
     cuda::cluster_arrive();
     cuda::cluster_wait();
     if (cuda::cluster_rank() == 1) return;  // without a barrier after the reads of others
-    for (int i = 0; i < 10; ++i) __syncthreads();
-    if (threadIdx.x == 0) seen = std::isnan(*cuda::cluster_shared(memory, 1));
+    for (int i = 0; i < 1000; ++i) {
+      __syncthreads();
+      if (threadIdx.x == 0) seen = std::isnan(*cuda::cluster_shared(memory, 1));
+    }
   });
   EXPECT_EQ(seen, 1);
 }

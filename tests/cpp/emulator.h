@@ -213,22 +213,32 @@ inline void run_cluster(Dim first, unsigned threads, unsigned cluster_size, size
   std::vector<Fiber*> ready;
   for (auto& f : fibers) ready.push_back(f.get());
   size_t live = fibers.size();
-  bool stuck = false;
+  // One block runs ahead of the others for some turns, then all for one, then another block: what they should have
+  // waited for shows.
+  const unsigned nobody = cluster_size;
+  unsigned ahead = nobody;
+  bool dead = false;
   machine.failed = false;
-  while (live > 0 && !stuck && !machine.failed) {
+  while (live > 0 && !dead && !machine.failed) {
     std::shuffle(ready.begin(), ready.end(), order);
-    stuck = true;
+    bool moved = false;
     for (Fiber* f : ready) {
       const Barrier* barrier = f->waiting.load(std::memory_order_relaxed);
-      if (f->done.load(std::memory_order_relaxed)) continue;
+      if (f->done.load(std::memory_order_relaxed) || (ahead != nobody && f->block->rank != ahead)) continue;
       if (barrier && !barrier->passed(f->since.load(std::memory_order_relaxed))) continue;
-      stuck = false;
+      moved = true;
       resume(*f);
       if (!f->done.load(std::memory_order_relaxed)) continue;
       --live;
 #if !defined(__SANITIZE_THREAD__)  // to which this would be a race with those who read it rightly before
       if (--f->block->running == 0) f->block->poison();
 #endif
+    }
+    dead = !moved && ahead == nobody;
+    if (ahead == nobody) {
+      ahead = static_cast<unsigned>(order() % (cluster_size + 1));
+    } else if (!moved || order() % 8 == 0) {
+      ahead = nobody;
     }
   }
   std::exception_ptr error;
@@ -241,7 +251,7 @@ inline void run_cluster(Dim first, unsigned threads, unsigned cluster_size, size
     spares[i].stack = std::move(fibers[i]->stack);
   }
   if (error) std::rethrow_exception(error);
-  if (stuck) throw std::logic_error("a barrier that not all threads reach");
+  if (dead) throw std::logic_error("a barrier that not all threads reach");
 }
 
 // Runs kernel() in every thread of the grid, a cluster at a time.
