@@ -128,8 +128,8 @@ class TestLoopForCuda:
             out = torch.full((9, 9), float("nan"))
             fallback._add_product(out, x, y, False)
             torch.testing.assert_close(out, (x @ y).float(), rtol=1e-6, atol=1e-6)
-            fallback._add_product(out, x, y, True)
-            torch.testing.assert_close(out, 2 * (x @ y).float(), rtol=1e-6, atol=1e-6)
+            fallback._add_product(out, x, y / 4096, True)  # which a sum in bfloat16 would lose
+            torch.testing.assert_close(out, (x @ y).float() + (x @ (y / 4096)).float(), rtol=1e-6, atol=1e-6)
 
     def test_rows_of_a_strided_view(self):
         _, _, _, labels = loss_case(6, 1, 50, 4, torch.float32, "cpu")
