@@ -4,8 +4,8 @@ Run by `make gpu-check`, all steps in 9 minutes at most: each has its limit, and
 124, what it had measured kept. `make gpu-check STEPS="build tests"` runs some of them. Needs torch with CUDA, nvcc,
 pybind11, ninja, pytest, hypothesis and pytest-benchmark; no network. Peers that cannot be imported are named in the
 table. Results go to the folder that the environment variable OUT names, else to benchmarks/results: gpu_check.json
-(what ended how), gpu_tests.xml, gpu_*.json (a file a group of benchmarks), gpu_benchmarks.txt (the table),
-gpu_kernels.txt (the time of each kernel).
+(what ended how), gpu_tests.xml, gpu_benchmarks.json, .txt (the table) and .png, gpu_kernels.txt (the time of each
+kernel).
 """
 
 import json
@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -55,25 +56,56 @@ GROUPS = {
 }
 
 
-def steps(out: Path) -> dict[str, tuple[list[str], int]]:
-    """Name: command, and the seconds it may take; 535 in all."""
+def steps(out: Path, groups: Path) -> dict[str, tuple[list[str], int]]:
+    """Name: command, and the seconds it may take; 540 in all."""
     python = [sys.executable, "-m"]
     install = ["pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "-e", "."]
+    tests = [*python, "pytest", "-m", "cuda and not slow", "-q"]
     small = [*python, "pytest", "tests/test_cuda.py", "-q", "-x", "-k", "TestSmall", "-p", "no:cacheprovider"]
     found = {
-        "build": ([*python, *install], 120),
-        "tests": ([*python, "pytest", "tests", "-m", "cuda", "-q", f"--junitxml={out / 'gpu_tests.xml'}"], 120),
+        "build": ([*python, *install], 100),
+        "tests": ([*tests, "tests", "--ignore=tests/test_compile.py", f"--junitxml={out / 'gpu_tests.xml'}"], 120),
+        "compile_tests": ([*tests, "tests/test_compile.py"], 60),
     }
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer:  # of our kernels alone, which have this namespace in their names
-        ours = ["--kernel-regex", "kns=tst", "--report-api-errors", "no", "--error-exitcode", "9"]
-        for tool in ("memcheck", "racecheck"):
-            found[tool] = ([sanitizer, "--tool", tool, *ours, *small], 40)
+    # Of our kernels alone: their mangled names have the namespaces tst and cuda (cuBLAS's have nvjet_tst).
+    ours = ["--kernel-regex", "kns=tst4cuda", "--report-api-errors", "no", "--error-exitcode", "9"]
+    for tool in ("memcheck", "racecheck"):
+        found[tool] = ([sanitizer(), "--tool", tool, *ours, *small], 40)
     for group, (file, chosen) in GROUPS.items():
-        result = f"--benchmark-json={out / f'gpu_{group}.json'}"
-        found[group] = ([*python, "pytest", f"benchmarks/{file}", "-q", "-k", chosen, result], 35)
+        result = f"--benchmark-json={groups / f'{group}.json'}"
+        found[group] = ([*python, "pytest", f"benchmarks/{file}", "-q", "-k", chosen, result], 30)
     found["kernels"] = ([sys.executable, "-c", KERNELS], 30)
     return found
+
+
+def sanitizer() -> str:
+    beside_nvcc = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "compute-sanitizer"
+    return shutil.which("compute-sanitizer") or str(beside_nvcc)
+
+
+def run(command: list[str], limit: int, environment: dict[str, str]) -> tuple[int, str]:
+    """Exit status and output; 124 where the limit was reached, 127 where there is no such program."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    except FileNotFoundError as error:
+        return 127, f"{error}\n"
+    # Interrupted, pytest still writes what it has; killed, it and all that it started are gone.
+    for seconds, sign in ((limit, signal.SIGINT), (10, signal.SIGKILL), (None, None)):
+        try:
+            output = process.communicate(timeout=seconds)[0]
+            return process.returncode if sign == signal.SIGINT else 124, output
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, sign)
+    raise AssertionError("unreachable")
+
+
+def merge(groups: Path, result: Path) -> bool:
+    """One file of all groups that were measured."""
+    found = [json.loads(path.read_text()) for path in sorted(groups.iterdir()) if path.stat().st_size]
+    if found:
+        result.write_text(json.dumps(found[0] | {"benchmarks": [b for f in found for b in f["benchmarks"]]}, indent=1))
+    return bool(found)
 
 
 def main() -> int:
@@ -87,42 +119,35 @@ def main() -> int:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": sys.version.split()[0],
-        "compute_sanitizer": shutil.which("compute-sanitizer") is not None,
         "steps": {},
     }
-    environment = {**os.environ, "TST_CUDA": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "0"}
+    environment = {**os.environ, "TST_CUDA": "1"}
     major, minor = torch.cuda.get_device_capability()
     environment.setdefault("TORCH_CUDA_ARCH_LIST", "9.0a" if major == 9 else f"{major}.{minor}")  # of this device alone
-    chosen = sys.argv[1:] or list(steps(out))
-    for name, (command, limit) in steps(out).items():
-        if name not in chosen:
-            continue
-        # memcheck sees what lies beyond a tensor only where each has memory of its own.
-        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1" if name == "memcheck" else "0"
-        start = time.monotonic()
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
-        try:
-            output = process.communicate(timeout=limit)[0]
-            status = process.returncode
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with all that it started
-            output, status = process.communicate()[0], 124
-        if name == "kernels":
-            (out / "gpu_kernels.txt").write_text(output)
-        print(output[-4000:])
-        summary["steps"][name] = {"status": status, "seconds": round(time.monotonic() - start, 1)}
-        (out / "gpu_check.json").write_text(json.dumps(summary, indent=2) + "\n")
-        print(f"gpu-check: {name} ended with status {status}", flush=True)
-        if name == "build" and status:
-            break
-    results = [str(path) for group in GROUPS if (path := out / f"gpu_{group}.json").exists() and path.stat().st_size]
-    if results:
-        report = subprocess.run(
-            [sys.executable, "benchmarks/report.py", *results], cwd=ROOT, capture_output=True, text=True
-        )
-        (out / "gpu_benchmarks.txt").write_text(report.stdout)
-        print(report.stdout, report.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        groups = Path(folder)
+        found = steps(out, groups)
+        chosen = sys.argv[1:] or list(found)
+        if set(chosen) - set(found):
+            sys.exit(f"gpu-check: expected steps among {', '.join(found)}, got {' '.join(chosen)}")
+        for name in [name for name in found if name in chosen]:
+            start = time.monotonic()
+            # memcheck sees what lies beyond a tensor only where each has memory of its own.
+            alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if name == "memcheck" else {}
+            status, output = run(*found[name], environment | alone)
+            if name == "kernels":
+                (out / "gpu_kernels.txt").write_text(output)
+            print(output[-4000:])
+            summary["steps"][name] = {"status": status, "seconds": round(time.monotonic() - start, 1)}
+            (out / "gpu_check.json").write_text(json.dumps(summary, indent=2) + "\n")
+            print(f"gpu-check: {name} ended with status {status}", flush=True)
+            if name == "build" and status:
+                break
+        result = out / "gpu_benchmarks.json"
+        if merge(groups, result):
+            status, output = run([sys.executable, "benchmarks/report.py", str(result)], 30, environment)
+            (out / "gpu_benchmarks.txt").write_text(output)
+            print(output)
     return max(abs(step["status"]) for step in summary["steps"].values())
 
 

@@ -36,7 +36,7 @@ FULL = GPU if DEVICE.type == "cuda" else CPU
 def pytest_generate_tests(metafunc):
     cases = QUICK if metafunc.config.getoption("quick") else FULL
     if "bag_size" not in metafunc.fixturenames:
-        cases = [case for case in cases if case[1] in (4, 6) and case[0] != LLAMA3_LONG]
+        cases = [case for case in cases if case[0] != LLAMA3_LONG and (case[1] == 4 or case[:2] == (A, 6))]
     ids = ["x".join(map(str, shape)) + f"-s{s}-{str(dtype)[6:]}" for shape, s, dtype in cases]
     if "bag_size" in metafunc.fixturenames:
         metafunc.parametrize(("shape", "bag_size", "dtype"), cases, ids=ids)
@@ -53,9 +53,9 @@ def tensors(shape, bag_size, dtype):
 @cache
 def matrices(shape, dtype):
     rows, dim, vocabulary = shape
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(rows, dim, generator=generator).to(DEVICE, dtype)
-    weight = (torch.randn(vocabulary, dim, generator=generator) / dim**0.5).to(DEVICE, dtype)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    hidden = torch.randn(rows, dim, generator=generator, device=DEVICE).to(dtype)
+    weight = (torch.randn(vocabulary, dim, generator=generator, device=DEVICE) / dim**0.5).to(dtype)
     return hidden.requires_grad_(), weight.requires_grad_()
 
 
@@ -104,7 +104,7 @@ def test_forward_backward(race, shape, bag_size, dtype):
         step(linear_multi_hot_cross_entropy),
         others,
         three,
-        rounds={SMALL: 5, LLAMA3: 3}.get(shape, 2),
+        rounds=7 if DEVICE.type == "cuda" else {SMALL: 5, LLAMA3: 3}.get(shape, 2),
         clear=clear,
         gradients=lambda: [hidden.grad, weight.grad],
         result_bytes=hidden.nbytes + weight.nbytes,

@@ -27,6 +27,7 @@ from tst_ext import bag_embedding, multi_hot_cross_entropy
 from tst_ext.nn import BagEmbedding
 
 OPS = torch.ops.tst_ext
+pytestmark = pytest.mark.usefixtures("default_device")
 
 
 @pytest.fixture(autouse=True)
