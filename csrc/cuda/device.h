@@ -38,7 +38,7 @@ __device__ inline float widen(Float16 x) { return __half2float(__ushort_as_half(
 __device__ inline void narrow(float x, BFloat16& to) { to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 __device__ inline void narrow(float x, Float16& to) { to.bits = __half_as_ushort(__float2half_rn(x)); }
 
-// exp as exact as its result is stored: the 16-bit formats take the hardware's 2^x, a third of expf's instructions.
+// exp as exact as its result is stored: the 16-bit formats take the hardware's 2^x, without expf's corrections.
 template <typename T>
 __device__ inline Acc<T> exponential(Acc<T> x) {
   if constexpr (sizeof(T) == 2)
