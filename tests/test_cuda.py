@@ -89,7 +89,9 @@ class TestLargeVocabularies:
         labels = torch.arange(8, device="cuda")[:, None]
         mine = loss_and_gradients(fused, hidden, weight, None, labels)
         exact = loss_and_gradients(plain, hidden.double(), weight.double(), None, labels)
-        assert relative_error(mine[2][range(8), range(8)], exact[2][range(8), range(8)]) < 0.01
+        # The logit's gradient and its product with hidden are rounded to bfloat16, by half an eps at most.
+        error = relative_error(mine[2][range(8), range(8)], exact[2][range(8), range(8)])
+        assert error < 1.1 * torch.finfo(torch.bfloat16).eps
 
     def test_offsets_beyond_32_bits(self):
         rows, vocabulary = 17000, 128256  # 2.18e9 logits

@@ -148,8 +148,8 @@ def _rows(
     return loss, lse, torch.where(nothing[:, None], 0, d)
 
 
-def _without_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast has cast the arguments; what the op computes in float32 it must not cast again. Nor is there a graph."""
+def _as_a_kernel(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Neither autocast, which has cast the arguments and must not cast what is computed in float32, nor a graph."""
 
     @torch.no_grad()
     @wraps(op)
@@ -185,13 +185,13 @@ def _multiplies_to_float32(dtype: torch.dtype, device: torch.device) -> bool:
         torch.ops.aten.addmm.dtype_out(out, a, a, out.dtype, out=out)
     except torch.OutOfMemoryError:
         raise  # says nothing about the GEMMs
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         return False
     return True
 
 
 def padded_columns(vocabulary: int) -> int:
-    """Columns of a row of logits with its padding: 128 bytes of bfloat16, else tensor cores run at half their speed."""
+    """Columns of a row of logits with its padding: 128 bytes of bfloat16, since an odd one can halve a GEMM's speed."""
     return -(-vocabulary // 64) * 64
 
 
@@ -204,7 +204,7 @@ def _chunk_rows(rows: int, vocabulary: int, element_size: int, device: torch.dev
     return min(max((5 << 28) // row // 1024 * 1024, 2048), 8192)
 
 
-@_without_autocast
+@_as_a_kernel
 def linear_multi_hot_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -220,7 +220,7 @@ __device__ inline void read_targets(const LossRows<T>& a, int64_t r, const T* x,
   }
 }
 
-// Finds the leaders; every thread its own labels. s is small: s^2 comparisons beat a sort.
+// Finds the leaders; every thread its own labels, s comparisons each.
 __device__ inline void find_leaders(Target* targets, int bag_size) {
   for (int i = threadIdx.x; i < bag_size; i += blockDim.x) {
     const int label = targets[i].label;

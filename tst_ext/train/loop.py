@@ -36,7 +36,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.zeros(1, device=device)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:  # names or devices torch lacks
+    except (AssertionError, RuntimeError) as error:  # names or devices torch lacks
         raise UserError(f"device: expected auto, cpu or cuda, got {name!r}: {str(error).splitlines()[0]}") from error
     return device
 
