@@ -169,14 +169,16 @@ def position_weights(
     name: str,
     bag_size: int,
     *,
+    fitted: tuple[float, float, float] = FITTED,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Weights w_i of the bag positions i = 1..s in the loss, `[s]`.
 
     `"uniform"`: 1. `"power_law"`: 1 / i. `"exponential"`: exp(-i). `"first"`: 1, 0, ..., 0. `"fitted"`:
-    3.63 + 1.35 i**-1.25. Only their ratios matter: the loss divides by their sum. The paper finds uniform best for
-    small bags (s = 4), the power law from s = 8 on, the fitted one slightly better than 1 / i.
+    C0 + a i**k with (C0, a, k) = `fitted`, by default the paper's 3.63 + 1.35 i**-1.25. Only their ratios matter: the
+    loss divides by their sum. The paper finds uniform best for small bags (s = 4), the power law from s = 8 on, the
+    fitted one slightly better than 1 / i.
 
     Raises:
         ValueError: unknown name, or `bag_size` below 1.
@@ -194,7 +196,7 @@ def position_weights(
     elif name == "first":
         weights = (i == 1).to(i.dtype)
     elif name == "fitted":
-        c0, a, k = FITTED
+        c0, a, k = fitted
         weights = c0 + a * i**k
     else:
         raise ValueError(

@@ -1,6 +1,7 @@
 """When the superposition phase ends."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 __all__ = ["SuperpositionSchedule"]
 
@@ -14,6 +15,7 @@ class SuperpositionSchedule:
         ratio: r, the share of steps in the superposition phase, 0 <= r <= 1. The paper's range is 0.2 to 0.4;
             0 is an ordinary run.
         bag_size: s, tokens a bag in the superposition phase. The paper's range is 4 to 8.
+        stages: further (ratio, bag size) stages of the superposition phase, in order: from coarse to fine.
 
     Raises:
         ValueError: an argument outside its range.
@@ -24,20 +26,34 @@ class SuperpositionSchedule:
     total_steps: int
     ratio: float
     bag_size: int
+    stages: tuple[tuple[float, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.total_steps < 0:
             raise ValueError(f"total_steps: expected an integer >= 0, got {self.total_steps}")
-        if not 0.0 <= self.ratio <= 1.0:
-            raise ValueError(f"ratio: expected 0 <= ratio <= 1, got {self.ratio}")
-        if self.bag_size < 1:
-            raise ValueError(f"bag_size: expected an integer >= 1, got {self.bag_size}")
+        for name, (ratio, bag_size) in (
+            ("", (self.ratio, self.bag_size)),
+            *((f"stages[{i}], ", stage) for i, stage in enumerate(self.stages)),
+        ):
+            if not 0.0 <= ratio <= 1.0:
+                raise ValueError(f"{name}ratio: expected 0 <= ratio <= 1, got {ratio}")
+            if bag_size < 1:
+                raise ValueError(f"{name}bag_size: expected an integer >= 1, got {bag_size}")
+        if self.ratio + sum(ratio for ratio, _ in self.stages) > 1 + 1e-9:  # room for the rounding of the sum
+            raise ValueError(f"stages: expected ratios that add up to at most 1 with ratio, got {self.stages}")
+
+    @property
+    def stage_ends(self) -> tuple[tuple[int, int], ...]:
+        """`(end, bag size)` of each stage: its steps are those from the end before it up to, not including, its own."""
+        sizes = (self.bag_size, *(s for _, s in self.stages))
+        shares = accumulate((self.ratio, *(ratio for ratio, _ in self.stages)))
+        return tuple((round(share * self.total_steps), s) for share, s in zip(shares, sizes, strict=True))
 
     @property
     def switch_step(self) -> int:
-        """First step of the recovery phase: `ratio * total_steps`, rounded."""
-        return round(self.ratio * self.total_steps)
+        """First step of the recovery phase: the sum of the ratios times `total_steps`, rounded."""
+        return self.stage_ends[-1][0]
 
     def bag_size_at(self, step: int) -> int:
-        """Bag size at `step` (0-based): s before `switch_step`, 1 from it on."""
-        return self.bag_size if step < self.switch_step else 1
+        """Bag size at `step` (0-based): that of its stage before `switch_step`, 1 from it on."""
+        return next((s for end, s in self.stage_ends if step < end), 1)

@@ -4,20 +4,26 @@ import dataclasses
 import json
 import os
 import tomllib
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from ..bags import FITTED
 
 __all__ = [
     "DataConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RunConfig",
     "SuperpositionConfig",
     "TrainConfig",
     "UserError",
     "check_out",
+    "config_dict",
     "load_config",
     "save_config",
+    "write_text",
 ]
 
 
@@ -61,6 +67,10 @@ class DataConfig:
     """Key of the text in a line of a .jsonl file."""
     vocabulary: int = 4096
     """Entries of the byte-level BPE that is trained on the text; a prepared folder has its own."""
+    tokenizer: Path | None = None
+    """A tokenizer.json to use instead of training a BPE."""
+    end_of_text: str = "<|endoftext|>"
+    """The token that ends a document; a given tokenizer must have it."""
     holdout: float = 0.02
     """Share of the documents held out for validation."""
 
@@ -77,14 +87,39 @@ class SuperpositionConfig:
     """s, tokens a bag in the superposition phase; the paper uses 4 to 8."""
     ratio: float = 0.2
     """r, share of the steps in the superposition phase; the paper uses 0.2 to 0.4; 0 trains the baseline."""
-    position_weights: str = "uniform"
-    """Weights of the bag positions in the loss: uniform, power_law, exponential, first or fitted."""
+    stages: tuple[tuple[float, int], ...] = ()
+    """Further stages of the superposition phase, each a share of the steps and a bag size: coarse to fine."""
+    sides: Literal["both", "input", "output"] = "both"
+    """Where tokens are superposed. input: reads bags, predicts the next token. output: reads tokens, predicts the next
+    bag. Both as in the paper's ablation, where both together are best."""
+    scale: Literal["sequence", "batch"] = "sequence"
+    """What takes s times more tokens a step: sequence, with as many latent positions as in recovery, or batch, with s
+    times more sequences of the same length in tokens."""
+    straddle: bool = True
+    """Whether a bag may hold the end of one document and the beginning of the next."""
+    position_weights: Literal["uniform", "power_law", "exponential", "first", "fitted"] = "uniform"
+    """Weights of the bag positions in the loss. The paper: uniform for s = 4, power_law from s = 8 on."""
+    fitted: tuple[float, float, float] = FITTED
+    """C0, a, k of the weights `fitted`, C0 + a * i**k; `tst fit-weights` measures them on your data."""
+    objective: Literal["mce", "mce_alt"] = "mce"
+    """Multi-hot cross-entropy, or the paper's sum-to-one alternative, which has no position weights."""
+    reinitialise: bool = False
+    """Fresh embedding and head, with fresh optimiser state, at the switch (the paper's Table 2: it loses the gain)."""
 
     def __post_init__(self) -> None:
         _check("bag_size", self.bag_size, self.bag_size >= 1, "an integer >= 1")
         _check("ratio", self.ratio, 0 <= self.ratio <= 1, "a number from 0 to 1")
-        names = ("uniform", "power_law", "exponential", "first", "fitted")
-        _check("position_weights", self.position_weights, self.position_weights in names, f"one of {', '.join(names)}")
+        for ratio, bag_size in self.stages:
+            _check("stages", self.stages, 0 <= ratio <= 1 and bag_size >= 1, "pairs of a share and a bag size >= 1")
+        total = self.ratio + sum(ratio for ratio, _ in self.stages)
+        _check("stages", self.stages, total <= 1 + 1e-9, "shares that add up to at most 1 with ratio")
+        _check("scale", self.scale, self.sides != "output" or self.scale == "sequence", "sequence with sides output")
+        uniform = self.objective == "mce" or self.position_weights == "uniform"
+        _check("position_weights", self.position_weights, uniform, "uniform with objective mce_alt")
+
+    def bag_sizes(self) -> tuple[int, ...]:
+        """The bag sizes of all stages with a share of the steps."""
+        return tuple(s for ratio, s in ((self.ratio, self.bag_size), *self.stages) if ratio > 0)
 
 
 @dataclass(frozen=True)
@@ -92,7 +127,7 @@ class OptimizerConfig:
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW (betas 0.9, 0.95)."""
     warmup: float = 0.1
-    """Share of the steps over which the learning rate rises to its peak."""
+    """Over how long the learning rate rises to its peak: a share of the steps, or, from 1 on, a number of steps."""
     decay: float = 0.1
     """Share of the steps, at the end, over which it falls to zero."""
     weight_decay: float = 0.1
@@ -102,10 +137,47 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _check("learning_rate", self.learning_rate, self.learning_rate > 0, "a number > 0")
-        _check("warmup", self.warmup, 0 <= self.warmup <= 1, "a share from 0 to 1")
-        _check("decay", self.decay, 0 <= self.decay <= 1 - self.warmup, "a share from 0 to 1 - warmup")
+        whole = self.warmup < 1 or self.warmup == int(self.warmup)
+        _check("warmup", self.warmup, self.warmup >= 0 and whole, "a share below 1 or a number of steps")
+        share = self.warmup if self.warmup < 1 else 0
+        _check("decay", self.decay, 0 <= self.decay <= 1 - share, "a share from 0 to 1 - warmup")
         _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "a number >= 0")
         _check("clip", self.clip, self.clip > 0, "a number > 0")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a run is carried out. A resumed run may change these, and nothing else."""
+
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+    threads: int = 0
+    """CPU threads of each process; 0 leaves torch's choice."""
+    parallel: Literal["fsdp", "ddp"] = "fsdp"
+    """With more than one process (torchrun): parameters sharded by FSDP2, or copied by DDP."""
+    micro_batch: int = 0
+    """Sequences that a process puts through the model at a time; gradients of the parts of a batch add up to those of
+    the whole. 0: all of its share."""
+    compile: bool = False
+    """Compiles each block of the model by torch.compile."""
+    activation_checkpointing: bool = False
+    """Keeps only the inputs of the blocks for the backward pass, which computes the rest again."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Checkpoints kept, the latest ones."""
+    eval_every: int = 2000
+    """Steps between validations; the last step is always validated."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = False
+    """Writes the metrics for TensorBoard too (pip install tensorboard)."""
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every", "keep", "eval_every", "log_every"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
+        for name in ("threads", "micro_batch"):
+            _check(name, getattr(self, name), getattr(self, name) >= 0, "an integer >= 0")
 
 
 @dataclass(frozen=True)
@@ -116,31 +188,29 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     superposition: SuperpositionConfig = field(default_factory=SuperpositionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
     steps: int = 8000
     """Optimiser steps of both phases together; each costs the same FLOPs."""
     batch: int = 8
-    """Sequences a step."""
+    """Sequences a step, of all processes together."""
     latent_tokens: int = 64
     """Positions a sequence has in the model: tokens, or bags in the superposition phase."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the model computes in; bfloat16 is mixed precision, with float32 weights and optimiser state."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
-    eval_every: int = 2000
-    """Steps between validations; the last step is always validated."""
     eval_tokens: int = 131072
     """Held-out tokens of a validation, the same ones each time; fewer than 100,000 make comparisons noise."""
-    log_every: int = 20
-    """Steps between lines of metrics.jsonl."""
-    device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
-    threads: int = 0
-    """CPU threads of this process; 0 leaves torch's choice."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "latent_tokens", "eval_every", "eval_tokens", "log_every"):
+        for name in ("steps", "batch", "latent_tokens", "eval_tokens"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
         _check("seed", self.seed, 0 <= self.seed < 2**63, "an integer from 0 to 2**63 - 1")
-        _check("threads", self.threads, self.threads >= 0, "an integer >= 0")
         _check("eval_tokens", self.eval_tokens, self.eval_tokens >= self.latent_tokens, "at least latent_tokens")
+        _check("warmup", self.optimizer.warmup, self.optimizer.warmup <= self.steps, f"at most steps = {self.steps}")
+        for s in self.superposition.bag_sizes() if self.superposition.scale == "batch" else ():
+            wanted = f"a multiple of the bag size {s}, with scale batch"
+            _check("latent_tokens", self.latent_tokens, self.latent_tokens % s == 0, wanted)
 
 
 def check_out(folder: Path) -> None:
@@ -174,24 +244,49 @@ def _from_dict(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected a table, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    arguments = {}
-    for key, value in values.items():
+    for key in values:
         if key not in fields:
             raise UserError(f"{where}: unknown key {key!r}; known: {', '.join(fields)}")
-        kind = fields[key].type
-        if dataclasses.is_dataclass(kind):
-            arguments[key] = _from_dict(kind, value, f"{where}: {key}")  # type: ignore[arg-type]
-        elif key == "data":
-            _check(f"{where}: data", value, isinstance(value, list | tuple), "a list of paths")
-            arguments[key] = tuple(Path(p) for p in value)
-        else:
-            number = kind is float and isinstance(value, int)
-            right = (isinstance(value, kind) or number) and not isinstance(value, bool)  # type: ignore[arg-type]
-            _check(f"{where}: {key}", value, right, f"a value of type {kind.__name__}")  # type: ignore[union-attr]
-            arguments[key] = float(value) if number else value
-    return cls(**arguments)
+    return cls(**{key: _convert(fields[key].type, value, f"{where}: {key}") for key, value in values.items()})
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """`value`, as TOML or JSON has it, as a field of type `kind`."""
+    if dataclasses.is_dataclass(kind):
+        return _from_dict(kind, value, where)  # type: ignore[arg-type]
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        _check(where, value, value in arguments, f"one of {', '.join(arguments)}")
+        return value
+    if origin is tuple:
+        _check(where, value, isinstance(value, list | tuple), "a list")
+        if arguments[-1] is Ellipsis:
+            return tuple(_convert(arguments[0], item, where) for item in value)
+        _check(where, value, len(value) == len(arguments), f"a list of {len(arguments)}")
+        return tuple(_convert(part, item, where) for part, item in zip(arguments, value, strict=True))
+    if type(None) in arguments:  # X | None
+        return None if value is None else _convert(arguments[0], value, where)
+    if kind is Path:
+        _check(where, value, isinstance(value, str), "a path")
+        return Path(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    _check(where, value, type(value) is kind, f"a value of type {kind.__name__}")
+    return value
+
+
+def config_dict(config: TrainConfig) -> dict[str, Any]:
+    """The resolved configuration as JSON has it."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Writes the resolved configuration as JSON, which `load_config` reads back to an equal one."""
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(config_dict(config), indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: under another name, then renamed."""
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)

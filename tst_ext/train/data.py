@@ -24,10 +24,9 @@ from torch import Tensor
 
 from .config import DataConfig, UserError
 
-__all__ = ["Shard", "cache_folder", "prepare", "prepared_folder", "read_documents"]
+__all__ = ["Shard", "cache_folder", "load_tokenizer", "prepare", "prepared_folder", "read_documents"]
 
 FORMAT = 1
-END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "val")
 SHUFFLE_SEED = 0  # of the documents, before the split: the same for every run, so that all share one held-out text
 CHECKSUM_LIMIT = 1 << 30  # bytes; opening a larger shard checks its size only, hashing it would take many seconds
@@ -89,6 +88,8 @@ def prepared_folder(config: DataConfig) -> Path:
         return config.data[0]
     documents = read_documents(config)
     key = hashlib.sha256(f"{FORMAT} {config.vocabulary} {config.holdout} {tokenizers.__version__}".encode())
+    if config.tokenizer:
+        key.update(load_tokenizer(config.tokenizer).to_str().encode() + config.end_of_text.encode())
     for document in documents:
         key.update(hashlib.sha256(document.encode()).digest())
     folder = cache_folder() / key.hexdigest()[:16]
@@ -98,14 +99,15 @@ def prepared_folder(config: DataConfig) -> Path:
 
 
 def prepare(documents: list[str], config: DataConfig, folder: Path) -> None:
-    """Trains a byte-level BPE on the training documents and writes `folder`, whole or not at all.
+    """Writes `folder`, whole or not at all, in the tokens of `config.tokenizer` or of a byte-level BPE trained for it.
 
     Documents are shuffled by a fixed seed, then `config.holdout` of them (at least one) become the held-out split, so
     that no document is in both. The folder is written under another name and renamed: a process that prepares the
     same text at the same time does no harm.
 
     Raises:
-        UserError: fewer than two documents, or the folder is not empty or cannot be written.
+        UserError: fewer than two documents, a tokenizer that cannot be used, or the folder is not empty or cannot be
+            written.
     """
     if len(documents) < 2:
         raise UserError(f"data: expected at least 2 documents, one of them to hold out, got {len(documents)}")
@@ -114,17 +116,9 @@ def prepare(documents: list[str], config: DataConfig, folder: Path) -> None:
     held_out = max(1, round(config.holdout * len(documents)))
     split = {"val": documents[:held_out], "train": documents[held_out:]}
 
-    tokenizer = Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=config.vocabulary,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(split["train"], trainer)
-
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else _train_tokenizer(split["train"], config)
+    if tokenizer.token_to_id(config.end_of_text) is None:
+        raise UserError(f"tokenizer {config.tokenizer}: has no token {config.end_of_text!r}; name one by --end-of-text")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
@@ -133,7 +127,7 @@ def prepare(documents: list[str], config: DataConfig, folder: Path) -> None:
     try:
         tokenizer.save(str(unfinished / "tokenizer.json"))
         for name in SPLITS:
-            _write_shard(unfinished / name, split[name], tokenizer)
+            _write_shard(unfinished / name, split[name], tokenizer, config.end_of_text)
         unfinished.chmod(0o755)  # mkdtemp's 0700 would keep a shared cache from its other users
         try:
             unfinished.rename(folder)
@@ -144,15 +138,43 @@ def prepare(documents: list[str], config: DataConfig, folder: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_shard(path: Path, documents: list[str], tokenizer: Tokenizer) -> None:
-    vocabulary = tokenizer.get_vocab_size()
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Reads a tokenizer.json, which is data: the library's format holds no code.
+
+    Raises:
+        UserError: the file is missing or malformed.
+    """
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises plain Exception for a malformed file
+        raise UserError(f"tokenizer {path}: {error}") from error
+
+
+def _train_tokenizer(documents: list[str], config: DataConfig) -> Tokenizer:
+    """A byte-level BPE, which can write any text."""
+    tokenizer = Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=config.vocabulary,
+        special_tokens=[config.end_of_text],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+def _write_shard(path: Path, documents: list[str], tokenizer: Tokenizer, end_of_text: str) -> None:
+    vocabulary = max(tokenizer.get_vocab().values()) + 1  # ids of a given tokenizer may have gaps
     dtype = "uint16" if vocabulary <= 2**16 else "uint32"
-    separator = tokenizer.token_to_id(END_OF_TEXT)
+    separator = tokenizer.token_to_id(end_of_text)
     count, checksum = 0, hashlib.sha256()
     with open(path.with_suffix(".bin"), "wb") as file:
         for start in range(0, len(documents), 256):
-            # _fast: without the character offsets, which nobody reads
-            for encoding in tokenizer.encode_batch_fast(documents[start : start + 256]):
+            # _fast: without the character offsets, which nobody reads. No special tokens: some tokenizers would begin
+            # every text with one.
+            for encoding in tokenizer.encode_batch_fast(documents[start : start + 256], add_special_tokens=False):
                 ids = np.array([*encoding.ids, separator], dtype=np.dtype(dtype).newbyteorder("<")).tobytes()
                 file.write(ids)
                 checksum.update(ids)
@@ -171,7 +193,12 @@ def _write_shard(path: Path, documents: list[str], tokenizer: Tokenizer) -> None
 
 
 class Shard:
-    """One split of a prepared folder, memory-mapped.
+    """One split of a prepared folder, read piece by piece.
+
+    Attributes:
+        vocabulary: V, ids are below it.
+        end_of_text: id of the token that ends a document, None where the header names none.
+        sha256: the tokens' checksum by the header.
 
     Args:
         folder: what `prepared_folder` returned.
@@ -191,45 +218,74 @@ class Shard:
         missing = {"format", "dtype", "tokens", "vocabulary", "sha256"} - set(header)
         if missing or header["format"] != FORMAT or header["dtype"] not in ("uint16", "uint32"):
             raise UserError(f"shard {header_path}: not a header of format {FORMAT}: got {header!r}")
-        dtype = np.dtype(header["dtype"]).newbyteorder("<")
-        if size != header["tokens"] * dtype.itemsize:
-            wanted = header["tokens"] * dtype.itemsize
-            raise UserError(f"shard {path}: expected {wanted} bytes by its header, got {size}; prepare it again")
-        if size <= CHECKSUM_LIMIT:
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != header["sha256"]:
-                    raise UserError(f"shard {path}: its checksum is not that of its header; prepare it again")
         self.path = path
+        self.dtype = np.dtype(header["dtype"]).newbyteorder("<")
+        self.length: int = header["tokens"]
         self.vocabulary: int = header["vocabulary"]
-        self.tokens = np.memmap(path, dtype=dtype, mode="r") if size else np.empty(0, dtype)
+        self.end_of_text: int | None = header.get("end_of_text")
+        self.sha256: str = header["sha256"]
+        wanted = self.length * self.dtype.itemsize
+        if size != wanted:
+            raise UserError(f"shard {path}: expected {wanted} bytes by its header, got {size}; prepare it again")
+        try:
+            self.file = open(path, "rb")
+            intact = size > CHECKSUM_LIMIT or hashlib.file_digest(self.file, "sha256").hexdigest() == self.sha256
+        except OSError as error:
+            raise UserError(f"shard {path}: {error}") from error
+        if not intact:
+            raise UserError(f"shard {path}: its checksum is not that of its header; prepare it again")
+
+    def __len__(self) -> int:
+        return self.length
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens `[start, start + count)` as int64.
+
+        By a read, not a memory map: a file that shrinks or fails under a map ends the process by SIGBUS, without a
+        word and without a checkpoint.
+
+        Raises:
+            UserError: the file cannot be read, or has become shorter.
+        """
+        size = self.dtype.itemsize
+        try:
+            content = os.pread(self.file.fileno(), count * size, start * size)
+        except OSError as error:
+            raise UserError(f"shard {self.path}: {error}") from error
+        if len(content) != count * size:
+            raise UserError(
+                f"shard {self.path}: expected {count * size} bytes at {start * size}, got {len(content)}: "
+                "it has become shorter; prepare it again"
+            )
+        return np.frombuffer(content, self.dtype).astype(np.int64)
 
     def _windows(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
-        windows = np.stack([self.tokens[start : start + length + 1] for start in starts]).astype(np.int64)
-        return torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(windows[:, 1:].copy())
+        windows = torch.from_numpy(np.stack([self.read(start, length + 1) for start in starts.tolist()]))
+        return windows[:, :-1], windows[:, 1:]
 
-    def batch(self, seed: int, step: int, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    def batch(self, seed: int, step: int, batch: int, length: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """The batch of one step: input ids and labels, `[batch, length]` int64; labels are shifted by one token.
 
         Stateless: the positions are a function of (seed, step), from a counter-based generator, so a run can be
-        repeated or entered at any step.
+        repeated or entered at any step, by any number of processes, each of which reads its `rows` of the batch.
 
         Raises:
-            UserError: the shard is shorter than one window.
+            UserError: the shard is shorter than one window, or cannot be read.
         """
         self.check_length(length)
         generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
-        return self._windows(generator.integers(0, len(self.tokens) - length, size=batch), length)
+        return self._windows(generator.integers(0, len(self) - length, size=batch)[rows], length)
 
     def windows(self, tokens: int, batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The first `tokens` tokens (or all, where there are fewer) as consecutive windows, in batches as above."""
         self.check_length(length)
-        starts = np.arange(0, min(tokens, len(self.tokens) - 1) - length + 1, length)
+        starts = np.arange(0, min(tokens, len(self) - 1) - length + 1, length)
         for first in range(0, len(starts), batch):
             yield self._windows(starts[first : first + batch], length)
 
     def check_length(self, length: int) -> None:
         """Raises UserError unless the shard holds a window of `length` tokens and the label of its last one."""
-        if len(self.tokens) < length + 1:
+        if len(self) < length + 1:
             raise UserError(
-                f"shard {self.path}: expected at least {length + 1} tokens for one sequence, got {len(self.tokens)}"
+                f"shard {self.path}: expected at least {length + 1} tokens for one sequence, got {len(self)}"
             )

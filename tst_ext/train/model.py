@@ -3,9 +3,12 @@
 Between the two nothing knows of bags: attention, positions and cost are those of l latent positions in both phases.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..nn import BagEmbedding, LinearMultiHotCrossEntropy
 from .config import ModelConfig
@@ -34,7 +37,8 @@ class Attention(nn.Module):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of `[..., l, head_dim]`; halves of a head form the pairs, as in Llama's public code."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    # cos and sin are float32, and so are the products; half precision would place distant positions wrongly.
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -47,8 +51,14 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.dim, eps=1e-5)
         self.ffn_in = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
         self.ffn_out = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.recompute = False  # activation checkpointing: inside the block, where FSDP2 has gathered its parameters
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, cos, sin, use_reentrant=False)
+        return self._forward(x, cos, sin)
+
+    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin)
         gate, up = self.ffn_in(self.ffn_norm(x)).chunk(2, dim=-1)
         return x + self.ffn_out(F.silu(gate) * up)
@@ -61,36 +71,44 @@ class Transformer(nn.Module):
         config: sizes.
         vocabulary: V.
         positions: most latent positions of a sequence.
-        position_weights: weights of the bag positions in the loss, by name.
+        padding_idx: what empty slots of bags hold, where there are any.
 
-    Shapes: input ids `[B, l]` tokens or `[B, l, s]` bags; labels `[B, l]` or `[B, l, s]`. Returns the scalar loss, or
-    logits `[B, l, V]` without labels.
+    Shapes: input ids `[B, l]` tokens or `[B, l, s]` bags; labels `[B, l]` or `[B, l, s]`. Returns the loss, which
+    takes the options of `linear_multi_hot_cross_entropy`, or logits `[B, l, V]` without labels.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: ModelConfig, vocabulary: int, positions: int, position_weights: str = "uniform") -> None:
+    def __init__(self, config: ModelConfig, vocabulary: int, positions: int, padding_idx: int | None = None) -> None:
         super().__init__()
-        self.embedding = BagEmbedding(vocabulary, config.dim)
+        self.embedding = BagEmbedding(vocabulary, config.dim, padding_idx=padding_idx)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, eps=1e-5)
-        self.head = LinearMultiHotCrossEntropy(config.dim, vocabulary, position_weights=position_weights)
+        self.head = LinearMultiHotCrossEntropy(config.dim, vocabulary)
         half = config.dim // config.heads // 2
         frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
         angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
         self.register_buffer("cos", angles.cos().float(), persistent=False)  # [positions, head_dim / 2]
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
-        # Normal, 0.02; what writes into the residual stream less, by the number of its writers (GPT-2's rule).
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                writes = name.endswith(("attention.out.weight", "ffn_out.weight"))
-                nn.init.normal_(parameter, std=0.02 / (2 * config.layers) ** 0.5 if writes else 0.02)
+                nn.init.normal_(parameter, std=initial_std(name, config.layers))
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """What the head reads, `[B, l, d]`."""
         x = self.embedding(input_ids)
         cos, sin = self.cos[: x.shape[1]], self.sin[: x.shape[1]]
         for block in self.blocks:
             x = block(x, cos, sin)
-        return self.head(self.norm(x), labels)
+        return self.norm(x)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **options: Any) -> Tensor:
+        return self.head(self.hidden(input_ids), labels, **options)
+
+
+def initial_std(name: str, layers: int) -> float:
+    """Standard deviation of a matrix's initial weights: 0.02, but for what writes into the residual stream less, by the
+    number of its writers (GPT-2's rule)."""
+    return 0.02 / (2 * layers) ** 0.5 if name.endswith(("attention.out.weight", "ffn_out.weight")) else 0.02
