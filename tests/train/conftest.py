@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from tst_ext.train.config import DataConfig, ModelConfig, SuperpositionConfig, TrainConfig
+from tst_ext.train.config import DataConfig, ModelConfig, RunConfig, SuperpositionConfig, TrainConfig
 
 VOCABULARY = 64
 
@@ -58,12 +58,9 @@ def tiny(shards):
         model=ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, ffn_dim=64),
         data=DataConfig(data=(shards,)),
         superposition=SuperpositionConfig(bag_size=4, ratio=0.4),
+        run=RunConfig(device="cpu", threads=1, log_every=1, eval_every=10),
         steps=30,
         batch=4,
         latent_tokens=16,
-        eval_every=10,
         eval_tokens=1024,
-        log_every=1,
-        device="cpu",
-        threads=1,
     )

@@ -1,14 +1,23 @@
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
-from tst_ext.train.config import TrainConfig, UserError, load_config, save_config
+from tst_ext.train.config import OptimizerConfig, SuperpositionConfig, TrainConfig, UserError, load_config, save_config
 
 
 class TestFiles:
     def test_round_trip(self, tiny, tmp_path):
         save_config(tiny, tmp_path / "config.json")
         assert load_config(tmp_path / "config.json") == tiny
+
+    def test_round_trip_of_lists_choices_and_paths(self, tiny, tmp_path):
+        options = SuperpositionConfig(stages=((0.1, 8), (0.2, 2)), fitted=(1.0, 2.0, -0.5), objective="mce_alt")
+        data = dataclasses.replace(tiny.data, tokenizer=Path("t.json"))
+        config = dataclasses.replace(tiny, superposition=options, data=data)
+        save_config(config, tmp_path / "config.json")
+        assert load_config(tmp_path / "config.json") == config
 
     def test_toml_overrides_defaults_only_where_it_speaks(self, tmp_path):
         (tmp_path / "c.toml").write_text("steps = 100\n[optimizer]\nlearning_rate = 1\n[data]\ndata = ['a.txt']\n")
@@ -27,7 +36,11 @@ class TestFiles:
             ("steps = 'many'", "steps: expected a value of type int, got 'many'"),
             ("steps = true", "steps"),
             ("model = 3", "model: expected a table, got 3"),
-            ("[data]\ndata = 'a.txt'", "data: expected a list of paths"),
+            ("[data]\ndata = 'a.txt'", "data: expected a list, got 'a.txt'"),
+            ("[superposition]\nfitted = [1.0]", "fitted: expected a list of 3, got"),
+            ("[superposition]\nstages = [[0.1, 'x']]", "stages: expected a value of type int, got 'x'"),
+            ("[superposition]\nsides = 'none'", "sides: expected one of both, input, output, got 'none'"),
+            ("[data]\ntokenizer = 3", "tokenizer: expected a path, got 3"),
             ("steps =", "c.toml"),
         ],
     )
@@ -52,9 +65,18 @@ class TestFiles:
         ("superposition", "bag_size", 0),
         ("superposition", "ratio", 1.5),
         ("superposition", "position_weights", "cubic"),
+        ("superposition", "stages", ((0.9, 2),)),
+        ("superposition", "stages", ((0.1, 0),)),
+        ("superposition", "sides", "neither"),
+        ("superposition", "objective", "hinge"),
         ("optimizer", "learning_rate", 0.0),
+        ("optimizer", "warmup", 100.5),
         ("optimizer", "decay", 0.95),
         ("optimizer", "clip", float("nan")),
+        ("run", "parallel", "tensor"),
+        ("run", "keep", 0),
+        ("run", "micro_batch", -1),
+        (None, "dtype", "float16"),
         (None, "steps", 0),
         (None, "seed", -1),
         (None, "eval_tokens", 10),
@@ -62,5 +84,32 @@ class TestFiles:
 )
 def test_values_out_of_range_are_named(section, field, value):
     config = TrainConfig()
-    with pytest.raises(UserError, match=f"{field}: expected .* got {value!r}"):
+    with pytest.raises(UserError, match=f"{field}: expected .* got {re.escape(repr(value))}"):
         dataclasses.replace(getattr(config, section) if section else config, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            dict(superposition=SuperpositionConfig(scale="batch", bag_size=3)),
+            "latent_tokens: .*multiple of the bag size 3",
+        ),
+        (dict(optimizer=OptimizerConfig(warmup=9000)), "warmup: expected at most steps = 8000"),
+    ],
+)
+def test_what_does_not_go_together_is_named(change, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (dict(sides="output", scale="batch"), "scale"),
+        (dict(objective="mce_alt", position_weights="first"), "position_weights"),
+    ],
+)
+def test_superposition_options_that_exclude_each_other(change, name):
+    with pytest.raises(UserError, match=f"{name}: expected"):
+        SuperpositionConfig(**change)

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tst_ext.train import loop
 from tst_ext.train.config import OptimizerConfig, UserError
 from tst_ext.train.data import Shard
 from tst_ext.train.loop import learning_rate, parameter_groups, train, validate
+from tst_ext.train.metrics import read_metrics
 from tst_ext.train.model import Transformer
-from tst_ext.train.plot import read_metrics
+from tst_ext.train.processes import Processes
 
+TIMES = ("seconds", "tokens_per_s", "mfu", "waited_for_data_s")
 GOLDEN = Path(__file__).with_name("golden.json")
 
 
@@ -63,9 +66,10 @@ class TestRun:
             train(tiny, tmp_path / name, progress=False)
         a, b = (read_metrics(tmp_path / name) for name in ("a", "b"))
         for line in a + b:
-            line.pop("seconds", None), line.pop("tokens_per_s", None)
+            for name in TIMES:
+                line.pop(name, None)
         assert a == b
-        a, b = (torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("a", "b"))
+        a, b = (load_file(next((tmp_path / name).rglob("*.safetensors"))) for name in ("a", "b"))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
     def test_seed_changes_the_run(self, tiny, tmp_path):
@@ -120,7 +124,7 @@ class TestRun:
     def test_files_of_a_run(self, tiny, tmp_path):
         train(tiny, tmp_path / "run", progress=False)
         names = {p.name for p in (tmp_path / "run").iterdir()}
-        assert names == {"config.json", "environment.json", "loss.png", "metrics.jsonl", "model.pt", "result.json"}
+        assert names == {"checkpoints", "config.json", "environment.json", "loss.png", "metrics.jsonl", "result.json"}
         assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
     def test_little_held_out_text_is_said(self, tiny, tmp_path, capsys):
@@ -167,4 +171,4 @@ def test_validation_is_next_token_loss(tiny, shards):
         total += torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum").item()
         count += labels.numel()
     assert count == 1024
-    assert math.isclose(validate(model, shard, tiny, torch.device("cpu")), total / count, rel_tol=1e-6)
+    assert math.isclose(validate(model, shard, tiny, Processes("cpu")), total / count, rel_tol=1e-6)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from .config import DataConfig, TrainConfig, UserError, check_out, load_config
+from .config import DataConfig, RunConfig, TrainConfig, UserError, check_out, load_config
 
 __all__ = ["compare_command", "prepare_command", "train_command"]
 
@@ -27,14 +27,18 @@ def _default_out() -> Path:
 class TrainArguments:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     out: Path = field(default_factory=_default_out)
-    """Folder for the run; must not hold anything yet."""
+    """Folder for the run. One that holds a run goes on with it, by its own configuration."""
+    resume: str = "auto"
+    """auto: from the latest checkpoint, if there is one; or a checkpoint's name; never: only in an empty folder."""
     progress: bool = True
     """Show a progress bar."""
 
 
 @dataclass(frozen=True)
 class CompareArguments:
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: TrainConfig(device="cpu"))
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: TrainConfig(run=RunConfig(device="cpu"))
+    )
     out: Path = field(default_factory=_default_out)
     """Folder for both runs, the table and the figure; must not hold anything yet."""
     seeds: tuple[int, ...] = ()
@@ -72,7 +76,7 @@ def train_command(argv: list[str]) -> int:
     arguments = _parse(TrainArguments, argv, "train", f"Trains one model through both phases. {CONFIG_HELP}")
     from .loop import train
 
-    result = train(arguments.config, arguments.out, progress=arguments.progress)
+    result = train(arguments.config, arguments.out, resume=arguments.resume, progress=arguments.progress)
     print(f"held-out loss {result['val_loss']:.4f} after {result['steps']} steps; run folder {arguments.out}")
     return 0
 

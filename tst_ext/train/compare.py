@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from .config import TrainConfig, UserError, check_out, save_config
 from .data import prepared_folder
-from .plot import plot_comparison, read_metrics
+from .metrics import read_metrics
+from .plot import plot_comparison
 
 __all__ = ["compare"]
 
@@ -42,7 +43,7 @@ def compare(config: TrainConfig, folder: Path, seeds: tuple[int, ...]) -> dict[s
         UserError: the folder is not empty, the ratio is 0, no or repeated seeds, or a run failed; names its log file.
     """
     check_out(folder)
-    if config.superposition.ratio == 0 or config.superposition.bag_size == 1:
+    if not any(s > 1 for s in config.superposition.bag_sizes()):
         raise UserError("ratio, bag_size: expected ratio > 0 and bag_size > 1: TST would be the baseline itself")
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds: expected at least one, each once, got {seeds}")
@@ -51,15 +52,17 @@ def compare(config: TrainConfig, folder: Path, seeds: tuple[int, ...]) -> dict[s
 
     rows = []
     for seed in seeds:
-        threads = config.threads or max(1, available_cores() // 2)
-        tst = dataclasses.replace(config, seed=seed, threads=threads)
+        threads = config.run.threads or max(1, available_cores() // 2)
+        tst = dataclasses.replace(config, seed=seed, run=dataclasses.replace(config.run, threads=threads))
         arms = {
-            "baseline": dataclasses.replace(tst, superposition=dataclasses.replace(tst.superposition, ratio=0.0)),
+            "baseline": dataclasses.replace(
+                tst, superposition=dataclasses.replace(tst.superposition, ratio=0.0, stages=())
+            ),
             "tst": tst,
         }
         folders = {name: folder / f"{name}-seed{seed}" for name in arms}
         # One process at a time on a single core, and on a GPU, where two would share its memory.
-        on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+        on_cpu = config.run.device == "cpu" or (config.run.device == "auto" and not torch.cuda.is_available())
         together = available_cores() > 1 and on_cpu
         for group in [list(arms)] if together else [[name] for name in arms]:
             _run({name: arms[name] for name in group}, folders)
@@ -101,7 +104,7 @@ def _run(arms: dict[str, TrainConfig], folders: dict[str, Path]) -> None:
             save_config(config, path)
             command = [sys.executable, "-m", "tst_ext", "train", "--config", str(path), "--out", str(folders[name])]
             # OMP_NUM_THREADS: threads that spin for work would take the other run's cores.
-            environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
+            environment = {**os.environ, "OMP_NUM_THREADS": str(config.run.threads)}
             with open(logs[name], "wb") as log:
                 processes[name] = subprocess.Popen(
                     [*command, "--no-progress"], stdout=log, stderr=subprocess.STDOUT, env=environment

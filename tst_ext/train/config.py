@@ -27,6 +27,9 @@ __all__ = [
 ]
 
 
+UNFINISHED = ".unfinished-"  # begins the name of what is being written; a process that is killed leaves it behind
+
+
 class UserError(Exception):
     """Something the user can put right; the command line prints it in one line, without a traceback."""
 
@@ -34,6 +37,13 @@ class UserError(Exception):
 def _check(name: str, value: Any, valid: bool, wanted: str) -> None:
     if not valid:
         raise UserError(f"{name}: expected {wanted}, got {value!r}")
+
+
+def _check_choices(config: Any) -> None:
+    for f in dataclasses.fields(config):
+        if typing.get_origin(f.type) is Literal:
+            choices, value = typing.get_args(f.type), getattr(config, f.name)
+            _check(f.name, value, value in choices, f"one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,7 @@ class SuperpositionConfig:
     """Fresh embedding and head, with fresh optimiser state, at the switch (the paper's Table 2: it loses the gain)."""
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         _check("bag_size", self.bag_size, self.bag_size >= 1, "an integer >= 1")
         _check("ratio", self.ratio, 0 <= self.ratio <= 1, "a number from 0 to 1")
         for ratio, bag_size in self.stages:
@@ -174,6 +185,7 @@ class RunConfig:
     """Writes the metrics for TensorBoard too (pip install tensorboard)."""
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         for name in ("checkpoint_every", "keep", "eval_every", "log_every"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
         for name in ("threads", "micro_batch"):
@@ -203,6 +215,7 @@ class TrainConfig:
     """Held-out tokens of a validation, the same ones each time; fewer than 100,000 make comparisons noise."""
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         for name in ("steps", "batch", "latent_tokens", "eval_tokens"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
         _check("seed", self.seed, 0 <= self.seed < 2**63, "an integer from 0 to 2**63 - 1")
@@ -222,7 +235,7 @@ def check_out(folder: Path) -> None:
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"out {folder}: {existing} is not a folder that can be written to")
-    if existing == folder and any(folder.iterdir()):
+    if existing == folder and any(not p.name.startswith(UNFINISHED) for p in folder.iterdir()):
         raise UserError(f"out {folder}: the folder is not empty; choose another or remove it")
 
 
@@ -255,8 +268,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _from_dict(kind, value, where)  # type: ignore[arg-type]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        _check(where, value, value in arguments, f"one of {', '.join(arguments)}")
+    if origin is Literal:  # __post_init__ knows the choices
         return value
     if origin is tuple:
         _check(where, value, isinstance(value, list | tuple), "a list")
@@ -287,6 +299,6 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all: under another name, then renamed."""
-    unfinished = path.with_name(f".unfinished-{path.name}")
+    unfinished = path.with_name(UNFINISHED + path.name)
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)

@@ -1,23 +1,40 @@
 """The training loop."""
 
-import json
+import dataclasses
 import math
-import platform
+import signal
 import sys
-import time
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from .. import SuperpositionSchedule, __version__, fold_inputs, fold_labels
-from .config import OptimizerConfig, TrainConfig, UserError, check_out, save_config
+from .. import SuperpositionSchedule, position_weights
+from . import checkpoint
+from .batches import PADDING, Batch, ahead, check_batches, read_batch
+from .config import OptimizerConfig, TrainConfig, UserError, config_dict
 from .data import Shard, prepared_folder
-from .model import Transformer
-from .plot import plot_run
+from .flops import gemm_flops_per_second, step_flops
+from .folder import RunFolder
+from .metrics import Meter, Metrics
+from .model import Transformer, initial_std
+from .processes import Processes
 
-__all__ = ["learning_rate", "train"]
+__all__ = ["Stopped", "learning_rate", "train"]
+
+
+class Stopped(Exception):
+    """A signal ended the run, after it was saved."""
+
+    def __init__(self, signum: int, step: int, folder: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}, saved at step {step}; --out {folder} goes on")
+        self.status = 128 + signum
 
 
 def learning_rate(config: OptimizerConfig, steps: int, step: int) -> float:
@@ -25,23 +42,14 @@ def learning_rate(config: OptimizerConfig, steps: int, step: int) -> float:
 
     The phase switch does not appear here: the schedule runs through it (arXiv 2605.06546).
     """
-    warmup, decay = round(config.warmup * steps), round(config.decay * steps)
+    warmup = round(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
+    decay = round(config.decay * steps)
     rise = (step + 1) / warmup if step < warmup else 1.0
     fall = (steps - step) / decay if steps - step <= decay else 1.0
     return config.learning_rate * min(rise, fall)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of that name, with "auto" the GPU where there is one; UserError where it cannot be used."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.zeros(1, device=device)
-    except (AssertionError, RuntimeError) as error:  # names or devices torch lacks
-        raise UserError(f"device: expected auto, cpu or cuda, got {name!r}: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices, embedding and head among them, with weight decay; the gains of the norms without.
 
     Embedding and head are untied and feed normalised layers, so their scale carries nothing and decay bounds it, as it
@@ -54,118 +62,227 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     ]
 
 
+def loss_options(config: TrainConfig, counts: Tensor, world: int) -> dict[str, Any]:
+    """The options of the loss that make the parts of a batch add up to the loss of the whole, and its gradient.
+
+    Args:
+        counts: `[s]`, labels of each bag position that count, of the whole batch.
+        world: processes, over which DDP and FSDP2 average gradients instead of adding them.
+
+    For each position the mean over its rows, then the weighted mean over positions: the paper's, docs/ops.md has it.
+    """
+    options = config.superposition
+    if len(counts) > 1 and options.objective == "mce_alt":
+        return {"objective": "mce_alt", "normalizer": counts.max().item() / world}
+    weights = position_weights(options.position_weights, len(counts), fitted=options.fitted, dtype=torch.float64)
+    weights = torch.where(counts > 0, weights, 0.0)
+    return {
+        "position_weights": (weights / counts.clamp(min=1)).float(),
+        "normalizer": weights.sum().item() / world,
+    }
+
+
 @torch.no_grad()
-def validate(model: Transformer, shard: Shard, config: TrainConfig, device: torch.device) -> float:
+def reinitialise(model: Transformer, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """Embedding and head as in a fresh model, and no memory of their gradients: the paper's Table 2."""
+    generator = torch.Generator().manual_seed(seed + 1)  # not the weights the run began with
+    for name in ("embedding.weight", "head.weight"):
+        parameter = model.get_parameter(name)
+        fresh = torch.empty(parameter.shape).normal_(std=initial_std(name, 1), generator=generator)
+        fresh = fresh.to(parameter.device)
+        if isinstance(parameter, DTensor):
+            fresh = distribute_tensor(fresh, parameter.device_mesh, parameter.placements)
+        parameter.copy_(fresh)
+        for value in optimizer.state[parameter].values():
+            value.zero_()
+
+
+@torch.no_grad()
+def validate(model: nn.Module, shard: Shard, config: TrainConfig, processes: Processes) -> float:
     """Mean next-token loss in nats over the first `eval_tokens` held-out tokens, whatever phase the training is in."""
-    total, count = 0.0, 0
-    for ids, labels in shard.windows(config.eval_tokens, batch=16, length=config.latent_tokens):
-        total += model(ids.to(device), labels.to(device)).item() * labels.numel()
-        count += labels.numel()
+    sums = torch.zeros(2, dtype=torch.float64)  # loss, tokens
+    size = config.run.micro_batch or config.batch // processes.world
+    for ids, labels in shard.windows(config.eval_tokens, size * processes.world, config.latent_tokens):
+        mine = slice(processes.rank, None, processes.world)
+        if processes.rank < len(ids):
+            ids, labels = ids[mine], labels[mine]
+        else:  # a sequence that counts for nothing: FSDP2 needs every process in every forward pass
+            ids, labels = ids[:1], torch.full_like(labels[:1], PADDING)
+        with processes.autocast(config):
+            loss = model(ids.to(processes.device), labels.to(processes.device))
+        count = int((labels != PADDING).sum())
+        sums += torch.tensor([loss.item() * count, count], dtype=torch.float64)
+    total, count = processes.sum(sums).tolist()
     return total / count
 
 
-def train(config: TrainConfig, folder: Path, *, progress: bool = True) -> dict[str, Any]:
-    """Trains one model and leaves everything about the run in `folder`.
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT append themselves to the list yielded; a second one acts as it did before."""
+    received: list[int] = []
+    before: dict[int, Any] = {}
 
-    Writes config.json, environment.json, metrics.jsonl, loss.png, model.pt (the state dict) and result.json.
+    def receive(signum: int, _: Any) -> None:
+        received.append(signum)
+        signal.signal(signum, before[signum])
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(config: TrainConfig, folder: Path, *, resume: str = "auto", progress: bool = True) -> dict[str, Any]:
+    """Trains one model and leaves everything about the run in `folder`. Under torchrun every process calls it.
+
+    Writes config.json, environment.json, tokenizer.json, metrics.jsonl, checkpoints/, loss.png and result.json.
+
+    Args:
+        resume: "auto" goes on from the latest checkpoint in `folder`, bit for bit, or begins where there is none; the
+            name of a checkpoint goes on from that one; "never" takes no folder that holds anything.
 
     Returns:
         What result.json holds: steps, data tokens, seconds, final validation loss in nats, and more.
 
     Raises:
-        UserError: the folder, the device or the data cannot be used (nothing is written then), or the loss is no
-            longer finite.
+        UserError: the folder, the device or the data cannot be used (nothing is written then); a checkpoint cannot be
+            used or written; the disk is full; the loss is no longer finite.
+        Stopped: SIGTERM or SIGINT came; the run has been saved.
     """
-    check_out(folder)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = choose_device(config.device)
-    data = prepared_folder(config.data)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    with Processes(config.run.device) as processes:
+        run = RunFolder(processes.share(folder), processes)
+        try:
+            with run:
+                return _train(config, run, resume, progress, processes)
+        except OSError as error:
+            raise UserError(f"out {run.path}: {error}; {checkpoint.last_good(run.path)}") from error
+
+
+def _train(config: TrainConfig, run: RunFolder, resume: str, progress: bool, processes: Processes) -> dict[str, Any]:
+    found = run.open(config, resume)
+    data = processes.share(prepared_folder(config.data) if processes.first else None)  # made once, found by the others
     training, held_out = Shard(data, "train"), Shard(data, "val")
-    schedule = SuperpositionSchedule(config.steps, config.superposition.ratio, config.superposition.bag_size)
-    training.check_length(config.latent_tokens * schedule.bag_size_at(0))
+    options = config.superposition
+    schedule = SuperpositionSchedule(config.steps, options.ratio, options.bag_size, options.stages)
+    check_batches(config, training, processes.world)
     held_out.check_length(config.latent_tokens)
-    if len(held_out.tokens) <= config.eval_tokens:
-        got = f"{len(held_out.tokens):,} of the {config.eval_tokens:,} tokens wanted (--eval-tokens, --holdout)"
+    if len(held_out) <= config.eval_tokens and processes.first:
+        got = f"{len(held_out):,} of the {config.eval_tokens:,} tokens wanted (--eval-tokens, --holdout)"
         print(f"validation: the held-out text has only {got}", file=sys.stderr)
 
     torch.manual_seed(config.seed)
-    model = Transformer(
-        config.model, training.vocabulary, config.latent_tokens, config.superposition.position_weights
-    ).to(device)
+    padding = None if options.straddle else PADDING
+    model = Transformer(config.model, training.vocabulary, config.latent_tokens, padding).to(processes.device)
+    parallel = processes.parallelise(model, config)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.optimizer.weight_decay), betas=(0.9, 0.95), fused=True)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / "config.json")
-    environment = {
-        "tst_ext": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": platform.processor() or platform.machine(),
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "vocabulary": training.vocabulary,
-        "switch_step": schedule.switch_step,
-    }
-    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    state: dict[str, Any] = {"step": 0, "data_tokens": 0, "seconds": 0.0, "val_loss": None}
+    identity = {"config": config_dict(config), "data": training.sha256}
+    if found:
+        run.check_same(found, identity)
+        checkpoint.load(found.path, model, optimizer, processes)
+        state = {key: found.manifest[key] for key in state}
+    peak = gemm_flops_per_second(processes.device, getattr(torch, config.dtype)) * processes.world
+    run.begin(
+        config,
+        found,
+        data,
+        {
+            "device": str(processes.device),
+            "processes": processes.world,
+            "threads": torch.get_num_threads(),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "vocabulary": training.vocabulary,
+            "end_of_text": training.end_of_text,
+            "switch_step": schedule.switch_step,
+            "gemm_flops_per_s": round(peak),
+        },
+    )
 
-    data_tokens = 0
-    start = logged = time.perf_counter()
-    tokens_logged = 0
-    val_loss = math.nan
-    bar = tqdm(range(config.steps), disable=not progress, unit="step", mininterval=1.0, dynamic_ncols=True)
-    with open(folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1) as metrics:
-        for step in bar:
-            # Equal FLOPs: in the superposition phase a sequence has s times more tokens, and as many positions.
-            bag_size = schedule.bag_size_at(step)
-            ids, labels = training.batch(config.seed, step, config.batch, config.latent_tokens * bag_size)
-            data_tokens += ids.numel()
-            if bag_size > 1:
-                ids, labels = fold_inputs(ids, bag_size), fold_labels(labels, bag_size, shifted=True)
+    def read(step: int) -> Batch:
+        batch = read_batch(training, config, schedule.bag_size_at(step), step, processes.rank, processes.world)
+        if processes.device.type != "cuda":
+            return batch
+        return dataclasses.replace(batch, ids=batch.ids.pin_memory(), labels=batch.labels.pin_memory())
 
+    share = config.batch // processes.world
+    parts = share // (config.run.micro_batch or share)
+    flops = step_flops(config.model, training.vocabulary, config.batch, config.latent_tokens)
+    meter = Meter(state["seconds"], state["step"], state["data_tokens"], flops, peak)
+    with (
+        Metrics(run.path if processes.first else None, state["step"], config.run.tensorboard) as metrics,
+        tqdm(total=config.steps, initial=state["step"], unit="step", mininterval=1.0, dynamic_ncols=True,
+             disable=not (progress and processes.first)) as bar,
+        ahead(read, state["step"], config.steps) as batches,
+        stop_signals() as signals,
+    ):  # fmt: skip
+        for step in range(state["step"], config.steps):
+            with meter.waiting_for_data():
+                batch = next(batches)
+            if step == schedule.switch_step and options.reinitialise:
+                reinitialise(model, optimizer, config.seed)
+            # One exchange of what every process must know of the others: labels, tokens, a request to stop.
+            everywhere = processes.sum(torch.cat((batch.counts, torch.tensor([batch.tokens, len(signals)]))))
+            tokens, stop = everywhere[-2:].tolist()
+            loss_arguments = loss_options(config, everywhere[:-2], processes.world)
             lr = learning_rate(config.optimizer, config.steps, step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = model(ids.to(device), labels.to(device))
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+
+            loss = torch.zeros((), device=processes.device)
+            for i, (ids, labels) in enumerate(zip(batch.ids.chunk(parts), batch.labels.chunk(parts), strict=True)):
+                ids, labels = (t.to(processes.device, non_blocking=True) for t in (ids, labels))
+                with processes.accumulate(parallel, last=i == parts - 1):
+                    with processes.autocast(config):
+                        part = parallel(ids, labels, **loss_arguments)
+                    part.backward()
+                loss += part.detach()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
             optimizer.step()
             optimizer.zero_grad()
 
+            state["step"], state["data_tokens"] = step + 1, state["data_tokens"] + tokens
             last = step + 1 == config.steps
-            if last or (step + 1) % config.log_every == 0:
-                value = loss.item()
+            if last or (step + 1) % config.run.log_every == 0:
+                value = processes.sum(loss).item() / processes.world
+                norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
                 if not math.isfinite(value):
                     raise UserError(f"step {step}: the loss is {value}; a lower learning rate or clip may help")
-                now = time.perf_counter()
-                # Since the last line: a mean over the run would mix the phases, whose speeds differ s times.
-                speed = (data_tokens - tokens_logged) / (now - logged)
-                logged, tokens_logged = now, data_tokens
                 phase = "superposition" if step < schedule.switch_step else "recovery"
                 line = {"step": step + 1, "phase": phase, "loss": value, "lr": lr, "grad_norm": norm.item()}
-                progressed = {
-                    "data_tokens": data_tokens,
-                    "seconds": round(now - start, 3),
-                    "tokens_per_s": round(speed),
-                }
-                metrics.write(json.dumps({**line, **progressed}) + "\n")
-                bar.set_postfix_str(f"{phase} loss {value:.3f} lr {lr:.1e} val {val_loss:.3f} {speed:,.0f} tokens/s")
-            if last or (step + 1) % config.eval_every == 0:
-                val_loss = validate(model, held_out, config, device)
-                if not math.isfinite(val_loss):
-                    raise UserError(f"step {step}: the held-out loss is {val_loss}; a lower learning rate may help")
-                metrics.write(json.dumps({"step": step + 1, "val_loss": val_loss}) + "\n")
-                logged, tokens_logged = time.perf_counter(), data_tokens  # validation is no training time
+                line |= meter.report(step + 1, state["data_tokens"])
+                metrics.write(line)
+                held = "" if state["val_loss"] is None else f" held-out {state['val_loss']:.3f}"
+                shown = f"{phase} loss {value:.3f} lr {lr:.1e}{held}"
+                bar.set_postfix_str(f"{shown} {line['tokens_per_s']:,} tokens/s", refresh=False)
+            if last or (step + 1) % config.run.eval_every == 0:
+                processes.finish()
+                with meter.pause():
+                    state["val_loss"] = validate(parallel, held_out, config, processes)
+                if not math.isfinite(state["val_loss"]):
+                    raise UserError(f"step {step}: the held-out loss is {state['val_loss']}; try a lower learning rate")
+                metrics.write({"step": step + 1, "val_loss": state["val_loss"]})
+            if last or stop or (step + 1) % config.run.checkpoint_every == 0:
+                processes.finish()
+                with meter.pause():
+                    metrics.sync()
+                    state["seconds"] = meter.seconds
+                    checkpoint.save(run.path, model, optimizer, {**state, **identity}, processes, config.run.keep)
+            if stop and not last:
+                raise Stopped(signals[0] if signals else signal.SIGTERM, step + 1, run.path)
+            bar.update()
 
     result = {
         "steps": config.steps,
         "switch_step": schedule.switch_step,
-        "data_tokens": data_tokens,
-        "seconds": round(time.perf_counter() - start, 1),
-        "val_loss": val_loss,
+        "data_tokens": state["data_tokens"],
+        "seconds": state["seconds"],
+        "val_loss": state["val_loss"],
     }
-    torch.save(model.state_dict(), folder / "model.pt")
-    plot_run(folder)
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    run.end(result)
     return result

@@ -9,14 +9,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-__all__ = ["plot_comparison", "plot_run", "read_metrics"]
+from .metrics import read_metrics  # noqa: E402
 
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line that is still being written is left out."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+__all__ = ["plot_comparison", "plot_run"]
 
 
 def _draw(axes: Any, folder: Path, label: str, color: str) -> None:

@@ -1,0 +1,142 @@
+"""The batch of a step in each phase, and a thread that reads ahead of the loop."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..bags import document_offsets, fold_inputs, fold_labels
+from .config import TrainConfig, UserError
+from .data import Shard
+
+__all__ = ["Batch", "ahead", "check_batches", "read_batch"]
+
+T = TypeVar("T")
+PADDING = -100  # in empty slots of bags, on both sides
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's share of a step's batch.
+
+    Attributes:
+        ids: `[b, l]` tokens or `[b, l, s]` bags.
+        labels: `[b, l]` or `[b, l, s]`.
+        counts: `[s]`, how many labels of each bag position count.
+        tokens: data tokens read.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    counts: Tensor
+    tokens: int
+
+
+def check_batches(config: TrainConfig, training: Shard, world: int) -> None:
+    """Raises UserError where the batches of `config` cannot be made from `training` by `world` processes."""
+    share, rest = divmod(config.batch, world)
+    if rest:
+        raise UserError(f"batch: expected a multiple of the {world} processes, got {config.batch}")
+    if config.run.micro_batch and share % config.run.micro_batch:
+        raise UserError(
+            f"micro_batch: expected a divisor of the {share} sequences of each process, got {config.run.micro_batch}"
+        )
+    options = config.superposition
+    if not options.straddle and training.end_of_text is None:
+        raise UserError(
+            f"straddle: shard {training.path} does not name its end-of-text token (end_of_text in its .json)"
+        )
+    for s in (1, *options.bag_sizes()):
+        training.check_length(_window(config, s))
+
+
+def _window(config: TrainConfig, bag_size: int) -> int:
+    """Tokens of a sequence in the data, labels of the last position not counted."""
+    options = config.superposition
+    if options.sides == "output":
+        return config.latent_tokens + bag_size - 1  # the last position's bag of labels reaches beyond it
+    return config.latent_tokens * (bag_size if options.scale == "sequence" else 1)
+
+
+def read_batch(shard: Shard, config: TrainConfig, bag_size: int, step: int, rank: int = 0, world: int = 1) -> Batch:
+    """The batch of `step`, as it is wherever a run was entered and by however many processes.
+
+    Equal FLOPs in both phases: with bags either a sequence has s times more tokens and as many latent positions, or
+    there are s times more sequences of as many tokens.
+    """
+    options, s = config.superposition, bag_size
+    sequences = config.batch * (s if options.scale == "batch" else 1)
+    share = sequences // world
+    rows = slice(rank * share, (rank + 1) * share)
+    ids, labels = shard.batch(config.seed, step, sequences, _window(config, s), rows)
+    if s > 1 and options.sides == "output":
+        labels = labels.unfold(1, s, 1)  # [b, l, s]: the s tokens after each
+        if not options.straddle:
+            labels = _within_document(labels, ids == shard.end_of_text)  # type: ignore[arg-type]
+        ids = ids[:, : config.latent_tokens]
+    elif s > 1:
+        documents: dict[str, Any] = {}
+        if not options.straddle:
+            assert shard.end_of_text is not None
+            # The shape of the fold without documents: what short bags displace is dropped.
+            documents = {"cu_seqlens": document_offsets(ids, shard.end_of_text), "num_bags": ids.shape[1] // s}
+        ids, labels = fold_inputs(ids, s, **documents), fold_labels(labels, s, shifted=True, **documents)
+        if options.sides == "input":
+            labels = labels[..., 0]  # the first token of the next bag is the next token
+    counts = (labels != PADDING).flatten(0, 1).sum(0).view(-1)
+    return Batch(ids.contiguous(), labels.contiguous(), counts, int((ids != PADDING).sum()))
+
+
+def _within_document(labels: Tensor, ended: Tensor) -> Tensor:
+    """Ignores labels `[b, l, s]` beyond the end of their position's document; `ended` `[b, l + s - 1]` marks ends."""
+    document = torch.nn.functional.pad(ended.cumsum(1), (1, 0))  # [b, l + s], of each token: how many ended before it
+    length, s = labels.shape[1:]
+    same = document[:, 1:].unfold(1, s, 1) == document[:, :length, None]
+    return labels.masked_fill(~same, PADDING)
+
+
+@contextmanager
+def ahead(read: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Iterator[Iterator[T]]:
+    """A context with `read(start)`, ..., `read(stop - 1)`, read by a thread while the loop works on those before.
+
+    An exception in the thread is raised where its item would have come. The thread ends with the context: one that
+    still worked when the interpreter shuts down would abort the process.
+    """
+    items: queue.Queue[T | BaseException] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def put(item: T | BaseException) -> None:
+        while not closed.is_set():
+            try:
+                return items.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for step in range(start, stop):
+                if closed.is_set():
+                    return
+                put(read(step))
+        except BaseException as error:
+            put(error)
+
+    def results() -> Iterator[T]:
+        for _ in range(start, stop):
+            item = items.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    thread = threading.Thread(target=work, daemon=True, name="batches")
+    thread.start()
+    try:
+        yield results()
+    finally:
+        closed.set()
+        thread.join()

@@ -1,0 +1,279 @@
+"""Checkpoints by torch.distributed.checkpoint (DCP): whole or absent, checked before they are read, free of code.
+
+A checkpoint is a folder `checkpoints/step-00001000` of a run: the tensors of model, optimiser and random number
+generators as safetensors files, one a process, and checkpoint.json with the position in the run, the resolved
+configuration, and size and SHA-256 of every file. It is written under another name and renamed when all of it is on the
+disk. DCP's own file format keeps its metadata as a pickle, which can run code when it is read; its safetensors storage
+has no such part. Shards of any number of processes load into any other number.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from .config import UNFINISHED, UserError, write_text
+from .processes import Processes
+
+__all__ = ["Found", "checkpoints", "choose", "last_good", "load", "load_weights", "save", "set_aside_after", "verify"]
+
+FORMAT = 1
+MANIFEST = "checkpoint.json"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the earliest first; what was being written when a process died is not among them."""
+    found = (folder / "checkpoints").glob("step-*")
+    return sorted((p for p in found if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+
+
+def last_good(folder: Path) -> str:
+    """For messages: what a run that failed has left."""
+    found = checkpoints(folder)
+    return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that is whole: its folder, and what its checkpoint.json holds."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+
+def choose(folder: Path, resume: str, processes: Processes | None = None) -> Found | None:
+    """The checkpoint to go on from; None where the run has none.
+
+    Args:
+        folder: of the run.
+        resume: "auto", the latest one; or a checkpoint's name or path, step-00001000.
+
+    Raises:
+        UserError: it is not there, or not as it was written; names the latest one before it that is whole.
+    """
+    found = checkpoints(folder)
+    if resume == "auto":
+        if not found:
+            return None
+        path = found[-1]
+    else:
+        path = folder / "checkpoints" / Path(resume).name
+        if path not in found:
+            raise UserError(f"resume: {folder} has no checkpoint {resume}; it has {[p.name for p in found]}")
+    try:
+        return Found(path, verify(path, processes))
+    except UserError as error:
+        for earlier in reversed(found[: found.index(path)]):
+            try:
+                verify(earlier, processes)
+            except UserError:
+                continue
+            raise UserError(f"{error}; {earlier.name} before it is whole: --resume {earlier.name}") from error
+        raise UserError(f"{error}; there is no whole one before it") from error
+
+
+def set_aside_after(path: Path) -> None:
+    """Renames the checkpoints after `path`, from which a run goes on; the user may want them still."""
+    found = checkpoints(path.parent.parent)
+    for later in found[found.index(path) + 1 :]:
+        aside = later.with_name(f"aside-{later.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        later.rename(aside)
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None, processes: Processes) -> dict[str, Tensor]:
+    """All tensors of the state by name, shared with it: loading into them is loading the state."""
+    tensors: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    if optimizer is not None:
+        for name, parameter in model.named_parameters():
+            for key, value in optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        # The loop draws nothing at random. What it calls might.
+        tensors[f"rng.cpu.{processes.rank}"] = torch.get_rng_state()
+        if processes.device.type == "cuda":
+            tensors[f"rng.cuda.{processes.rank}"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def save(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    processes: Processes,
+    keep: int,
+) -> None:
+    """Writes the checkpoint of `state["step"]` and removes all but the latest `keep`. Called by every process.
+
+    Raises:
+        UserError: it cannot be written (the disk is full, say); what was there before is untouched.
+    """
+    path = folder / "checkpoints" / f"step-{state['step']:08}"
+    unfinished = path.with_name(UNFINISHED + path.name)
+    try:
+        if processes.first:
+            _remove_unfinished(path.parent)
+            unfinished.mkdir(parents=True)
+        processes.gather(None)  # the folder is there
+        with _alone_is_right():
+            dcp.save(
+                _tensors(model, optimizer, processes),
+                storage_writer=HuggingFaceStorageWriter(str(unfinished), save_distributed=True),
+                no_dist=processes.world == 1,
+            )
+        files = _checksums(unfinished, processes)
+        if processes.first:
+            manifest = {"format": FORMAT, **state, "processes": processes.world, "files": files}
+            text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2)
+            write_text(unfinished / MANIFEST, text + "\n")
+            _sync(unfinished / MANIFEST)
+            _sync(unfinished)
+            if path.exists():  # of a run that went back to an earlier checkpoint
+                _discard(path)
+            unfinished.rename(path)
+            _sync(path.parent)
+            for old in checkpoints(folder)[:-keep]:
+                _discard(old)
+    except (OSError, dcp.CheckpointException) as error:
+        if processes.first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(f"checkpoint {path}: cannot be written: {_reason(error)}; {last_good(folder)}") from error
+
+
+def verify(path: Path, processes: Processes | None = None) -> dict[str, Any]:
+    """What checkpoint.json of `path` holds, after every file was found as it was written.
+
+    Raises:
+        UserError: a file is missing, truncated, altered or one too many; names it.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        digest = manifest.pop("sha256")
+        if manifest["format"] != FORMAT or digest != _digest(manifest):
+            raise UserError(f"checkpoint {path}: {MANIFEST} has been altered")
+        written: dict[str, Any] = manifest["files"]
+        there = {p.name for p in path.iterdir()} - {MANIFEST}
+        if there != set(written):
+            name = sorted(there ^ set(written))[0]
+            raise UserError(f"checkpoint {path}: {name} is {'missing' if name in written else 'not part of it'}")
+        for name, file in written.items():
+            if (size := (path / name).stat().st_size) != file["bytes"]:
+                raise UserError(f"checkpoint {path}: {name}: expected {file['bytes']} bytes, got {size}")
+        for name, file in _checksums(path, processes).items():
+            if file != written[name]:
+                raise UserError(f"checkpoint {path}: {name}: its checksum is not the one it was written with")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint {path}: {MANIFEST} cannot be read: {error}") from error
+    return manifest
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
+    """Reads a verified checkpoint into model, optimiser and random number generators. Called by every process.
+
+    Raises:
+        UserError: it is not one of this model.
+    """
+    for parameter in model.parameters():  # a step that changes nothing: the optimiser makes its state
+        parameter.grad = torch.zeros_like(parameter)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    tensors = _tensors(model, optimizer, processes)
+    _read(path, tensors, processes.world == 1)
+    torch.set_rng_state(tensors[f"rng.cpu.{processes.rank}"])
+    if processes.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors[f"rng.cuda.{processes.rank}"])
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Reads the weights of a verified checkpoint into `model`, on one process."""
+    _read(path, {f"model.{name}": p.detach() for name, p in model.named_parameters()}, alone=True)
+
+
+def _read(path: Path, tensors: dict[str, Tensor], alone: bool) -> None:
+    try:
+        reader = HuggingFaceStorageReader(str(path))
+        saved = reader.read_metadata().state_dict_metadata
+        # A process that was not there when it was written keeps its own random numbers.
+        wanted = {name: t for name, t in tensors.items() if not name.startswith("rng.") or name in saved}
+        for name, tensor in wanted.items():
+            if name not in saved or saved[name].size != tensor.shape:  # type: ignore[union-attr]
+                got = tuple(saved[name].size) if name in saved else "nothing"  # type: ignore[union-attr]
+                raise UserError(f"checkpoint {path}: expected {name} of shape {tuple(tensor.shape)}, got {got}")
+        with _alone_is_right():
+            dcp.load(wanted, storage_reader=reader, no_dist=alone)
+    except UserError:
+        raise
+    except (
+        Exception,
+        dcp.CheckpointException,
+    ) as error:  # safetensors has an error type of its own; DCP's is no Exception
+        raise UserError(f"checkpoint {path}: cannot be read: {_reason(error)}") from error
+
+
+def _checksums(path: Path, processes: Processes | None) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file but the manifest; each process reads its share of the files."""
+    rank, world = (processes.rank, processes.world) if processes else (0, 1)
+    mine = {}
+    for file in sorted(p for p in path.iterdir() if p.name != MANIFEST)[rank::world]:
+        with open(file, "rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        mine[file.name] = {"bytes": file.stat().st_size, "sha256": digest}
+    parts = processes.gather(mine) if processes else [mine]
+    return {name: file for part in parts for name, file in part.items()}
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _discard(path: Path) -> None:
+    """Removes a checkpoint so that a process killed half-way leaves none that looks whole."""
+    doomed = path.with_name(f"{UNFINISHED}{path.name}-removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for path in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(path)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk, so that a rename cannot get there before it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    """The first process's own words, where DCP has wrapped them together with the tracebacks of all."""
+    if isinstance(error, dcp.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+@contextmanager
+def _alone_is_right() -> Iterator[None]:
+    """DCP warns that a process without others reads and writes alone, also where no_dist says so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield

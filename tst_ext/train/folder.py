@@ -1,0 +1,111 @@
+"""The folder of a run: whose it is, and everything in it but metrics and checkpoints."""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from . import checkpoint
+from .config import TrainConfig, UserError, check_out, config_dict, load_config, save_config, write_text
+from .plot import plot_run
+from .processes import Processes
+
+__all__ = ["RunFolder"]
+
+
+class RunFolder:
+    """A folder that one run at a time writes to; a context. Only the first process touches it."""
+
+    def __init__(self, path: Path, processes: Processes) -> None:
+        self.path, self.processes = path, processes
+        self.lock: int | None = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+
+    def open(self, config: TrainConfig, resume: str) -> checkpoint.Found | None:
+        """The checkpoint to go on from, None to begin. Writes nothing.
+
+        Raises:
+            UserError: the folder holds something else than a run of this configuration, cannot be written to, or
+                another process trains in it; the checkpoint cannot be used.
+        """
+        if self.processes.first:
+            if resume == "never" or not (self.path / "config.json").exists():
+                check_out(self.path)
+            if self.path.exists():
+                self._claim()
+        found = None if resume == "never" else checkpoint.choose(self.path, resume, self.processes)
+        if found is None and self.processes.first and (self.path / "config.json").exists():
+            self._compare(self.path, config_dict(load_config(self.path / "config.json")), config_dict(config))
+            print(f"{self.path} has no checkpoint yet: begins anew", file=sys.stderr)
+        return found
+
+    def _claim(self) -> None:
+        """A lock that ends with the process, however it ends."""
+        self.lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"out {self.path}: another process trains in this folder") from error
+
+    def check_same(self, found: checkpoint.Found, identity: dict[str, Any]) -> None:
+        """Raises UserError unless a checkpoint is of this configuration and data; the section `run` may differ."""
+        self._compare(found.path, found.manifest["config"], identity["config"])
+        if found.manifest["data"] != identity["data"]:
+            raise UserError(f"resume: {found.path} was trained on other data than this: its checksum differs")
+
+    def _compare(self, path: Path, saved: dict[str, Any], config: dict[str, Any]) -> None:
+        before, now = _flat(saved), _flat(config)
+        for name in sorted(before.keys() | now.keys()):
+            if not name.startswith("run.") and before.get(name) != now.get(name):
+                raise UserError(
+                    f"resume: {path} has {name} = {before.get(name)!r}, this run {now.get(name)!r}; only the options "
+                    "of the section run may change"
+                )
+
+    def begin(self, config: TrainConfig, found: checkpoint.Found | None, data: Path, facts: dict[str, Any]) -> None:
+        """Writes what a run begins with."""
+        if not self.processes.first:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.lock is None:
+            self._claim()
+        save_config(config, self.path / "config.json")
+        versions = {
+            "tst_ext": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "processor": platform.processor() or platform.machine(),
+        }
+        write_text(self.path / "environment.json", json.dumps({**versions, **facts}, indent=2) + "\n")
+        if (data / "tokenizer.json").exists():
+            shutil.copyfile(data / "tokenizer.json", self.path / "tokenizer.json")
+        if found:
+            checkpoint.set_aside_after(found.path)
+            print(f"goes on from {found.path}", file=sys.stderr)
+
+    def end(self, result: dict[str, Any]) -> None:
+        """Writes what a run ends with."""
+        if self.processes.first:
+            plot_run(self.path)
+            write_text(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as `section.name`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -1,0 +1,118 @@
+"""The processes of a run: one, or those that torchrun started; PyTorch's own engines share out the model."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from .config import TrainConfig, UserError
+from .model import Block, Transformer
+
+__all__ = ["Processes"]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name, with "auto" the GPU where there is one; UserError where it cannot be used."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.zeros(1, device=device)
+    except (AssertionError, RuntimeError) as error:  # names or devices torch lacks
+        raise UserError(f"device: expected auto, cpu or cuda, got {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+class Processes:
+    """What the loop asks of the processes; a context, which joins their group and leaves it.
+
+    Attributes:
+        rank: this process's number, `world`: how many there are. Rank 0 writes the files and talks to the user.
+        device: this process's device.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = choose_device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def __enter__(self) -> "Processes":
+        if self.world > 1:
+            # gloo for what lies on the CPU: counts, the request to stop, the files of a checkpoint
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor` summed over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's `value`, on every process."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's `value`, on every process."""
+        values = [value]
+        if self.world > 1:
+            values = [None] * self.world
+            dist.all_gather_object(values, value)
+        return values
+
+    def parallelise(self, model: Transformer, config: TrainConfig) -> nn.Module:
+        """The model as this run computes it: its blocks compiled, its parameters shared out, as `config` asks."""
+        for block in model.blocks:
+            assert isinstance(block, Block)
+            block.recompute = config.run.activation_checkpointing
+            if config.run.compile:
+                block.compile()  # one graph for all blocks, the same in both phases: nothing compiles at the switch
+        if self.world == 1:
+            return model
+        if config.run.parallel == "ddp":
+            return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        # Inputs are not cast: activations have the parameters' dtype by themselves, cos and sin stay float32.
+        half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
+        policy = MixedPrecisionPolicy(**half) if config.dtype == "bfloat16" else MixedPrecisionPolicy()  # type: ignore[arg-type]
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        # Embedding and head are units of their own: the full head exists only during the loss.
+        for module in (model.embedding, *model.blocks, model.head, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        return model
+
+    def finish(self) -> None:
+        """Waits for the device's work, so that what follows is timed alone."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def autocast(self, config: TrainConfig) -> contextlib.AbstractContextManager[Any]:
+        """Mixed precision where FSDP2 does not bring its own."""
+        enabled = config.dtype == "bfloat16" and (self.world == 1 or config.run.parallel == "ddp")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    @contextlib.contextmanager
+    def accumulate(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Gradients of the parts of a batch are exchanged with the last one."""
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
+            yield
