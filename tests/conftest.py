@@ -66,3 +66,12 @@ def kernels(request):
     if request.param == "plain_torch":
         request.getfixturevalue("without_kernels")
     return request.param
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=20, help="random moments at which tests/train/test_kill.py kills")
+
+
+@pytest.fixture
+def kills(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("--kills")

@@ -1,5 +1,7 @@
 """The trainer's commands. Each takes its own command line; `tst_ext.__main__` chooses among them."""
 
+import dataclasses
+import os
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -10,12 +12,14 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from .config import DataConfig, RunConfig, TrainConfig, UserError, check_out, load_config
+from .presets import PRESETS, preset
 
 __all__ = ["compare_command", "prepare_command", "train_command"]
 
 T = TypeVar("T")
 CONFIG_HELP = (
-    "--config FILE reads defaults from a .toml file, or from the config.json of a run; what follows overrides it."
+    "--config FILE reads defaults from a .toml file or the config.json of a run, --preset NAME takes those of the "
+    f"paper's models ({', '.join(PRESETS)}); options override them."
 )
 
 
@@ -55,13 +59,10 @@ class PrepareArguments:
 def _parse(kind: type[T], argv: list[str], command: str, description: str) -> T:
     """Parses argv into `kind`; flags carry no section names (--dim, not --config.model.dim)."""
     parser: dict[str, Any] = {}
-    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    if "--config" in argv and kind is not PrepareArguments:
-        at = argv.index("--config")
-        if at + 1 == len(argv):
-            raise UserError("--config: expected a file after it")
-        parser["default"] = kind(config=load_config(Path(argv[at + 1])))  # type: ignore[call-arg]
-        argv = argv[:at] + argv[at + 2 :]
+    if "config" in {f.name for f in dataclasses.fields(kind)}:  # type: ignore[arg-type]
+        defaults, argv = _defaults(argv)
+        if defaults is not None:
+            parser["default"] = kind(config=defaults)  # type: ignore[call-arg]
     return tyro.cli(
         kind,
         args=argv,
@@ -72,12 +73,45 @@ def _parse(kind: type[T], argv: list[str], command: str, description: str) -> T:
     )
 
 
+def _defaults(argv: list[str]) -> tuple[TrainConfig | None, list[str]]:
+    """The configuration that the options of argv override, and argv without --config and --preset.
+
+    That of --config or --preset; else that of the run in the folder --out; else the default.
+    """
+    argv = [
+        part for a in argv for part in (a.split("=", 1) if a.startswith(("--config=", "--preset=", "--out=")) else [a])
+    ]
+    values: dict[str, str] = {}
+    for option in ("--config", "--preset", "--out"):
+        if option in argv:
+            at = argv.index(option)
+            if at + 1 == len(argv):
+                raise UserError(f"{option}: expected a value after it")
+            values[option] = argv[at + 1]
+            if option != "--out":
+                argv = argv[:at] + argv[at + 2 :]
+    if len(values.keys() - {"--out"}) == 2:
+        raise UserError("config, preset: expected one of them")
+    if "--config" in values:
+        return load_config(Path(values["--config"])), argv
+    if "--preset" in values:
+        return preset(values["--preset"]), argv
+    run = Path(values["--out"]) / "config.json" if "--out" in values else None
+    return (load_config(run) if run and run.exists() else None), argv
+
+
 def train_command(argv: list[str]) -> int:
     arguments = _parse(TrainArguments, argv, "train", f"Trains one model through both phases. {CONFIG_HELP}")
-    from .loop import train
+    from .loop import Stopped, train
 
-    result = train(arguments.config, arguments.out, resume=arguments.resume, progress=arguments.progress)
-    print(f"held-out loss {result['val_loss']:.4f} after {result['steps']} steps; run folder {arguments.out}")
+    try:
+        result = train(arguments.config, arguments.out, resume=arguments.resume, progress=arguments.progress)
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"tst train: {stopped}", file=sys.stderr)
+        return stopped.status
+    if os.environ.get("RANK", "0") == "0":
+        print(f"held-out loss {result['val_loss']:.4f} after {result['steps']} steps; run folder {arguments.out}")
     return 0
 
 

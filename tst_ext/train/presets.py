@@ -1,8 +1,8 @@
 """Configurations by name: the paper's dense models (arXiv 2605.06546), as far as it tells them."""
 
-from .config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, SuperpositionConfig, TrainConfig
+from .config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, SuperpositionConfig, TrainConfig, UserError
 
-__all__ = ["PRESETS"]
+__all__ = ["PRESETS", "preset"]
 
 
 def _paper(model: ModelConfig, learning_rate: float) -> TrainConfig:
@@ -32,3 +32,14 @@ PRESETS: dict[str, TrainConfig] = {
     "600m": _paper(ModelConfig(960, layers=32, heads=15, kv_heads=15, ffn_dim=2560, rope_theta=500_000.0), 1e-3),
     "3b": _paper(ModelConfig(2048, layers=36, heads=16, kv_heads=4, ffn_dim=11008, rope_theta=500_000.0), 2e-4),
 }
+
+
+def preset(name: str) -> TrainConfig:
+    """The preset of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in PRESETS:
+        raise UserError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]

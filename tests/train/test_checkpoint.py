@@ -1,0 +1,373 @@
+"""Checkpoints: what a run that ended goes on from, and what it must not."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import assert_same_run, lines, run, tensors
+
+from tst_ext.__main__ import main
+from tst_ext.train import checkpoint, loop
+from tst_ext.train.config import SuperpositionConfig, UserError, save_config
+from tst_ext.train.data import Shard, load_tokenizer
+from tst_ext.train.loop import train
+from tst_ext.train.metrics import read_metrics
+
+
+class Killed(BaseException):
+    """Ends a run where it is raised, as the end of its process would."""
+
+
+def with_run(config, **changes):
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, **changes))
+
+
+@pytest.fixture
+def often(tiny):
+    """30 steps, a checkpoint after every fourth; the switch is at 12."""
+    return with_run(tiny, checkpoint_every=4, keep=2)
+
+
+@pytest.fixture
+def straight(often, tmp_path):
+    train(often, tmp_path / "straight", progress=False)
+    return tmp_path / "straight"
+
+
+def die_at(monkeypatch, step):
+    original = loop.learning_rate
+
+    def learning_rate(config, steps, at):
+        if at == step:
+            raise Killed
+        return original(config, steps, at)
+
+    monkeypatch.setattr(loop, "learning_rate", learning_rate)
+
+
+class TestResume:
+    # In the superposition phase, at its last step, at the first of recovery, in recovery, before any checkpoint.
+    @pytest.mark.parametrize("step", [6, 11, 12, 22, 2])
+    def test_goes_on_bit_for_bit(self, often, straight, tmp_path, monkeypatch, step, capsys):
+        with monkeypatch.context() as context, pytest.raises(Killed):
+            die_at(context, step)
+            train(often, tmp_path / "run", progress=False)
+        assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")][-1:] == (
+            [f"step-{step // 4 * 4:08}"] if step >= 4 else []
+        )
+        result = train(often, tmp_path / "run", progress=False)
+        assert ("goes on from" if step >= 4 else "begins anew") in capsys.readouterr().err
+        assert_same_run(straight, tmp_path / "run")
+        assert result["data_tokens"] == json.loads((straight / "result.json").read_text())["data_tokens"]
+
+    def test_200_steps_are_100_and_kill_9_and_100(self, tiny, tmp_path):
+        config = with_run(dataclasses.replace(tiny, steps=200), checkpoint_every=100, log_every=20, eval_every=100)
+        assert run(config, tmp_path / "a").returncode == 0
+        killed = run(config, tmp_path / "b", action=("kill", 120))
+        assert killed.returncode == -signal.SIGKILL
+        assert read_metrics(tmp_path / "b")[-1]["step"] == 120  # 20 steps that the checkpoint does not have
+        assert "step-00000100" in run(config, tmp_path / "b").stderr
+        assert_same_run(tmp_path / "a", tmp_path / "b")
+
+    def test_a_finished_run_is_left_as_it_is(self, often, straight, capsys):
+        before = {p: p.stat().st_mtime_ns for p in (straight / "checkpoints").rglob("*")}
+        result = train(often, straight, progress=False)
+        assert result == json.loads((straight / "result.json").read_text())
+        assert {p: p.stat().st_mtime_ns for p in (straight / "checkpoints").rglob("*")} == before
+
+    def test_without_options_by_its_own_configuration(self, often, straight, capsys):
+        assert main(["train", "--out", str(straight), "--no-progress"]) == 0
+        assert "after 30 steps" in capsys.readouterr().out
+
+    def test_from_an_earlier_one(self, often, straight, tmp_path):
+        final = tensors(straight / "checkpoints" / "step-00000030")
+        train(often, straight, resume="step-00000028", progress=False)
+        assert (straight / "checkpoints" / "aside-step-00000030").exists()
+        again = tensors(straight / "checkpoints" / "step-00000030")
+        assert all(torch.equal(final[name], again[name]) for name in final)
+
+    def test_options_of_how_it_runs_may_change(self, often, straight):
+        changed = with_run(often, micro_batch=2, log_every=5, checkpoint_every=100)
+        train(changed, straight, resume="step-00000028", progress=False)
+        assert lines(straight)[-1]["step"] == 30
+
+    @pytest.mark.parametrize(
+        ("change", "name"), [({"seed": 1}, "seed"), ({"steps": 40}, "steps"), ({"batch": 8}, "batch")]
+    )
+    def test_what_is_computed_may_not(self, often, straight, change, name):
+        with pytest.raises(UserError, match=f"has {name} = .*, this run"):
+            train(dataclasses.replace(often, **change), straight, progress=False)
+
+    def test_nor_may_a_run_without_checkpoint_change(self, often, tmp_path, monkeypatch):
+        with monkeypatch.context() as context, pytest.raises(Killed):
+            die_at(context, 2)
+            train(often, tmp_path / "run", progress=False)
+        with pytest.raises(UserError, match="has seed = 0, this run 1"):
+            train(dataclasses.replace(often, seed=1), tmp_path / "run", progress=False)
+
+    def test_other_data_is_refused(self, often, straight, shards):
+        content = bytearray((shards / "train.bin").read_bytes())
+        content[0] ^= 1
+        (shards / "train.bin").write_bytes(content)
+        header = json.loads((shards / "train.json").read_text())
+        header["sha256"] = hashlib.sha256(content).hexdigest()
+        (shards / "train.json").write_text(json.dumps(header))
+        with pytest.raises(UserError, match="other data"):
+            train(often, straight, resume="step-00000028", progress=False)
+
+    def test_never(self, often, straight):
+        with pytest.raises(UserError, match="not empty"):
+            train(often, straight, resume="never", progress=False)
+
+    def test_unknown_checkpoint(self, often, straight):
+        with pytest.raises(UserError, match="has no checkpoint step-00000001; it has .*step-00000028"):
+            train(often, straight, resume="step-00000001", progress=False)
+
+    def test_a_folder_in_which_another_process_trains(self, often, tmp_path, config_in=None):
+        config = dataclasses.replace(often, steps=10**6)
+        save_config(config, tmp_path / "c.json")
+        command = [sys.executable, "-m", "tst_ext", "train", "--config", tmp_path / "c.json", "--out", tmp_path / "run"]
+        with subprocess.Popen([*command, "--no-progress"], stderr=subprocess.DEVNULL) as other:
+            while not checkpoint.checkpoints(tmp_path / "run"):
+                assert other.poll() is None
+            try:
+                with pytest.raises(UserError, match="another process trains in this folder"):
+                    train(config, tmp_path / "run", progress=False)
+            finally:
+                other.kill()
+
+
+class TestWriting:
+    def test_latest_are_kept(self, straight):
+        names = sorted(p.name for p in (straight / "checkpoints").iterdir())
+        assert names == ["step-00000028", "step-00000030"]
+
+    def test_holds_everything(self, often, straight):
+        path = straight / "checkpoints" / "step-00000030"
+        manifest = checkpoint.verify(path)
+        assert manifest["step"] == 30 and manifest["config"]["steps"] == 30 and manifest["data_tokens"] == 4224
+        names = tensors(path).keys()
+        assert {
+            "model.head.weight",
+            "optimizer.head.weight.exp_avg",
+            "optimizer.norm.weight.step",
+            "rng.cpu.0",
+        } <= names
+
+    # Every call that a save makes on the way to a checkpoint that counts, and the removal of old ones.
+    @pytest.mark.parametrize(
+        ("owner", "name", "call"),
+        [
+            (checkpoint.dcp, "save", 3),
+            (checkpoint, "_checksums", 3),
+            (checkpoint, "write_text", 3),
+            (checkpoint, "_sync", 7),
+            (checkpoint, "_sync", 9),
+            (checkpoint, "_discard", 1),
+            (checkpoint.shutil, "rmtree", 2),
+        ],
+    )
+    def test_death_at_any_point_of_a_save(self, often, straight, tmp_path, monkeypatch, owner, name, call):
+        original, calls = getattr(owner, name), 0
+
+        def die(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                raise Killed
+            return original(*args, **kwargs)
+
+        with monkeypatch.context() as context, pytest.raises(Killed):
+            context.setattr(owner, name, die)
+            train(often, tmp_path / "run", progress=False)
+        found = checkpoint.checkpoints(tmp_path / "run")
+        assert found and checkpoint.verify(found[-1])["step"] in (8, 12)
+        train(often, tmp_path / "run", progress=False)
+        assert_same_run(straight, tmp_path / "run")
+        assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+    def test_full_disk(self, often, straight, tmp_path):
+        result = run(often, tmp_path / "run", action=("fill", 9))
+        assert result.returncode == 2
+        assert "step-00000012: cannot be written" in result.stderr and "File too large" in result.stderr
+        assert f"the last checkpoint is {tmp_path / 'run' / 'checkpoints' / 'step-00000008'}" in result.stderr
+        assert "Traceback" not in result.stderr
+        assert run(often, tmp_path / "run").returncode == 0
+        assert_same_run(straight, tmp_path / "run")
+
+    def test_full_disk_under_the_metrics(self, often, tmp_path, monkeypatch):
+        def write(self, line):
+            if line["step"] == 10:
+                raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(loop.Metrics, "write", write)
+        with pytest.raises(UserError, match="No space left on device; the last checkpoint is .*step-00000008"):
+            train(often, tmp_path / "run", progress=False)
+
+    def test_data_that_vanishes(self, often, straight, tmp_path, shards, monkeypatch):
+        content = (shards / "train.bin").read_bytes()
+        with monkeypatch.context() as context:
+            original = loop.learning_rate
+
+            def truncate(config, steps, step):
+                if step == 9:
+                    os.truncate(shards / "train.bin", 100)
+                return original(config, steps, step)
+
+            context.setattr(loop, "learning_rate", truncate)
+            with pytest.raises(UserError, match="train.bin: expected .* bytes .* it has become shorter"):
+                train(often, tmp_path / "run", progress=False)
+        (shards / "train.bin").write_bytes(content)
+        train(often, tmp_path / "run", progress=False)
+        assert_same_run(straight, tmp_path / "run")
+
+
+class TestSignals:
+    @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    def test_saves_and_exits(self, often, straight, tmp_path, signum, status, monkeypatch, capsys):
+        with monkeypatch.context() as context:
+            original = loop.learning_rate
+
+            def send(config, steps, step):
+                if step == 9:
+                    os.kill(os.getpid(), signum)
+                return original(config, steps, step)
+
+            context.setattr(loop, "learning_rate", send)
+            save_config(often, tmp_path / "c.json")
+            arguments = ["train", "--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "run"), "--no-progress"]
+            before = signal.getsignal(signum)
+            assert main(arguments) == status
+            assert signal.getsignal(signum) == before
+        error = capsys.readouterr().err
+        assert signal.Signals(signum).name in error and "Traceback" not in error
+        # The step after the one in which it came: the processes of a run agree on it by their next exchange.
+        assert checkpoint.checkpoints(tmp_path / "run")[-1].name == "step-00000011"
+        assert not (tmp_path / "run" / "result.json").exists()
+        train(often, tmp_path / "run", progress=False)
+        assert_same_run(straight, tmp_path / "run")
+
+
+class TestDamage:
+    def damaged(self, config, folder, match):
+        with pytest.raises(UserError, match=match) as error:
+            train(config, folder, progress=False)
+        return str(error.value)
+
+    @pytest.mark.parametrize("change", ["truncated", "altered", "missing", "more"])
+    def test_is_named_and_the_one_before_offered(self, often, straight, change):
+        path = straight / "checkpoints" / "step-00000030"
+        file = next(path.glob("*.safetensors"))
+        content = bytearray(file.read_bytes())
+        if change == "truncated":
+            file.write_bytes(content[:-1])
+        elif change == "altered":
+            content[-5] ^= 1
+            file.write_bytes(content)
+        elif change == "missing":
+            file.unlink()
+        else:
+            (path / "more.safetensors").write_bytes(content)
+        name = "more.safetensors" if change == "more" else file.name
+        words = {
+            "truncated": "expected .* bytes, got",
+            "altered": "its checksum",
+            "missing": "is missing",
+            "more": "is not part of it",
+        }
+        message = self.damaged(often, straight, f"{path}: {name}:? {words[change]}")
+        assert "step-00000028 before it is whole: --resume step-00000028" in message
+        (straight / "result.json").unlink()
+        train(often, straight, resume="step-00000028", progress=False)
+        assert (straight / "result.json").exists()
+
+    @pytest.mark.parametrize("text", ["", "{}", '{"format": 1}', "[1]"])
+    def test_manifest(self, often, straight, text):
+        (straight / "checkpoints" / "step-00000030" / "checkpoint.json").write_text(text)
+        self.damaged(often, straight, "step-00000030: checkpoint.json")
+
+    def test_altered_manifest(self, often, straight):
+        path = straight / "checkpoints" / "step-00000030" / "checkpoint.json"
+        path.write_text(path.read_text().replace('"step": 30', '"step": 29'))
+        self.damaged(often, straight, "checkpoint.json has been altered")
+
+    def test_all_of_them(self, often, straight):
+        for path in checkpoint.checkpoints(straight):
+            (path / "checkpoint.json").unlink()
+        self.damaged(often, straight, "there is no whole one before it")
+
+    def test_of_another_model(self, often, straight):
+        found = checkpoint.choose(straight, "auto")
+        with pytest.raises(UserError, match=r"expected model\..* of shape"):
+            checkpoint.load_weights(found.path, torch.nn.Linear(3, 3))
+
+
+class TestHostileFiles:
+    """Files that would run code if anything unpickled them."""
+
+    @pytest.fixture
+    def hostile(self, tmp_path):
+        class Payload:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "executed"),)
+
+        content = pickle.dumps(Payload())
+        pickle.loads(content)  # it does what it says
+        (tmp_path / "executed").rmdir()
+        yield content
+        assert not (tmp_path / "executed").exists()
+
+    def seal(self, path):
+        """Makes a checkpoint whole again after its files were changed, as an attacker could."""
+        manifest = json.loads((path / "checkpoint.json").read_text())
+        del manifest["sha256"]
+        manifest["files"] = checkpoint._checksums(path, None)
+        (path / "checkpoint.json").write_text(json.dumps({**manifest, "sha256": checkpoint._digest(manifest)}))
+
+    def test_metadata_of_dcp(self, often, straight, hostile):
+        path = straight / "checkpoints" / "step-00000030"
+        (path / ".metadata").write_bytes(hostile)
+        with pytest.raises(UserError, match=".metadata is not part of it"):
+            train(often, straight, progress=False)
+        self.seal(path)
+        train(often, straight, progress=False)  # nothing reads it
+
+    def test_tensors(self, often, straight, hostile):
+        path = straight / "checkpoints" / "step-00000030"
+        next(path.glob("*.safetensors")).write_bytes(hostile)
+        self.seal(path)
+        with pytest.raises(UserError, match="step-00000030: cannot be read"):
+            train(often, straight, progress=False)
+
+    def test_manifest(self, often, straight, hostile):
+        (straight / "checkpoints" / "step-00000030" / "checkpoint.json").write_bytes(hostile)
+        with pytest.raises(UserError, match="checkpoint.json cannot be read"):
+            train(often, straight, progress=False)
+
+    def test_shard_and_tokenizer(self, shards, hostile):
+        (shards / "tokenizer.json").write_bytes(hostile)
+        with pytest.raises(UserError, match="tokenizer"):
+            load_tokenizer(shards / "tokenizer.json")
+        (shards / "train.bin").write_bytes(hostile)
+        with pytest.raises(UserError, match="expected 40000 bytes"):
+            Shard(shards, "train")
+        (shards / "train.json").write_bytes(hostile)
+        with pytest.raises(UserError, match="shard"):
+            Shard(shards, "train")
+
+
+def test_reinitialised_run_goes_on_bit_for_bit(often, tmp_path, monkeypatch):
+    config = dataclasses.replace(often, superposition=SuperpositionConfig(bag_size=4, ratio=0.4, reinitialise=True))
+    train(config, tmp_path / "a", progress=False)
+    with monkeypatch.context() as context, pytest.raises(Killed):
+        die_at(context, 13)  # the checkpoint is of the last step before the switch
+        train(config, tmp_path / "b", progress=False)
+    train(config, tmp_path / "b", progress=False)
+    assert_same_run(tmp_path / "a", tmp_path / "b")

@@ -1,0 +1,164 @@
+"""Two processes under torchrun: the same run as one, in every way of sharing it out."""
+
+import dataclasses
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import VOCABULARY, write_split
+from runs import assert_same_run, lines, run, tensors
+
+from tst_ext.train import checkpoint
+from tst_ext.train.batches import check_batches
+from tst_ext.train.config import SuperpositionConfig, UserError
+from tst_ext.train.data import Shard
+from tst_ext.train.loop import train
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed and gloo"
+)
+
+
+def with_run(config, **changes):
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, **changes))
+
+
+def assert_close_runs(a, b, rtol):
+    """Equal but for the order of float32 sums."""
+    assert len(lines(a)) == len(lines(b))
+    for x, y in zip(lines(a), lines(b), strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            expected = x[name] if isinstance(x[name], str) else pytest.approx(x[name], rel=rtol)
+            assert y[name] == expected, (x["step"], name)
+
+
+@pytest.fixture
+def documents_shards(tmp_path):
+    """As `shards`, cut into documents of 1 to 20 tokens by the token 0: bags that are short or empty."""
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    random = np.random.Generator(np.random.Philox(key=2))
+    tokens = random.integers(1, VOCABULARY, size=12_000)
+    tokens[random.integers(1, 20, size=2_000).cumsum() % 12_000] = 0
+    for split, part in (("train", tokens[:10_000]), ("val", tokens[10_000:])):
+        write_split(folder, split, part)
+        header = json.loads((folder / f"{split}.json").read_text())
+        (folder / f"{split}.json").write_text(json.dumps({**header, "end_of_text": 0}))
+    return folder
+
+
+class TestEquality:
+    # 30 steps of 4 sequences. Sums in another order moved nothing by more than 2.4e-7 when this was written, of losses
+    # and gradient norms in both phases; a share that counts twice or not at all moves them by far more than 1e-5.
+    RTOL = 3e-6
+
+    @pytest.mark.parametrize(("parallel", "micro_batch"), [("fsdp", 0), ("fsdp", 1), ("ddp", 1)])
+    def test_two_processes_are_one(self, tiny, tmp_path, parallel, micro_batch):
+        train(tiny, tmp_path / "one", progress=False)
+        two = run(with_run(tiny, parallel=parallel, micro_batch=micro_batch), tmp_path / "two", processes=2)
+        assert two.returncode == 0, two.stderr
+        assert two.stdout.count("held-out loss") == 1  # only the first process speaks
+        assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
+        assert_close_runs(tmp_path / "one", tmp_path / "two", self.RTOL)
+
+    @pytest.mark.parametrize(
+        "options",
+        [dict(straddle=False, position_weights="power_law"), dict(straddle=False, objective="mce_alt")],
+        ids=["documents", "mce_alt"],
+    )
+    def test_shares_with_unequal_numbers_of_labels(self, tiny, tmp_path, documents_shards, options):
+        config = dataclasses.replace(
+            tiny,
+            data=dataclasses.replace(tiny.data, data=(documents_shards,)),
+            superposition=SuperpositionConfig(bag_size=4, ratio=0.4, **options),
+        )
+        train(config, tmp_path / "one", progress=False)
+        train(with_run(config, micro_batch=1), tmp_path / "parts", progress=False)
+        assert run(config, tmp_path / "two", processes=2).returncode == 0
+        assert_close_runs(tmp_path / "one", tmp_path / "parts", self.RTOL)
+        assert_close_runs(tmp_path / "one", tmp_path / "two", self.RTOL)
+
+    def test_bfloat16(self, tiny, tmp_path):
+        """FSDP2's mixed precision keeps activations in bfloat16 where autocast keeps them in float32: not equal."""
+        config = dataclasses.replace(tiny, dtype="bfloat16")
+        train(config, tmp_path / "one", progress=False)
+        train(tiny, tmp_path / "float32", progress=False)
+        assert run(config, tmp_path / "two", processes=2).returncode == 0
+        exact = [m["loss"] for m in lines(tmp_path / "float32") if "loss" in m]
+        for name in ("one", "two"):
+            loss = [m["loss"] for m in lines(tmp_path / name) if "loss" in m]
+            assert loss != exact
+            # eps of bfloat16 is 0.8 %; a loss is a mean of hundreds of rows.
+            assert loss == pytest.approx(exact, rel=0.008)
+            path = checkpoint.checkpoints(tmp_path / name)[-1]
+            assert {t.dtype for key, t in tensors(path).items() if not key.startswith("rng")} == {torch.float32}
+
+
+class TestResume:
+    @pytest.fixture(scope="class")
+    def runs(self, tmp_path_factory):
+        return tmp_path_factory.mktemp("runs")
+
+    # 200 steps, the switch at 100: in superposition and across, at the switch, in recovery.
+    @pytest.mark.parametrize("at", [50, 100, 150])
+    def test_kill_9_bit_for_bit(self, tiny, runs, at, shards):
+        if not (runs / "shards").exists():  # one reference for all three, so one place for its data
+            shards.rename(runs / "shards")
+        config = dataclasses.replace(
+            tiny,
+            steps=200,
+            data=dataclasses.replace(tiny.data, data=(runs / "shards",)),
+            superposition=SuperpositionConfig(bag_size=4, ratio=0.5),
+        )
+        config = with_run(config, checkpoint_every=50, eval_every=50, log_every=10)
+        if not (runs / "straight").exists():
+            assert run(config, runs / "straight", processes=2).returncode == 0
+        out = runs / f"killed{at}"
+        assert run(config, out, processes=2, action=("kill", at + 20)).returncode != 0
+        assert checkpoint.checkpoints(out)[-1].name == f"step-{at:08}"
+        resumed = run(config, out, processes=2)
+        assert f"goes on from {out / 'checkpoints' / f'step-{at:08}'}" in resumed.stderr
+        assert_same_run(runs / "straight", out)
+
+    def test_other_numbers_of_processes(self, tiny, tmp_path):
+        config = with_run(tiny, checkpoint_every=10)
+        train(config, tmp_path / "straight", progress=False)
+        assert run(config, tmp_path / "a", processes=2, action=("kill", 11)).returncode != 0
+        train(config, tmp_path / "a", progress=False)
+        assert_close_runs(tmp_path / "straight", tmp_path / "a", TestEquality.RTOL)
+        assert run(config, tmp_path / "b", action=("kill", 11)).returncode != 0
+        assert run(config, tmp_path / "b", processes=2).returncode == 0
+        assert_close_runs(tmp_path / "straight", tmp_path / "b", TestEquality.RTOL)
+
+    def test_a_signal_to_one_process_stops_both(self, tiny, tmp_path):
+        stopped = run(tiny, tmp_path / "a", processes=2, action=("terminate", 9))
+        assert stopped.returncode != 0 and signal.Signals.SIGTERM.name in stopped.stderr
+        assert checkpoint.checkpoints(tmp_path / "a")[-1].name == "step-00000011"
+        assert run(tiny, tmp_path / "a", processes=2).returncode == 0
+        assert run(tiny, tmp_path / "b", processes=2).returncode == 0
+        assert_same_run(tmp_path / "a", tmp_path / "b")
+
+    def test_damage_is_named(self, tiny, tmp_path):
+        assert run(tiny, tmp_path / "a", processes=2).returncode == 0
+        path = checkpoint.checkpoints(tmp_path / "a")[-1]
+        file = sorted(path.glob("*.safetensors"))[1]
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+        result = run(tiny, tmp_path / "a", processes=2)
+        assert result.returncode != 0 and f"{file.name}: its checksum" in result.stderr
+
+
+class TestShares:
+    @pytest.mark.parametrize(
+        ("micro_batch", "world", "message"),
+        [
+            (0, 3, "batch: expected a multiple of the 3 processes, got 4"),
+            (3, 1, "micro_batch: expected a divisor of the 4"),
+        ],
+    )
+    def test_what_cannot_be_shared_out(self, tiny, shards, micro_batch, world, message):
+        with pytest.raises(UserError, match=message):
+            check_batches(with_run(tiny, micro_batch=micro_batch), Shard(shards, "train"), world)
