@@ -5,10 +5,15 @@ import sys
 USAGE = """usage: tst COMMAND [OPTION...]
 
 commands:
-  train     train one model through both phases
-  compare   train a baseline and TST at equal FLOPs and show both losses
-  prepare   write text as token shards that train and compare read
-  info      print the facts of this installation
+  train        train one model through both phases, or go on with a run; under torchrun on many devices
+  compare      train a baseline and TST at equal FLOPs and show both losses
+  prepare      write text as token shards that train and compare read
+  plan         tokens, FLOPs, hours and memory of a run before it is paid for
+  fit-weights  measure position weights on your text
+  eval         next-token loss and bits per byte of a text under a run's model
+  generate     continue a text with a run's model
+  export       write a run's model for other software
+  info         print the facts of this installation
 
 tst COMMAND --help lists the options of a command."""
 
@@ -41,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv == ["info"]:  # needs none of the packages of the extra `train`
         print(info())
         return 0
-    if not argv or argv[0] not in ("train", "compare", "prepare"):
+    if not argv or f"  {argv[0]} " not in USAGE:
         print(f"tst: expected a command, got {' '.join(argv) or 'none'!r}\n\n{USAGE}", file=sys.stderr)
         return 2
     try:
@@ -53,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tst {argv[0]}: {error.name} is missing: pip install 'tst-ext[train]'", file=sys.stderr)
         return 2
     try:
-        return getattr(cli, f"{argv[0]}_command")(argv[1:])
+        return cli.COMMANDS[argv[0]](argv[1:])
     except UserError as error:
         print(f"tst {argv[0]}: {error}", file=sys.stderr)
         return 2

@@ -52,9 +52,9 @@ def documents_shards(tmp_path):
 
 
 class TestEquality:
-    # 30 steps of 4 sequences. Sums in another order moved nothing by more than 2.4e-7 when this was written, of losses
-    # and gradient norms in both phases; a share that counts twice or not at all moves them by far more than 1e-5.
-    RTOL = 3e-6
+    # Sums in another order moved losses by 3e-7 and gradient norms by 7e-6 over 30 steps in both phases when this was
+    # written; a share that counts twice, or a mean of unequal shares' means, moves them by more than 1e-3.
+    RTOL = 3e-5
 
     @pytest.mark.parametrize(("parallel", "micro_batch"), [("fsdp", 0), ("fsdp", 1), ("ddp", 1)])
     def test_two_processes_are_one(self, tiny, tmp_path, parallel, micro_batch):
@@ -98,11 +98,12 @@ class TestEquality:
             assert {t.dtype for key, t in tensors(path).items() if not key.startswith("rng")} == {torch.float32}
 
 
-class TestResume:
-    @pytest.fixture(scope="class")
-    def runs(self, tmp_path_factory):
-        return tmp_path_factory.mktemp("runs")
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
 
+
+class TestResume:
     # 200 steps, the switch at 100: in superposition and across, at the switch, in recovery.
     @pytest.mark.parametrize("at", [50, 100, 150])
     def test_kill_9_bit_for_bit(self, tiny, runs, at, shards):

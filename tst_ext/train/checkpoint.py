@@ -97,6 +97,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None, processe
     tensors: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     if optimizer is not None:
         for name, parameter in model.named_parameters():
+            assert parameter in optimizer.state, f"no optimiser state of {name}"
             for key, value in optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         # The loop draws nothing at random. What it calls might.

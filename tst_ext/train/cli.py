@@ -1,20 +1,21 @@
 """The trainer's commands. Each takes its own command line; `tst_ext.__main__` chooses among them."""
 
 import dataclasses
+import json
 import os
 import signal
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from .config import DataConfig, RunConfig, TrainConfig, UserError, check_out, load_config
 from .presets import PRESETS, preset
 
-__all__ = ["compare_command", "prepare_command", "train_command"]
+__all__ = ["COMMANDS"]
 
 T = TypeVar("T")
 CONFIG_HELP = (
@@ -56,13 +57,89 @@ class PrepareArguments:
     """Folder to write; must not hold anything yet."""
 
 
+@dataclass(frozen=True)
+class PlanArguments:
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    gpus: int
+    """GPUs of the run, a process each."""
+    tokens_per_second_per_gpu: float
+    """What an ordinary run without superposition shows: positions of the model a second."""
+    gpu_memory_gib: float | None = None
+    """Memory of a GPU, to say whether the run fits."""
+
+
+@dataclass(frozen=True)
+class FitWeightsArguments:
+    data: DataConfig
+    out: Path = field(default_factory=_default_out)
+    """Folder for fit_weights.json and fit_weights.png; must not hold anything yet."""
+    tokens: int = 4_000_000
+    """Tokens to measure; the fewer, the higher the floor of the estimate."""
+    distances: int = 64
+    """Largest distance between two tokens; fewer than about 16 leave the curve's end open."""
+    subtract_floor: bool = False
+    """Fit what exceeds the estimate for independent tokens; the paper's constants do not."""
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    run: tyro.conf.Positional[Path]
+    """Folder of a run."""
+    out: Path
+    """Folder to write; must not hold anything yet."""
+    format: Literal["hf"] = "hf"
+    """hf: config.json, safetensors and tokenizer, as transformers loads them."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights in the files."""
+    checkpoint: str = "auto"
+    """auto, the latest, or the name of one."""
+
+
+@dataclass(frozen=True)
+class GenerateArguments:
+    run: tyro.conf.Positional[Path]
+    """Folder of a run."""
+    prompt: str = ""
+    """Text to continue; without any a new document begins."""
+    max_tokens: int = 200
+    """Most tokens to append."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the most probable token each time."""
+    top_k: int = 50
+    """Draws among that many most probable tokens; 0: among all."""
+    seed: int = 0
+    """Seed of the draws."""
+    checkpoint: str = "auto"
+    """auto, the latest, or the name of one."""
+
+
+@dataclass(frozen=True)
+class EvalArguments:
+    run: tyro.conf.Positional[Path]
+    """Folder of a run."""
+    data: tuple[Path, ...] = ()
+    """Files (.txt, .jsonl), folders of those, or one folder that `tst prepare` wrote, of which the held-out split is
+    read. Default: the run's own held-out split."""
+    text_key: str = "text"
+    """Key of the text in a line of a .jsonl file."""
+    batch: int = 16
+    """Sequences at a time."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+    checkpoint: str = "auto"
+    """auto, the latest, or the name of one."""
+
+
 def _parse(kind: type[T], argv: list[str], command: str, description: str) -> T:
     """Parses argv into `kind`; flags carry no section names (--dim, not --config.model.dim)."""
     parser: dict[str, Any] = {}
-    if "config" in {f.name for f in dataclasses.fields(kind)}:  # type: ignore[arg-type]
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    if "config" in {f.name for f in fields}:
         defaults, argv = _defaults(argv)
         if defaults is not None:
-            parser["default"] = kind(config=defaults)  # type: ignore[call-arg]
+            required = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+            missing = dict.fromkeys(set(required) - {"config"}, tyro.MISSING)
+            parser["default"] = kind(**{"config": defaults, **missing})
     return tyro.cli(
         kind,
         args=argv,
@@ -137,3 +214,123 @@ def prepare_command(argv: list[str]) -> int:
     prepare(read_documents(arguments.data), arguments.data, arguments.out)
     print(f"prepared folder {arguments.out}; use it as --data {arguments.out}", file=sys.stderr)
     return 0
+
+
+def plan_command(argv: list[str]) -> int:
+    if argv and not argv[0].startswith("-"):
+        argv = ["--preset" if argv[0] in PRESETS else "--config", *argv]
+    arguments = _parse(
+        PlanArguments,
+        argv,
+        "plan PRESET|FILE",
+        f"Tokens, FLOPs, hours and memory of a run, before it is paid for. {CONFIG_HELP}",
+    )
+    from .plan import plan, report
+
+    planned = plan(
+        arguments.config,
+        gpus=arguments.gpus,
+        tokens_per_second_per_gpu=arguments.tokens_per_second_per_gpu,
+        gpu_memory_gib=arguments.gpu_memory_gib,
+    )
+    print(report(planned), end="")
+    return 0
+
+
+def fit_weights_command(argv: list[str]) -> int:
+    arguments = _parse(
+        FitWeightsArguments,
+        argv,
+        "fit-weights",
+        "Measures how the mutual information of two tokens decays with their distance and fits position weights to it.",
+    )
+    from .data import Shard, prepared_folder
+    from .fit_weights import fit_weights
+
+    check_out(arguments.out)
+    shard = Shard(prepared_folder(arguments.data), "train")
+    print(f"measures {arguments.distances} distances", file=sys.stderr)
+    fitted = fit_weights(
+        shard,
+        tokens=arguments.tokens,
+        distances=arguments.distances,
+        subtract_floor=arguments.subtract_floor,
+        folder=arguments.out,
+    )
+    constants = " ".join(f"{fitted[name]:.4g}" for name in ("c0", "a", "k"))
+    print(f"--position-weights fitted --fitted {constants}")
+    print(f"figure and values: {arguments.out}")
+    return 0
+
+
+def export_command(argv: list[str]) -> int:
+    arguments = _parse(ExportArguments, argv, "export", "Writes a run's model in a format that other software loads.")
+    import torch
+
+    from .export import export_hf
+    from .folder import load_run
+
+    run = load_run(arguments.run, arguments.checkpoint)
+    dtype = getattr(torch, arguments.dtype)
+    export_hf(run.model, run.config, run.tokenizer_path, run.end_of_text, arguments.out, dtype=dtype)
+    print(f"model as of step {run.step}: {arguments.out}")
+    return 0
+
+
+def generate_command(argv: list[str]) -> int:
+    arguments = _parse(GenerateArguments, argv, "generate", "Continues a text with a run's model.")
+    from .folder import load_run
+    from .generate import generate
+
+    run = load_run(arguments.run, arguments.checkpoint)
+    text = generate(
+        run.model,
+        run.tokenizer(),
+        arguments.prompt,
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+        end_of_text=run.end_of_text,
+        positions=run.config.latent_tokens,
+    )
+    print(arguments.prompt + text)
+    return 0
+
+
+def eval_command(argv: list[str]) -> int:
+    arguments = _parse(EvalArguments, argv, "eval", "Next-token loss and bits per byte of a text under a run's model.")
+    from .data import Shard, prepared_folder, read_documents
+    from .evaluate import evaluate, evaluate_shard
+    from .folder import load_run
+    from .processes import choose_device
+
+    run = load_run(arguments.run, arguments.checkpoint)
+    device = choose_device(arguments.device)
+    options: dict[str, Any] = {"length": run.config.latent_tokens, "batch": arguments.batch, "device": device}
+    model, tokenizer = run.model.to(device), run.tokenizer()
+    data = DataConfig(data=arguments.data, text_key=arguments.text_key) if arguments.data else run.config.data
+    if not data.data or (data.data[0] / "val.json").exists():
+        folder = prepared_folder(data)
+        # Ids of another tokenizer would give figures, and wrong ones.
+        if (folder / "tokenizer.json").read_bytes() != (arguments.run / "tokenizer.json").read_bytes():
+            raise UserError(f"data {folder}: its tokenizer.json is not the run's")
+        result = evaluate_shard(model, Shard(folder, "val"), tokenizer, **options)
+    else:
+        if run.end_of_text is None:
+            raise UserError(f"run {arguments.run}: its data names no end-of-text token")
+        result = evaluate(model, tokenizer, run.end_of_text, read_documents(data), **options)
+    print(json.dumps({"step": run.step, **result}, indent=2))
+    return 0
+
+
+COMMANDS = {
+    "train": train_command,
+    "compare": compare_command,
+    "prepare": prepare_command,
+    "plan": plan_command,
+    "fit-weights": fit_weights_command,
+    "eval": eval_command,
+    "generate": generate_command,
+    "export": export_command,
+}

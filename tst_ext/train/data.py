@@ -69,6 +69,7 @@ def _read(path: Path, text_key: str) -> Iterator[str]:
                 record = json.loads(line)
                 if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
                     raise UserError(f"data {path}, line {number}: expected an object with a string {text_key!r}")
+                record[text_key].encode()  # JSON can hold half a surrogate pair, which is no text
                 yield record[text_key]
         else:
             raise UserError(f"data {path}: expected .txt, .jsonl, a folder of those, or a prepared folder")
@@ -145,9 +146,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
         UserError: the file is missing or malformed.
     """
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises plain Exception for a malformed file
         raise UserError(f"tokenizer {path}: {error}") from error
+    tokenizer.no_truncation()  # some files ask for one length of all texts, which would cut documents
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _train_tokenizer(documents: list[str], config: DataConfig) -> Tokenizer:

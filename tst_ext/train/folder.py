@@ -6,18 +6,22 @@ import os
 import platform
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from .. import __version__
 from . import checkpoint
 from .config import TrainConfig, UserError, check_out, config_dict, load_config, save_config, write_text
+from .data import load_tokenizer
+from .model import Transformer
 from .plot import plot_run
 from .processes import Processes
 
-__all__ = ["RunFolder"]
+__all__ = ["LoadedRun", "RunFolder", "load_run"]
 
 
 class RunFolder:
@@ -101,6 +105,48 @@ class RunFolder:
         if self.processes.first:
             plot_run(self.path)
             write_text(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run's model as of a checkpoint, for use.
+
+    Attributes:
+        model: on the CPU.
+        tokenizer_path: None where the data came without a tokenizer.
+        end_of_text: id of the token that ends a document, or None.
+    """
+
+    config: TrainConfig
+    model: Transformer
+    tokenizer_path: Path | None
+    end_of_text: int | None
+    step: int
+
+    def tokenizer(self) -> Tokenizer:
+        """Raises UserError where the run has none."""
+        if self.tokenizer_path is None:
+            raise UserError("run: its data came without a tokenizer.json, so it reads and writes ids, not text")
+        return load_tokenizer(self.tokenizer_path)
+
+
+def load_run(path: Path, which: str = "auto") -> LoadedRun:
+    """Reads the run in folder `path` at a checkpoint: "auto", the latest, or one by name.
+
+    Raises:
+        UserError: there is no run or no checkpoint, or it is not as it was written.
+    """
+    if not (path / "config.json").exists():
+        raise UserError(f"run {path}: expected the folder of a run of tst train")
+    found = checkpoint.choose(path, which)
+    if found is None:
+        raise UserError(f"run {path}: it has no checkpoint yet")
+    config = load_config(path / "config.json")
+    model = Transformer(config.model, found.manifest["vocabulary"], config.latent_tokens)
+    checkpoint.load_weights(found.path, model)
+    tokenizer = path / "tokenizer.json"
+    step, end_of_text = found.manifest["step"], found.manifest["end_of_text"]
+    return LoadedRun(config, model, tokenizer if tokenizer.exists() else None, end_of_text, step)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -182,7 +182,12 @@ def _train(config: TrainConfig, run: RunFolder, resume: str, progress: bool, pro
     optimizer = torch.optim.AdamW(parameter_groups(model, config.optimizer.weight_decay), betas=(0.9, 0.95), fused=True)
 
     state: dict[str, Any] = {"step": 0, "data_tokens": 0, "seconds": 0.0, "val_loss": None}
-    identity = {"config": config_dict(config), "data": training.sha256}
+    identity = {
+        "config": config_dict(config),
+        "data": training.sha256,
+        "vocabulary": training.vocabulary,
+        "end_of_text": training.end_of_text,
+    }
     if found:
         run.check_same(found, identity)
         checkpoint.load(found.path, model, optimizer, processes)
@@ -198,7 +203,6 @@ def _train(config: TrainConfig, run: RunFolder, resume: str, progress: bool, pro
             "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in model.parameters()),
             "vocabulary": training.vocabulary,
-            "end_of_text": training.end_of_text,
             "switch_step": schedule.switch_step,
             "gemm_flops_per_s": round(peak),
         },

@@ -2,14 +2,13 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import TrainConfig, UserError
@@ -94,9 +93,11 @@ class Processes:
         half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
         policy = MixedPrecisionPolicy(**half) if config.dtype == "bfloat16" else MixedPrecisionPolicy()  # type: ignore[arg-type]
         mesh = init_device_mesh(self.device.type, (self.world,))
-        # Embedding and head are units of their own: the full head exists only during the loss.
+        # Embedding and head are units of their own: the full head exists only during the loss. The root, which is the
+        # last norm, is sharded again after a forward pass too: left whole, as is FSDP2's default, its parameter after a
+        # validation is another object than the optimiser's, and a checkpoint would lack its optimiser state.
         for module in (model.embedding, *model.blocks, model.head, model):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         return model
 
     def finish(self) -> None:
@@ -109,10 +110,10 @@ class Processes:
         enabled = config.dtype == "bfloat16" and (self.world == 1 or config.run.parallel == "ddp")
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
-    @contextlib.contextmanager
-    def accumulate(self, model: nn.Module, last: bool) -> Iterator[None]:
-        """Gradients of the parts of a batch are exchanged with the last one."""
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(last)
-        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
-            yield
+    def accumulate(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """DDP exchanges the gradients of a batch with its last part.
+
+        FSDP2 does with each: to hold them back it would keep all gradients whole, 4 bytes a parameter, 12 GiB at 3B.
+        """
+        hold = isinstance(model, DistributedDataParallel) and not last
+        return model.no_sync() if hold else contextlib.nullcontext()  # type: ignore[operator]

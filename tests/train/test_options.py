@@ -1,0 +1,253 @@
+"""What the options of superposition, of the run and of the report do to a run."""
+
+import dataclasses
+import json
+import math
+import sys
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tst_ext import linear_multi_hot_cross_entropy, position_weights
+from tst_ext.train import flops, loop
+from tst_ext.train.batches import PADDING
+from tst_ext.train.config import ModelConfig, SuperpositionConfig, UserError
+from tst_ext.train.loop import loss_options, reinitialise, train
+from tst_ext.train.metrics import read_metrics
+from tst_ext.train.model import Transformer
+from tst_ext.train.presets import PRESETS
+
+
+def with_run(config, **changes):
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, **changes))
+
+
+def with_options(config, **options):
+    options = {"bag_size": 4, "ratio": 0.4, **options}
+    return dataclasses.replace(config, superposition=SuperpositionConfig(**options))
+
+
+def training_losses(folder):
+    return [m["loss"] for m in read_metrics(folder) if "loss" in m]
+
+
+def held_out(folder):
+    return [m["val_loss"] for m in read_metrics(folder) if "val_loss" in m]
+
+
+class TestSuperposition:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            dict(sides="input"),
+            dict(sides="output"),
+            dict(scale="batch"),
+            dict(objective="mce_alt"),
+            dict(position_weights="power_law"),
+            dict(position_weights="fitted", fitted=(0.0, 1.0, -2.0)),
+            dict(ratio=0.2, stages=((0.2, 2),)),
+        ],
+        ids=lambda options: "-".join(map(str, options.values())),
+    )
+    def test_trains_and_differs_from_the_default(self, tiny, tmp_path, options):
+        train(tiny, tmp_path / "default", progress=False)
+        result = train(with_options(tiny, **options), tmp_path / "run", progress=False)
+        assert result["switch_step"] == 12
+        # log 64 = 4.16 is what a model knows that knows nothing; the default reaches 2.77 after these 30 steps.
+        assert result["val_loss"] < 3.5
+        assert held_out(tmp_path / "run") != held_out(tmp_path / "default")
+
+    def test_power_law_as_fitted_is_power_law(self, tiny, tmp_path):
+        fitted = with_options(tiny, position_weights="fitted", fitted=(0.0, 1.0, -1.0))
+        train(fitted, tmp_path / "a", progress=False)
+        train(with_options(tiny, position_weights="power_law"), tmp_path / "b", progress=False)
+        assert training_losses(tmp_path / "a") == pytest.approx(training_losses(tmp_path / "b"), rel=1e-6)
+
+    def test_stages(self, tiny, tmp_path):
+        config = with_options(tiny, bag_size=8, ratio=0.2, stages=((0.1, 4), (0.2, 2)))
+        result = train(config, tmp_path / "run", progress=False)
+        # 6 steps of bags of 8, 3 of 4, 6 of 2, 15 of tokens
+        assert result["data_tokens"] == 4 * 16 * (6 * 8 + 3 * 4 + 6 * 2 + 15)
+        assert result["switch_step"] == 15
+        phases = [m["phase"] for m in read_metrics(tmp_path / "run") if "loss" in m]
+        assert phases == ["superposition"] * 15 + ["recovery"] * 15
+
+    def test_input_only_is_the_weight_first(self, tiny, tmp_path):
+        train(with_options(tiny, sides="input"), tmp_path / "a", progress=False)
+        train(with_options(tiny, position_weights="first"), tmp_path / "b", progress=False)
+        assert training_losses(tmp_path / "a") == pytest.approx(training_losses(tmp_path / "b"), rel=1e-6)
+
+    def test_reinitialised_at_the_switch(self, tiny, tmp_path):
+        train(tiny, tmp_path / "a", progress=False)
+        train(with_options(tiny, reinitialise=True), tmp_path / "b", progress=False)
+        a, b = (training_losses(tmp_path / name) for name in "ab")
+        assert a[:12] == b[:12]
+        assert b[12] > a[12] + 0.3 and abs(b[12] - math.log(64)) < 0.2  # a model that knows nothing
+
+    def test_reinitialise_takes_fresh_weights_and_forgets(self, tiny):
+        model = Transformer(tiny.model, 64, 16)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.zeros(1, 16, dtype=torch.long), torch.zeros(1, 16, dtype=torch.long)).backward()
+        optimizer.step()
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        reinitialise(model, optimizer, seed=0)
+        for name, p in model.named_parameters():
+            fresh = name in ("embedding.weight", "head.weight")
+            assert p.equal(before[name]) != fresh
+            state = optimizer.state[p]
+            assert (state["step"] == 0 and not state["exp_avg"].any() and not state["exp_avg_sq"].any()) == fresh
+            if fresh:
+                assert (
+                    abs(p.std() - 0.02) < 0.002
+                    and not torch.corrcoef(torch.stack((p, before[name])).flatten(1))[0, 1] > 0.1
+                )
+
+
+class TestLossOptions:
+    @pytest.mark.parametrize("options", [{}, dict(position_weights="power_law"), dict(objective="mce_alt")])
+    def test_parts_add_up_to_the_mean_of_the_whole(self, tiny, options):
+        """Losses of unequal parts, averaged over processes and added over micro-batches, are the op's own mean."""
+        generator = torch.Generator().manual_seed(0)
+        hidden, weight = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (24, 50))
+        labels = torch.randint(50, (24, 4), generator=generator)
+        labels[torch.rand(24, 4, generator=generator) < 0.3] = PADDING
+        labels[5:9] = PADDING
+        config = with_options(tiny, **options)
+        counts = (labels != PADDING).sum(0)
+        if "objective" in options:  # it asks for a label in the first slot of every bag that has one, as folds give
+            labels = labels.sort(-1, descending=True).values
+            counts = (labels != PADDING).sum(0)
+        arguments = loss_options(config, counts, world=3)
+        parts = [
+            linear_multi_hot_cross_entropy(hidden[rows], weight, labels[rows], **arguments).item()
+            for rows in (slice(0, 5), slice(5, 9), slice(9, 24))
+        ]
+        names = {"position_weights": position_weights("power_law", 4)} if "position_weights" in options else {}
+        whole = linear_multi_hot_cross_entropy(
+            hidden, weight, labels, objective=options.get("objective", "mce"), **names
+        ).item()
+        assert sum(parts) / 3 == pytest.approx(whole, rel=1e-6)  # weights are float32
+
+    def test_a_position_without_labels_drops_out(self, tiny):
+        arguments = loss_options(with_options(tiny), torch.tensor([3, 0]), world=1)
+        assert arguments["position_weights"].tolist() == pytest.approx([1 / 3, 0]) and arguments["normalizer"] == 1
+
+
+class TestRun:
+    @pytest.mark.parametrize("changes", [dict(micro_batch=1), dict(micro_batch=2), dict(activation_checkpointing=True)])
+    def test_how_it_runs_does_not_change_what_it_computes(self, tiny, tmp_path, changes):
+        train(tiny, tmp_path / "a", progress=False)
+        train(with_run(tiny, **changes), tmp_path / "b", progress=False)
+        a, b = (training_losses(tmp_path / name) for name in "ab")
+        assert a == b if "activation_checkpointing" in changes else a == pytest.approx(b, rel=1e-5)
+
+    def test_activation_checkpointing_recomputes(self, tiny, tmp_path, monkeypatch):
+        calls = 0
+
+        def counted(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            return args[0](*args[1:])
+
+        monkeypatch.setattr("tst_ext.train.model.checkpoint", counted)
+        train(with_run(tiny, activation_checkpointing=True), tmp_path / "run", progress=False)
+        assert calls == 30 * 2  # steps, blocks; validation keeps nothing anyway
+
+    def test_compiled(self, tiny, tmp_path):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        train(tiny, tmp_path / "a", progress=False)
+        # 20 steps after the switch nothing has been compiled again: the blocks' shapes do not change.
+        train(with_run(tiny, compile=True), tmp_path / "b", progress=False)
+        counters = torch._dynamo.utils.counters
+        assert not counters["graph_break"]
+        # One graph for training and one for validation, which keeps nothing; not one a block or a phase.
+        assert counters["stats"]["unique_graphs"] == 2
+        # Fused float32 arithmetic rounds at other places.
+        assert training_losses(tmp_path / "a") == pytest.approx(training_losses(tmp_path / "b"), rel=1e-4)
+
+    def test_bfloat16(self, tiny, tmp_path):
+        train(tiny, tmp_path / "a", progress=False)
+        train(dataclasses.replace(tiny, dtype="bfloat16"), tmp_path / "b", progress=False)
+        a, b = (training_losses(tmp_path / name) for name in "ab")
+        assert a != b and a == pytest.approx(b, rel=0.008)  # eps of bfloat16
+
+
+class TestReport:
+    def test_mfu_and_waiting(self, tiny, tmp_path, monkeypatch):
+        monkeypatch.setattr(loop, "gemm_flops_per_second", lambda *_: 1e9)
+        train(with_run(tiny, log_every=10, eval_every=10), tmp_path / "run", progress=False)
+        environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+        assert environment["gemm_flops_per_s"] == 1e9
+        step = flops.step_flops(tiny.model, 64, 4, 16)
+        lines = [m for m in read_metrics(tmp_path / "run") if "loss" in m]
+        assert len(lines) == 3
+        for line, tokens in zip(lines, (4 * 16 * 4 * 10, 4 * 16 * (4 * 2 + 8), 4 * 16 * 10), strict=True):
+            seconds = tokens / line["tokens_per_s"]
+            assert line["mfu"] == pytest.approx(10 * step / seconds / 1e9, rel=1e-2)
+            assert 0 <= line["waited_for_data_s"] <= seconds
+
+    def test_waiting_is_measured(self, tiny, tmp_path, monkeypatch):
+        import time
+
+        original = loop.read_batch
+
+        def slow(*args):
+            time.sleep(0.05)
+            return original(*args)
+
+        monkeypatch.setattr(loop, "read_batch", slow)
+        train(dataclasses.replace(tiny, steps=10), tmp_path / "run", progress=False)
+        waited = sum(m["waited_for_data_s"] for m in read_metrics(tmp_path / "run") if "loss" in m)
+        # Ten reads of 50 ms, under steps of some milliseconds: no less than half of it can have been hidden.
+        assert waited > 0.25
+
+    def test_data_is_there_when_a_step_wants_it(self, tiny, tmp_path):
+        train(dataclasses.replace(tiny, steps=200), tmp_path / "run", progress=False)
+        lines = [m for m in read_metrics(tmp_path / "run") if "loss" in m]
+        # The first step waits for the thread to start.
+        assert sum(m["waited_for_data_s"] for m in lines[1:]) < 0.1 * lines[-1]["seconds"]
+
+    def test_tensorboard(self, tiny, tmp_path):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        train(with_run(tiny, tensorboard=True), tmp_path / "run", progress=False)
+        events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+        events.Reload()
+        assert [e.step for e in events.Scalars("loss")] == list(range(1, 31))
+        assert [e.value for e in events.Scalars("loss")] == pytest.approx(training_losses(tmp_path / "run"), rel=1e-6)
+        assert [e.step for e in events.Scalars("val_loss")] == [10, 20, 30]
+
+    def test_tensorboard_missing(self, tiny, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        with pytest.raises(UserError, match="pip install tensorboard"):
+            train(with_run(tiny, tensorboard=True), tmp_path / "run", progress=False)
+
+
+class TestFlops:
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_parameters_are_those_of_the_model(self, preset):
+        config = PRESETS[preset]
+        with torch.device("meta"):
+            model = Transformer(config.model, config.data.vocabulary, config.latent_tokens)
+        assert sum(p.numel() for p in model.parameters()) == flops.parameters(config.model, config.data.vocabulary)
+
+    def test_step_against_torchs_counter(self):
+        config = ModelConfig(dim=64, layers=2, heads=4, kv_heads=2, ffn_dim=128)
+        model = Transformer(config, 500, 32)
+        ids = torch.zeros(3, 32, dtype=torch.long)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+        counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+        attention = 6 * 3 * 32 * 2 * 32 * 64  # 6 l d a layer and position
+        assert counts == {
+            "aten.mm": flops.step_flops(config, 500, 3, 32) - attention,
+            "aten.bmm": 2 * attention,  # the whole square of scores, of which the causal mask leaves half
+        }
+
+    def test_a_gemm_has_a_speed(self):
+        state = torch.get_rng_state()
+        assert flops.gemm_flops_per_second(torch.device("cpu"), torch.float32) > 1e8
+        assert torch.equal(torch.get_rng_state(), state)

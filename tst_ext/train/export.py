@@ -1,0 +1,170 @@
+"""A trained model in the files that Hugging Face's transformers, and what reads its format, load.
+
+What superposition leaves behind is an ordinary causal language model, here one of Llama's shape, so the export is a
+matter of names and layout: each fused matrix becomes the matrices it stands for, and the configuration is spelt in
+Llama's keys. Nothing is computed, so in float32 the weights are those of the run, bit for bit. The pairs of the rotary
+embedding are already laid out as Llama's, the halves of a head.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import UNFINISHED, ModelConfig, TrainConfig, UserError, check_out
+from .data import load_tokenizer
+from .model import Transformer
+
+__all__ = ["export_hf"]
+
+
+def export_hf(
+    model: Transformer,
+    config: TrainConfig,
+    tokenizer_path: Path | None,
+    end_of_text: int | None,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    file_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes `folder`, whole or not at all, as `transformers.AutoModelForCausalLM.from_pretrained` reads it.
+
+    Weights go to model.safetensors, or, where they are more than `file_bytes`, to several files and
+    model.safetensors.index.json; beside them config.json and generation_config.json, and with a tokenizer
+    tokenizer.json and tokenizer_config.json.
+
+    Args:
+        model: on any device, with its whole parameters (not sharded over processes).
+        config: of the run that trained it. `latent_tokens` becomes the longest sequence, max_position_embeddings.
+        tokenizer_path: the run's tokenizer.json, or None.
+        end_of_text: id of the token that ends a document, which becomes the model's eos and bos token, or None.
+        folder: must not hold anything yet.
+        dtype: of the weights in the files.
+        file_bytes: most bytes of tensors in a file; a tensor above it has a file of its own.
+
+    Raises:
+        UserError: the folder is not empty or cannot be written, or the tokenizer cannot be read.
+    """
+    check_out(folder)
+    folder = folder.resolve()  # its sibling, also for "." and for a link
+    tokenizer_files = {} if tokenizer_path is None else _tokenizer_files(tokenizer_path, end_of_text, config)
+    special = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}  # null too: Llama's defaults are 1 and 2
+    files: dict[str, Any] = {
+        "config.json": _llama_config(config, model.embedding.num_embeddings, dtype) | special,
+        "generation_config.json": special,
+        **tokenizer_files,
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=UNFINISHED))
+    except OSError as error:
+        raise UserError(f"out {folder}: {error}") from error
+    try:
+        _save_weights(list(_llama_tensors(model, config.model)), unfinished, dtype, file_bytes)
+        for name, content in files.items():
+            _write_json(unfinished / name, content)
+        unfinished.chmod(0o755)  # mkdtemp's 0700 would keep the model from other users
+        unfinished.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"out {folder}: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _llama_config(config: TrainConfig, vocabulary: int, dtype: torch.dtype) -> dict[str, Any]:
+    model, name = config.model, str(dtype).removeprefix("torch.")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocabulary,
+        "hidden_size": model.dim,
+        "intermediate_size": model.ffn_dim,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.dim // model.heads,
+        "max_position_embeddings": config.latent_tokens,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},  # transformers 5
+        "rope_theta": model.rope_theta,  # transformers 4, which would use 10000 without; 5 prefers the entry above
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "dtype": name,  # transformers from 4.56 on
+        "torch_dtype": name,  # and before
+    }
+
+
+def _llama_tensors(model: Transformer, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """The weights by Llama's names; views, not copies."""
+    state = model.state_dict()
+    head_dim = config.dim // config.heads
+    heads = [config.heads * head_dim, config.kv_heads * head_dim, config.kv_heads * head_dim]
+    yield "model.embed_tokens.weight", state["embedding.weight"]
+    for layer in range(config.layers):
+        ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
+        q, k, v = state[f"{ours}.attention.qkv.weight"].split(heads)
+        gate, up = state[f"{ours}.ffn_in.weight"].chunk(2)
+        yield f"{theirs}.input_layernorm.weight", state[f"{ours}.attention_norm.weight"]
+        yield f"{theirs}.self_attn.q_proj.weight", q
+        yield f"{theirs}.self_attn.k_proj.weight", k
+        yield f"{theirs}.self_attn.v_proj.weight", v
+        yield f"{theirs}.self_attn.o_proj.weight", state[f"{ours}.attention.out.weight"]
+        yield f"{theirs}.post_attention_layernorm.weight", state[f"{ours}.ffn_norm.weight"]
+        yield f"{theirs}.mlp.gate_proj.weight", gate
+        yield f"{theirs}.mlp.up_proj.weight", up
+        yield f"{theirs}.mlp.down_proj.weight", state[f"{ours}.ffn_out.weight"]
+    yield "model.norm.weight", state["norm.weight"]
+    yield "lm_head.weight", state["head.weight"]
+
+
+def _save_weights(tensors: list[tuple[str, Tensor]], folder: Path, dtype: torch.dtype, file_bytes: int) -> None:
+    sizes = [tensor.numel() * dtype.itemsize for _, tensor in tensors]
+    files: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for (name, tensor), size in zip(tensors, sizes, strict=True):
+        if files[-1] and filled + size > file_bytes:
+            files.append({})
+            filled = 0
+        files[-1][name] = tensor
+        filled += size
+
+    weight_map: dict[str, str] = {}
+    for number, file in enumerate(files, start=1):
+        path = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+        # Converted file by file, so that a copy takes the memory of one file at most. "pt" is what transformers asks.
+        save_file({n: t.to("cpu", dtype) for n, t in file.items()}, folder / path, metadata={"format": "pt"})
+        (folder / path).chmod(0o644)  # safetensors 0.8 makes it 0600
+        weight_map |= dict.fromkeys(file, path)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _tokenizer_files(path: Path, end_of_text: int | None, config: TrainConfig) -> dict[str, Any]:
+    tokenizer = load_tokenizer(path)
+    # Training read text without the tokens that a post-processor adds around it, such as Llama 3's <|begin_of_text|>:
+    # the model has never seen them.
+    specification = json.loads(tokenizer.to_str()) | {"post_processor": None}
+    return {
+        "tokenizer.json": specification,
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": None if end_of_text is None else tokenizer.id_to_token(end_of_text),
+            "model_max_length": config.latent_tokens,
+            "clean_up_tokenization_spaces": False,  # transformers 4 would remove the space before punctuation
+        },
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

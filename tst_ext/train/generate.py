@@ -1,0 +1,79 @@
+"""Text from a trained model, one token after the other.
+
+A reference, to read and to look at samples with: every token runs the whole window through the same code as training.
+A cache of keys and values would make a token cost one position instead of all, and would be a second way through the
+attention that could be wrong in its own way; to serve a model, export it (`tst_ext.train.export`) to software made for
+that. The head, in a small model the largest matrix, runs on the last position alone.
+"""
+
+import math
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from .config import UserError
+from .model import Transformer
+
+__all__ = ["generate"]
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+    end_of_text: int | None,
+    positions: int,
+) -> str:
+    """Continues `prompt` and returns the continuation, without the prompt and without the end of text.
+
+    Args:
+        model: on any device.
+        tokenizer: the run's; no special tokens are put around the prompt, as none were in training.
+        prompt: text to continue. One that has no tokens starts from `end_of_text`, as a document does in training.
+        max_tokens: most tokens to append.
+        temperature: divides the logits; 0 takes the most probable token each time.
+        top_k: draws among that many most probable tokens; 0 among all.
+        seed: of the draws; the same on every device, because they are made on the CPU from logits in float32.
+        end_of_text: id of the token that ends the continuation, or None.
+        positions: tokens the model reads at most, the last ones of a longer text; `latent_tokens` of the run.
+
+    Raises:
+        UserError: an argument out of range, or nothing to start from; names the argument.
+    """
+    limits = {"max_tokens": (max_tokens, 1), "temperature": (temperature, 0), "top_k": (top_k, 0)}
+    for name, (value, low) in limits.items():
+        if not low <= value < math.inf:  # false for nan, too
+            raise UserError(f"{name}: expected a number >= {low}, got {value!r}")
+    ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids
+    if not ids:
+        if end_of_text is None:
+            raise UserError(f"prompt: expected some text, got {prompt!r}, and the data names no end-of-text token")
+        ids = [end_of_text]
+    started = len(ids)
+    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    for _ in range(max_tokens):
+        window = torch.tensor([ids[-positions:]], device=device)  # [1, l]
+        logits = model.head(model.hidden(window)[:, -1:])[0, 0]  # [V]
+        token = sample(logits.float().cpu(), temperature, top_k, generator)
+        if token == end_of_text:
+            break
+        ids.append(token)
+    # Not the new tokens alone: some tokenizers drop the space before the first token of a text.
+    return tokenizer.decode(ids)[len(tokenizer.decode(ids[:started])) :]
+
+
+def sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    """Draws an index of `logits` [V] with probability proportional to exp(logits / temperature)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    values, indices = logits.double().topk(min(top_k or len(logits), len(logits)))
+    probabilities = (values / temperature).softmax(0)  # float64: finite down to temperatures of 1e-300
+    return int(indices[torch.multinomial(probabilities, 1, generator=generator)])
