@@ -51,14 +51,14 @@ class TestSides:
             assert labels[:-1].equal(ids[1:])
             # The last bag knows one token after it.
             assert labels[-1].tolist() == [*shard.read(start + 16 * S, 1), *[PADDING] * (S - 1)]
-        assert batch.counts.tolist() == [64, 60, 60, 60]
+        assert batch.counts == [64, 60, 60, 60]
 
     def test_input(self, tiny, shard):
         both = read_batch(shard, with_options(tiny), S, 3)
         batch = read_batch(shard, with_options(tiny, sides="input"), S, 3)
         assert batch.ids.equal(both.ids) and batch.tokens == both.tokens
         assert batch.labels.equal(both.labels[..., 0])  # the next token after the bag
-        assert batch.counts.tolist() == [64]
+        assert batch.counts == [64]
 
     def test_output(self, tiny, shard):
         batch = read_batch(shard, with_options(tiny, sides="output"), S, 3)
@@ -67,14 +67,14 @@ class TestSides:
         for ids, labels in zip(batch.ids, batch.labels, strict=True):
             text = shard.read(start_of(shard, ids), 16 + S)
             assert all(labels[t].tolist() == text[t + 1 : t + 1 + S].tolist() for t in range(16))
-        assert batch.counts.tolist() == [64] * S
+        assert batch.counts == [64] * S
 
     @pytest.mark.parametrize("sides", ["both", "input", "output"])
     def test_recovery_is_ordinary(self, tiny, shard, sides):
         batch = read_batch(shard, with_options(tiny, sides=sides), 1, 3)
         assert batch.ids.shape == batch.labels.shape == (4, 16)
         assert batch.labels[:, :-1].equal(batch.ids[:, 1:])
-        assert batch.counts.tolist() == [64] and batch.tokens == 64
+        assert batch.counts == [64] and batch.tokens == 64
 
 
 class TestScale:
@@ -84,7 +84,7 @@ class TestScale:
         sequence = read_batch(shard, with_options(tiny), S, 3)
         assert batch.ids.numel() == sequence.ids.numel() and batch.tokens == sequence.tokens
         assert len({start_of(shard, ids.flatten()) for ids in batch.ids}) > 4 * S - 3
-        assert batch.counts.tolist() == [64, 48, 48, 48]
+        assert batch.counts == [64, 48, 48, 48]
 
 
 class TestDocuments:
@@ -133,7 +133,7 @@ class TestShares:
             parts = [read_batch(shard, config, s, 5, rank, 2) for rank in range(2)]
             assert torch.cat([p.ids for p in parts]).equal(whole.ids)
             assert torch.cat([p.labels for p in parts]).equal(whole.labels)
-            assert sum(p.counts for p in parts).equal(whole.counts)
+            assert np.sum([p.counts for p in parts], axis=0).tolist() == whole.counts
             assert sum(p.tokens for p in parts) == whole.tokens
 
     @pytest.mark.parametrize(("options", "tokens"), [({}, 64), (dict(sides="output"), 19), (dict(scale="batch"), 16)])
@@ -161,11 +161,11 @@ class TestAhead:
         with ahead(slow, 0, 100) as items:
             next(items)
             for _ in range(1000):
-                if len(read) >= 3:
+                if len(read) >= 8:
                     break
                 time.sleep(0.001)
             time.sleep(0.05)
-            assert 3 <= len(read) <= 4, "two wait, one more is under way"
+            assert len(read) == 8, "as many as may wait"
 
     def test_an_error_comes_where_its_item_would(self):
         def read(i):

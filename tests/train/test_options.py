@@ -119,7 +119,7 @@ class TestLossOptions:
         if "objective" in options:  # it asks for a label in the first slot of every bag that has one, as folds give
             labels = labels.sort(-1, descending=True).values
             counts = (labels != PADDING).sum(0)
-        arguments = loss_options(config, counts, world=3)
+        arguments = loss_options(config.superposition, tuple(counts.tolist()), world=3)
         parts = [
             linear_multi_hot_cross_entropy(hidden[rows], weight, labels[rows], **arguments).item()
             for rows in (slice(0, 5), slice(5, 9), slice(9, 24))
@@ -130,8 +130,8 @@ class TestLossOptions:
         ).item()
         assert sum(parts) / 3 == pytest.approx(whole, rel=1e-6)  # weights are float32
 
-    def test_a_position_without_labels_drops_out(self, tiny):
-        arguments = loss_options(with_options(tiny), torch.tensor([3, 0]), world=1)
+    def test_a_position_without_labels_drops_out(self):
+        arguments = loss_options(SuperpositionConfig(), (3, 0), world=1)
         assert arguments["position_weights"].tolist() == pytest.approx([1 / 3, 0]) and arguments["normalizer"] == 1
 
 

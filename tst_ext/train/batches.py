@@ -1,12 +1,13 @@
 """The batch of a step in each phase, and a thread that reads ahead of the loop."""
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,13 +28,13 @@ class Batch:
     Attributes:
         ids: `[b, l]` tokens or `[b, l, s]` bags.
         labels: `[b, l]` or `[b, l, s]`.
-        counts: `[s]`, how many labels of each bag position count.
+        counts: for each of the s bag positions how many of its labels count.
         tokens: data tokens read.
     """
 
     ids: Tensor
     labels: Tensor
-    counts: Tensor
+    counts: list[int]
     tokens: int
 
 
@@ -88,8 +89,11 @@ def read_batch(shard: Shard, config: TrainConfig, bag_size: int, step: int, rank
         ids, labels = fold_inputs(ids, s, **documents), fold_labels(labels, s, shifted=True, **documents)
         if options.sides == "input":
             labels = labels[..., 0]  # the first token of the next bag is the next token
-    counts = (labels != PADDING).flatten(0, 1).sum(0).view(-1)
-    return Batch(ids.contiguous(), labels.contiguous(), counts, int((ids != PADDING).sum()))
+    # Without documents all sequences are alike. NumPy's count takes 5 us where torch's comparison and sum take 60.
+    counted, times = (labels[:1], len(labels)) if options.straddle else (labels, 1)
+    counts = np.atleast_1d(np.count_nonzero(counted.numpy() != PADDING, axis=(0, 1))) * times
+    tokens = ids.numel() if options.straddle else np.count_nonzero(ids.numpy() != PADDING)
+    return Batch(ids.contiguous(), labels.contiguous(), counts.tolist(), int(tokens))
 
 
 def _within_document(labels: Tensor, ended: Tensor) -> Tensor:
@@ -101,26 +105,30 @@ def _within_document(labels: Tensor, ended: Tensor) -> Tensor:
 
 
 @contextmanager
-def ahead(read: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Iterator[Iterator[T]]:
+def ahead(read: Callable[[int], T], start: int, stop: int, depth: int = 8) -> Iterator[Iterator[T]]:
     """A context with `read(start)`, ..., `read(stop - 1)`, read by a thread while the loop works on those before.
+
+    The thread fills up to `depth` items as soon as half of them are gone. Woken for every item it finds cold caches and
+    stands in the way of the loop, which takes 5 % of a small model's step of 17 ms on two cores; this way 2 %.
 
     An exception in the thread is raised where its item would have come. The thread ends with the context: one that
     still worked when the interpreter shuts down would abort the process.
     """
-    items: queue.Queue[T | BaseException] = queue.Queue(depth)
-    closed = threading.Event()
+    items: deque[T | BaseException] = deque()
+    changed = threading.Condition()
+    closed = False
 
     def put(item: T | BaseException) -> None:
-        while not closed.is_set():
-            try:
-                return items.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+        with changed:
+            items.append(item)
+            changed.notify()
+            if len(items) >= depth:
+                changed.wait_for(lambda: closed or len(items) <= depth // 2)
 
     def work() -> None:
         try:
             for step in range(start, stop):
-                if closed.is_set():
+                if closed:
                     return
                 put(read(step))
         except BaseException as error:
@@ -128,7 +136,11 @@ def ahead(read: Callable[[int], T], start: int, stop: int, depth: int = 2) -> It
 
     def results() -> Iterator[T]:
         for _ in range(start, stop):
-            item = items.get()
+            with changed:
+                changed.wait_for(lambda: items)
+                item = items.popleft()
+                if len(items) == depth // 2:
+                    changed.notify()
             if isinstance(item, BaseException):
                 raise item
             yield item
@@ -138,5 +150,7 @@ def ahead(read: Callable[[int], T], start: int, stop: int, depth: int = 2) -> It
     try:
         yield results()
     finally:
-        closed.set()
+        with changed:
+            closed = True
+            changed.notify()
         thread.join()

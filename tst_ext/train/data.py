@@ -245,26 +245,32 @@ class Shard:
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens `[start, start + count)` as int64.
 
-        By a read, not a memory map: a file that shrinks or fails under a map ends the process by SIGBUS, without a
-        word and without a checkpoint.
-
         Raises:
             UserError: the file cannot be read, or has become shorter.
         """
-        size = self.dtype.itemsize
+        tokens = np.empty(count, self.dtype)
+        self._fill(tokens, start)
+        return tokens.astype(np.int64)
+
+    def _fill(self, tokens: np.ndarray, start: int) -> None:
+        """By a read, not a memory map: a file that shrinks or fails under a map ends the process by SIGBUS, without a
+        word and without a checkpoint."""
+        offset = start * self.dtype.itemsize
         try:
-            content = os.pread(self.file.fileno(), count * size, start * size)
+            count = os.preadv(self.file.fileno(), [tokens.data], offset)
         except OSError as error:
             raise UserError(f"shard {self.path}: {error}") from error
-        if len(content) != count * size:
+        if count != tokens.nbytes:
             raise UserError(
-                f"shard {self.path}: expected {count * size} bytes at {start * size}, got {len(content)}: "
+                f"shard {self.path}: expected {tokens.nbytes} bytes at {offset}, got {count}: "
                 "it has become shorter; prepare it again"
             )
-        return np.frombuffer(content, self.dtype).astype(np.int64)
 
     def _windows(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
-        windows = torch.from_numpy(np.stack([self.read(start, length + 1) for start in starts.tolist()]))
+        tokens = np.empty((len(starts), length + 1), self.dtype)
+        for row, start in zip(tokens, starts.tolist(), strict=True):
+            self._fill(row, start)
+        windows = torch.from_numpy(tokens.astype(np.int64))
         return windows[:, :-1], windows[:, 1:]
 
     def batch(self, seed: int, step: int, batch: int, length: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:

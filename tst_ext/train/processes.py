@@ -63,6 +63,10 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
+    def sum_numbers(self, numbers: list[int]) -> list[int]:
+        """Each of the numbers summed over all processes."""
+        return numbers if self.world == 1 else self.sum(torch.tensor(numbers)).tolist()
+
     def share(self, value: Any) -> Any:
         """Rank 0's `value`, on every process."""
         values = [value]
@@ -107,8 +111,9 @@ class Processes:
 
     def autocast(self, config: TrainConfig) -> contextlib.AbstractContextManager[Any]:
         """Mixed precision where FSDP2 does not bring its own."""
-        enabled = config.dtype == "bfloat16" and (self.world == 1 or config.run.parallel == "ddp")
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        if config.dtype == "float32" or (self.world > 1 and config.run.parallel == "fsdp"):
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def accumulate(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
         """DDP exchanges the gradients of a batch with its last part.
