@@ -11,8 +11,9 @@ COMPARE ?=
 BENCH ?=
 RESULTS ?= benchmarks/results/latest.json
 STEPS ?=
+KILLS ?= 20
 
-.PHONY: train test test-slow mutation bench lint format cpp-test cpp-test-baseline cuda-compile gpu-check clean
+.PHONY: train test test-slow test-kill mutation bench lint format cpp-test cpp-test-baseline cuda-compile gpu-check clean
 
 train: $(INSTALLED)
 	$(BIN)/tst compare $(COMPARE)
@@ -21,8 +22,12 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest tests
 
 # Tensors of more than 2^31 elements.
-test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest tests -m slow
+test-slow: test-kill
+	$(BIN)/python -m pytest tests -m slow --ignore tests/train
+
+# kill -9 at random moments of training runs.
+test-kill: $(INSTALLED)
+	$(BIN)/python -m pytest tests/train/test_kill.py -m slow -s --kills $(KILLS)
 
 # Breaks the kernels and the Python around them in one place at a time: each time a test must fail.
 mutation: $(INSTALLED)
