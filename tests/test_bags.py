@@ -292,6 +292,10 @@ class TestPositionWeights:
         assert weights.dtype == torch.float32
         assert weights.tolist() == pytest.approx(expected, rel=3 * torch.finfo(torch.float32).eps)
 
+    def test_constants_of_ones_own(self):
+        weights = position_weights("fitted", 3, fitted=(0.5, 2.0, -1.0))
+        assert weights.tolist() == pytest.approx([2.5, 1.5, 0.5 + 2 / 3], rel=1e-6)
+
     def test_bad_arguments(self):
         with pytest.raises(ValueError, match="'power'"):
             position_weights("power", 3)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from tokenizers import Tokenizer
 
@@ -101,6 +102,56 @@ class TestPrepare:
             prepare(documents, CONFIG, tmp_path / "out")
         assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == ["out"]
         assert (tmp_path / "out" / "precious").read_text() == "x"
+
+
+class TestGivenTokenizer:
+    @pytest.fixture
+    def tokenizer(self, tmp_path):
+        """Words; begins every text with <s>, cuts it to 5 tokens and fills it up to 8; its ids have gaps."""
+        words = ["bag", "token", "step", "loss", "head", "row", "mean", "phase", "switch", "label"]
+        ids = {"<unk>": 0, "<s>": 1, "</s>": 2, **{word: 10 + i for i, word in enumerate(words)}}
+        tokenizer = Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+        tokenizer.enable_truncation(5)
+        tokenizer.enable_padding(length=8, pad_id=0)
+        tokenizer.save(str(tmp_path / "given.json"))
+        return tmp_path / "given.json"
+
+    def test_documents_whole_and_nothing_but_them(self, documents, tokenizer, tmp_path):
+        config = DataConfig(tokenizer=tokenizer, end_of_text="</s>", holdout=0.1)
+        prepare(documents, config, tmp_path / "out")
+        shard = Shard(tmp_path / "out", "train")
+        assert shard.vocabulary == 20 and shard.end_of_text == 2  # the largest id and one; not the number of entries
+        texts = np.split(shard.read(0, len(shard)), np.flatnonzero(shard.read(0, len(shard)) == 2) + 1)[:-1]
+        assert len(texts) == 180
+        # A number, which it does not know, and 60 words.
+        assert all(len(t) == 62 and t[0] == 0 and (t[1:-1] >= 10).all() for t in texts)
+
+    def test_its_end_of_text_must_exist(self, documents, tokenizer, tmp_path):
+        with pytest.raises(UserError, match="no token '<|endoftext|>'; name one by --end-of-text".replace("|", r"\|")):
+            prepare(documents, DataConfig(tokenizer=tokenizer), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("content", [None, "", "{}", "[1]"])
+    def test_malformed(self, documents, tmp_path, content):
+        if content is not None:
+            (tmp_path / "t.json").write_text(content)
+        with pytest.raises(UserError, match=r"tokenizer .*t\.json: "):
+            prepare(documents, DataConfig(tokenizer=tmp_path / "t.json"), tmp_path / "out")
+
+    def test_another_one_is_another_entry_of_the_cache(self, documents, tokenizer, tmp_path):
+        (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        data = dict(data=(tmp_path / "text.jsonl",), vocabulary=300)
+        own = prepared_folder(DataConfig(**data))
+        given = prepared_folder(DataConfig(**data, tokenizer=tokenizer, end_of_text="</s>"))
+        assert own != given and prepared_folder(DataConfig(**data, tokenizer=tokenizer, end_of_text="<s>")) != given
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "\\ud800"}\n')
+    with pytest.raises(UserError, match="t.jsonl: .*surrogates"):
+        read_documents(DataConfig(data=(tmp_path / "t.jsonl",)))
 
 
 def _prepared(data, queue):
