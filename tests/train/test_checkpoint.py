@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pickle
 import signal
@@ -192,6 +193,15 @@ class TestWriting:
         train(often, tmp_path / "run", progress=False)
         assert_same_run(straight, tmp_path / "run")
         assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+    def test_no_checkpoint_of_a_run_that_diverged(self, often, tmp_path, monkeypatch):
+        original = loop.learning_rate
+        monkeypatch.setattr(
+            loop, "learning_rate", lambda config, steps, step: math.nan if step == 5 else original(config, steps, step)
+        )
+        with pytest.raises(UserError, match="step 7: the loss is nan"):  # whose checkpoint would have been the next
+            train(with_run(often, log_every=100), tmp_path / "run", progress=False)
+        assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["step-00000004"]
 
     def test_full_disk(self, often, straight, tmp_path):
         result = run(often, tmp_path / "run", action=("fill", 9))

@@ -257,11 +257,15 @@ def _train(config: TrainConfig, run: RunFolder, resume: str, progress: bool, pro
 
             state["step"], state["data_tokens"] = step + 1, state["data_tokens"] + tokens
             last = step + 1 == config.steps
-            if last or (step + 1) % config.run.log_every == 0:
+            report = last or (step + 1) % config.run.log_every == 0
+            save = last or stop or (step + 1) % config.run.checkpoint_every == 0
+            if report or save:
                 value = processes.sum(loss).item() / processes.world
                 norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-                if not math.isfinite(value):
-                    raise UserError(f"step {step}: the loss is {value}; a lower learning rate or clip may help")
+                if not (math.isfinite(value) and norm.isfinite()):  # before a checkpoint of it replaces a good one
+                    values = f"the loss is {value}, the norm of its gradient {norm.item()}"
+                    raise UserError(f"step {step}: {values}; a lower learning rate or clip may help")
+            if report:
                 phase = "superposition" if step < schedule.switch_step else "recovery"
                 line = {"step": step + 1, "phase": phase, "loss": value, "lr": lr, "grad_norm": norm.item()}
                 line |= meter.report(step + 1, state["data_tokens"])
@@ -276,7 +280,7 @@ def _train(config: TrainConfig, run: RunFolder, resume: str, progress: bool, pro
                 if not math.isfinite(state["val_loss"]):
                     raise UserError(f"step {step}: the held-out loss is {state['val_loss']}; try a lower learning rate")
                 metrics.write({"step": step + 1, "val_loss": state["val_loss"]})
-            if last or stop or (step + 1) % config.run.checkpoint_every == 0:
+            if save:
                 processes.finish()
                 with meter.pause():
                     metrics.sync()
