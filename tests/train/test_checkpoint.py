@@ -194,6 +194,20 @@ class TestWriting:
         assert_same_run(straight, tmp_path / "run")
         assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
+    def test_death_half_way_through_a_removal(self, often, straight, tmp_path, monkeypatch):
+        def half(path, **_):
+            next(path.glob("*.safetensors")).unlink()
+            raise Killed
+
+        with monkeypatch.context() as context, pytest.raises(Killed):
+            context.setattr(checkpoint, "_remove_unfinished", lambda folder: None)
+            context.setattr(checkpoint.shutil, "rmtree", lambda path, **o: half(path) if path.is_dir() else None)
+            train(often, tmp_path / "run", progress=False)
+        found = checkpoint.checkpoints(tmp_path / "run")
+        assert [checkpoint.verify(path)["step"] for path in found] == [8, 12], "what is left of 4 is no checkpoint"
+        train(often, tmp_path / "run", progress=False)
+        assert_same_run(straight, tmp_path / "run")
+
     def test_no_checkpoint_of_a_run_that_diverged(self, often, tmp_path, monkeypatch):
         original = loop.learning_rate
         monkeypatch.setattr(

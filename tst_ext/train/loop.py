@@ -87,7 +87,7 @@ def loss_options(options: SuperpositionConfig, counts: tuple[int, ...], world: i
 @torch.no_grad()
 def reinitialise(model: Transformer, optimizer: torch.optim.Optimizer, seed: int) -> None:
     """Embedding and head as in a fresh model, and no memory of their gradients: the paper's Table 2."""
-    generator = torch.Generator().manual_seed(seed + 1)  # not the weights the run began with
+    generator = torch.Generator().manual_seed(seed)
     for name in ("embedding.weight", "head.weight"):
         parameter = model.get_parameter(name)
         fresh = torch.empty(parameter.shape).normal_(std=initial_std(name, 1), generator=generator)
