@@ -77,6 +77,23 @@ class TestResume:
         assert "step-00000100" in run(config, tmp_path / "b").stderr
         assert_same_run(tmp_path / "a", tmp_path / "b")
 
+    def test_random_numbers_go_on(self, often, tmp_path, monkeypatch):
+        """The loop draws none; what a user adds to it might."""
+        drawn, original = {}, loop.learning_rate
+
+        def draw(config, steps, step):
+            drawn.setdefault(step, []).append(torch.rand(1).item())
+            if step == 9 and len(drawn[9]) == 1:
+                raise Killed
+            return original(config, steps, step)
+
+        monkeypatch.setattr(loop, "learning_rate", draw)
+        with pytest.raises(Killed):
+            train(often, tmp_path / "run", progress=False)
+        train(often, tmp_path / "run", progress=False)
+        assert len(drawn[8]) == len(drawn[9]) == 2 and len(drawn[7]) == 1
+        assert drawn[8][0] == drawn[8][1] and drawn[9][0] == drawn[9][1]
+
     def test_a_finished_run_is_left_as_it_is(self, often, straight, capsys):
         before = {p: p.stat().st_mtime_ns for p in (straight / "checkpoints").rglob("*")}
         result = train(often, straight, progress=False)

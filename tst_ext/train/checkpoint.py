@@ -185,15 +185,10 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, process
     Raises:
         UserError: it is not one of this model.
     """
-    for parameter in model.parameters():  # a step that changes nothing: the optimiser makes its state
+    for parameter in model.parameters():  # a step makes the optimiser's state; what it does is overwritten
         parameter.grad = torch.zeros_like(parameter)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
     optimizer.step()
     optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
     tensors = _tensors(model, optimizer, processes)
     _read(path, tensors, processes.world == 1)
     torch.set_rng_state(tensors[f"rng.cpu.{processes.rank}"])
