@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import sys
+import time
 
 import pytest
 import torch
@@ -189,9 +190,21 @@ class TestReport:
             assert line["mfu"] == pytest.approx(10 * step / seconds / 1e9, rel=1e-2)
             assert 0 <= line["waited_for_data_s"] <= seconds
 
-    def test_waiting_is_measured(self, tiny, tmp_path, monkeypatch):
-        import time
+    def test_validation_and_checkpoints_are_no_training_time(self, tiny, tmp_path, monkeypatch):
+        original, saved = loop.validate, loop.checkpoint.save
 
+        def slow(function):
+            return lambda *args: time.sleep(0.3) or function(*args)
+
+        monkeypatch.setattr(loop, "validate", slow(original))
+        monkeypatch.setattr(loop.checkpoint, "save", slow(saved))
+        train(with_run(tiny, log_every=15, eval_every=5, checkpoint_every=5), tmp_path / "run", progress=False)
+        first, second = (m for m in read_metrics(tmp_path / "run") if "loss" in m)
+        assert second["seconds"] > 6 * 0.3 * 5 / 6  # of the run: all of them but the last pair
+        # Of the steps, which take some milliseconds each: none of the four that come before the last line.
+        assert (second["data_tokens"] - first["data_tokens"]) / second["tokens_per_s"] < 0.3
+
+    def test_waiting_is_measured(self, tiny, tmp_path, monkeypatch):
         original = loop.read_batch
 
         def slow(*args):
