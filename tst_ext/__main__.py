@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return cli.COMMANDS[argv[0]](argv[1:])
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"tst {argv[0]}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -107,7 +107,7 @@ class TestResume:
     def test_from_an_earlier_one(self, often, straight, tmp_path):
         final = tensors(straight / "checkpoints" / "step-00000030")
         train(often, straight, resume="step-00000028", progress=False)
-        assert (straight / "checkpoints" / "aside-step-00000030").exists()
+        assert (straight / "checkpoints" / "aside-step-00000030-1").exists()
         again = tensors(straight / "checkpoints" / "step-00000030")
         assert all(torch.equal(final[name], again[name]) for name in final)
 
@@ -140,15 +140,48 @@ class TestResume:
         with pytest.raises(UserError, match="other data"):
             train(often, straight, resume="step-00000028", progress=False)
 
+    def test_another_end_of_text_is_other_data(self, often, straight, shards):
+        header = json.loads((shards / "train.json").read_text())
+        (shards / "train.json").write_text(json.dumps({**header, "end_of_text": 5}))
+        with pytest.raises(UserError, match="end_of_text was None, is 5"):
+            train(often, straight, resume="step-00000028", progress=False)
+
+    def test_a_checkpoint_of_another_folder(self, often, straight, tmp_path):
+        with pytest.raises(UserError, match="none of that name"):
+            train(often, straight, resume=str(tmp_path / "other" / "step-00000028"), progress=False)
+        train(often, straight, resume=str(straight / "checkpoints" / "step-00000028"), progress=False)
+
+    def test_a_damaged_line_of_metrics(self, often, straight):
+        before = lines(straight)
+        with open(straight / "metrics.jsonl", "ab") as file:
+            file.write(b"\0\0\0\n")
+        train(often, straight, progress=False)
+        assert lines(straight) == before
+
+    def test_a_folder_that_another_run_took_meanwhile(self, often, tmp_path, monkeypatch):
+        original = loop.gemm_flops_per_second
+
+        def other(*args):
+            monkeypatch.setattr(loop, "gemm_flops_per_second", original)
+            train(dataclasses.replace(often, seed=1), tmp_path / "run", progress=False)
+            return original(*args)
+
+        monkeypatch.setattr(loop, "gemm_flops_per_second", other)
+        with pytest.raises(UserError, match="not empty"):
+            train(often, tmp_path / "run", progress=False)
+        assert checkpoint.verify(checkpoint.checkpoints(tmp_path / "run")[-1])["config"]["seed"] == 1
+
     def test_never(self, often, straight):
         with pytest.raises(UserError, match="not empty"):
             train(often, straight, resume="never", progress=False)
 
     def test_unknown_checkpoint(self, often, straight):
-        with pytest.raises(UserError, match="has no checkpoint step-00000001; it has .*step-00000028"):
+        with pytest.raises(
+            UserError, match="checkpoint step-00000001: .* has none of that name; it has .*step-00000028"
+        ):
             train(often, straight, resume="step-00000001", progress=False)
 
-    def test_a_folder_in_which_another_process_trains(self, often, tmp_path, config_in=None):
+    def test_a_folder_in_which_another_process_trains(self, often, tmp_path):
         config = dataclasses.replace(often, steps=10**6)
         save_config(config, tmp_path / "c.json")
         command = [sys.executable, "-m", "tst_ext", "train", "--config", tmp_path / "c.json", "--out", tmp_path / "run"]
@@ -186,8 +219,8 @@ class TestWriting:
             (checkpoint.dcp, "save", 3),
             (checkpoint, "_checksums", 3),
             (checkpoint, "write_text", 3),
-            (checkpoint, "_sync", 7),
-            (checkpoint, "_sync", 9),
+            (checkpoint, "sync", 8),
+            (checkpoint, "sync", 10),
             (checkpoint, "_discard", 1),
             (checkpoint.shutil, "rmtree", 2),
         ],
@@ -210,6 +243,19 @@ class TestWriting:
         train(often, tmp_path / "run", progress=False)
         assert_same_run(straight, tmp_path / "run")
         assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+    def test_an_old_one_that_cannot_be_removed(self, often, straight, tmp_path, monkeypatch):
+        original = checkpoint.shutil.rmtree
+
+        def refuse(path, ignore_errors=False, **options):
+            if ignore_errors:
+                return None
+            return original(path, **options)
+
+        with monkeypatch.context() as context:
+            context.setattr(checkpoint.shutil, "rmtree", refuse)
+            train(often, tmp_path / "run", progress=False)
+        assert_same_run(straight, tmp_path / "run")
 
     def test_death_half_way_through_a_removal(self, often, straight, tmp_path, monkeypatch):
         def half(path, **_):

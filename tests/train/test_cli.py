@@ -71,23 +71,24 @@ class TestTrain:
         assert saved.superposition.stages == ((0.1, 2), (0.1, 3)) and saved.superposition.fitted == (1.0, 2.0, -0.5)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on text, and the text."""
+    folder = tmp_path_factory.mktemp("trained")
+    words = ["bag", "token", "step", "loss", "head", "row", "mean", "phase"]
+    text = [" ".join(words[(i * j) % 8] for j in range(60)) for i in range(200)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in text))
+    arguments = ["--vocabulary", "300", "--out", str(folder / "data")]
+    assert main(["prepare", "--data", str(folder / "text.jsonl"), *arguments]) == 0
+    arguments = ["--data", str(folder / "data"), "--dim", "32", "--heads", "2", "--kv-heads", "1", "--layers", "1"]
+    arguments += ["--ffn-dim", "64", "--latent-tokens", "32", "--steps", "60", "--checkpoint-every", "40"]
+    arguments += ["--eval-tokens", "256", "--device", "cpu", "--no-progress"]
+    assert main(["train", *arguments, "--out", str(folder / "run")]) == 0
+    return folder
+
+
 class TestUseOfARun:
     """plan, fit-weights, eval, generate, export."""
-
-    @pytest.fixture(scope="class")
-    def trained(self, tmp_path_factory):
-        """A run on text, and the text."""
-        folder = tmp_path_factory.mktemp("trained")
-        words = ["bag", "token", "step", "loss", "head", "row", "mean", "phase"]
-        text = [" ".join(words[(i * j) % 8] for j in range(60)) for i in range(200)]
-        (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in text))
-        arguments = ["--vocabulary", "300", "--out", str(folder / "data")]
-        assert main(["prepare", "--data", str(folder / "text.jsonl"), *arguments]) == 0
-        arguments = ["--data", str(folder / "data"), "--dim", "32", "--heads", "2", "--kv-heads", "1", "--layers", "1"]
-        arguments += ["--ffn-dim", "64", "--latent-tokens", "32", "--steps", "60", "--checkpoint-every", "40"]
-        arguments += ["--eval-tokens", "256", "--device", "cpu", "--no-progress"]
-        assert main(["train", *arguments, "--out", str(folder / "run")]) == 0
-        return folder
 
     def test_eval_is_the_validation_of_training(self, trained, capsys):
         assert main(["eval", str(trained / "run")]) == 0
@@ -98,6 +99,16 @@ class TestUseOfARun:
         result = json.loads((trained / "run" / "result.json").read_text())
         # The validation of training leaves out what does not fill a window.
         assert own["loss"] == pytest.approx(result["val_loss"], rel=0.05)
+
+    def test_eval_of_a_run_on_text_reads_its_held_out_part(self, trained, tmp_path, capsys):
+        arguments = ["--data", str(trained / "text.jsonl"), "--vocabulary", "300", "--dim", "32", "--heads", "2"]
+        arguments += ["--kv-heads", "1", "--layers", "1", "--ffn-dim", "64", "--latent-tokens", "32", "--steps", "2"]
+        arguments += ["--eval-tokens", "64", "--no-progress", "--out", str(tmp_path / "run")]
+        assert main(["train", *arguments]) == 0
+        capsys.readouterr()
+        assert main(["eval", str(tmp_path / "run")]) == 0
+        header = json.loads((trained / "data" / "val.json").read_text())  # the same text and settings
+        assert json.loads(capsys.readouterr().out)["tokens"] == header["tokens"]
 
     def test_eval_of_text(self, trained, capsys):
         assert main(["eval", str(trained / "run"), "--data", str(trained / "text.jsonl"), "--batch", "3"]) == 0
@@ -158,7 +169,7 @@ class TestUseOfARun:
         ("arguments", "message"),
         [
             (["eval", "absent"], "run absent: expected the folder of a run"),
-            (["generate", "{run}", "--checkpoint", "step-1"], "has no checkpoint step-1"),
+            (["generate", "{run}", "--checkpoint", "step-1"], "checkpoint step-1: "),
             (["generate", "{run}", "--temperature", "-1"], "temperature"),
             (["export", "absent", "--out", "x"], "run absent"),
             (["plan", "absent"], "config absent"),
@@ -166,6 +177,8 @@ class TestUseOfARun:
             (["train", "--preset", "1t"], "preset: expected one of 270m, 600m, 3b, got '1t'"),
             (["train", "--preset", "3b", "--config", "c.toml"], "config, preset: expected one of them"),
             (["train", "--out"], "--out: expected a value"),
+            (["train", "--device", "meta"], "device: expected auto, cpu or cuda, got 'meta'"),
+            (["train", "--out", "x" * 300], "File name too long"),
         ],
     )
     def test_errors(self, trained, capsys, arguments, message):

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import re
 from pathlib import Path
 
@@ -68,6 +69,8 @@ class TestFiles:
         ("superposition", "stages", ((0.9, 2),)),
         ("superposition", "stages", ((0.1, 0),)),
         ("superposition", "sides", "neither"),
+        ("optimizer", "learning_rate", math.inf),
+        ("model", "rope_theta", 0.0),
         ("superposition", "objective", "hinge"),
         ("optimizer", "learning_rate", 0.0),
         ("optimizer", "warmup", 100.5),
@@ -106,6 +109,9 @@ def test_what_does_not_go_together_is_named(change, message):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
+        (dict(position_weights="fitted", fitted=(0.0, 0.0, 0.0)), "fitted"),
+        (dict(position_weights="fitted", fitted=(math.nan, 1.0, -1.0)), "fitted"),
+        (dict(position_weights="fitted", fitted=(-0.5, 1.0, -1.0)), "fitted"),
         (dict(sides="output", scale="batch"), "scale"),
         (dict(objective="mce_alt", position_weights="first"), "position_weights"),
     ],

@@ -256,6 +256,22 @@ class TestShard:
         with pytest.raises(UserError, match="shard"):
             Shard(shards, "train")
 
+    @pytest.mark.parametrize(
+        "change", [{"tokens": 2e4}, {"vocabulary": "64"}, {"vocabulary": -3}, {"end_of_text": "eot"}, {"sha256": None}]
+    )
+    def test_header_of_other_types(self, shards, change):
+        header = json.loads((shards / "train.json").read_text())
+        (shards / "train.json").write_text(json.dumps({**header, **change}))
+        with pytest.raises(UserError, match="not a header of format 1"):
+            Shard(shards, "train")
+
+    def test_ids_outside_the_vocabulary(self, shards):
+        header = json.loads((shards / "train.json").read_text())
+        (shards / "train.json").write_text(json.dumps({**header, "vocabulary": 63}))
+        with pytest.raises(UserError, match="train.bin: expected ids below vocabulary = 63, got 63"):
+            for step in range(100):
+                Shard(shards, "train").batch(0, step, 8, 16)
+
     def test_missing(self, tmp_path):
         with pytest.raises(UserError, match="train.json"):
             Shard(Path(tmp_path), "train")

@@ -26,7 +26,6 @@ def test_kill_9_at_random_moments(tiny, tmp_path, kills):
         out, reached = tmp_path / f"run{restarts}", 0
         restarts += 1
         while True:
-            command = [sys.executable, "-m", "tst_ext", "train", "--config", tmp_path / "c.json", "--out", out]
 
             def unfinished(folder=out / "checkpoints"):
                 return set(folder.glob(".unfinished-*"))
@@ -65,4 +64,4 @@ def test_kill_9_at_random_moments(tiny, tmp_path, kills):
                 break
         assert_same_run(straight, out)
     print(f"{done} kills, {in_checkpoint} of them while a checkpoint was written or removed, {restarts} runs")
-    assert in_checkpoint >= 1
+    assert in_checkpoint >= max(1, kills // 8)

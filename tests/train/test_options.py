@@ -75,6 +75,16 @@ class TestSuperposition:
         phases = [m["phase"] for m in read_metrics(tmp_path / "run") if "loss" in m]
         assert phases == ["superposition"] * 15 + ["recovery"] * 15
 
+    def test_documents_shorter_than_a_bag(self, tiny, tmp_path, shards):
+        from conftest import write_split
+
+        for split in ("train", "val"):
+            write_split(shards, split, [1, 2, 0] * 2000)
+            header = json.loads((shards / f"{split}.json").read_text())
+            (shards / f"{split}.json").write_text(json.dumps({**header, "end_of_text": 0}))
+        with pytest.raises(UserError, match="step 0: no bag has a label: documents are shorter than bags"):
+            train(with_options(tiny, straddle=False), tmp_path / "run", progress=False)
+
     def test_input_only_is_the_weight_first(self, tiny, tmp_path):
         train(with_options(tiny, sides="input"), tmp_path / "a", progress=False)
         train(with_options(tiny, position_weights="first"), tmp_path / "b", progress=False)

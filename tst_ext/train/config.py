@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import tomllib
 import typing
@@ -21,6 +22,7 @@ __all__ = [
     "UserError",
     "check_out",
     "config_dict",
+    "config_from_dict",
     "load_config",
     "save_config",
     "write_text",
@@ -66,6 +68,7 @@ class ModelConfig:
             _check(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
         _check("heads", self.heads, self.dim % (2 * self.heads) == 0, f"heads with dim = {self.dim} / heads even")
         _check("kv_heads", self.kv_heads, self.heads % self.kv_heads == 0, f"a divisor of heads = {self.heads}")
+        _check("rope_theta", self.rope_theta, 0 < self.rope_theta < math.inf, "a number > 0")
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,11 @@ class SuperpositionConfig:
         _check("scale", self.scale, self.sides != "output" or self.scale == "sequence", "sequence with sides output")
         uniform = self.objective == "mce" or self.position_weights == "uniform"
         _check("position_weights", self.position_weights, uniform, "uniform with objective mce_alt")
+        if self.position_weights == "fitted":
+            c0, a, k = self.fitted
+            weights = [c0 + a * i**k for i in range(1, max(self.bag_sizes(), default=1) + 1)]
+            usable = all(0 <= w < math.inf for w in weights) and weights[0] > 0
+            _check("fitted", self.fitted, usable, "C0, a, k with weights >= 0, and the first above 0")
 
     def bag_sizes(self) -> tuple[int, ...]:
         """The bag sizes of all stages with a share of the steps."""
@@ -147,12 +155,12 @@ class OptimizerConfig:
     """Largest norm of the gradient of all parameters together."""
 
     def __post_init__(self) -> None:
-        _check("learning_rate", self.learning_rate, self.learning_rate > 0, "a number > 0")
+        _check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "a number > 0")
         whole = self.warmup < 1 or self.warmup == int(self.warmup)
         _check("warmup", self.warmup, self.warmup >= 0 and whole, "a share below 1 or a number of steps")
         share = self.warmup if self.warmup < 1 else 0
         _check("decay", self.decay, 0 <= self.decay <= 1 - share, "a share from 0 to 1 - warmup")
-        _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "a number >= 0")
+        _check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a number >= 0")
         _check("clip", self.clip, self.clip > 0, "a number > 0")
 
 
@@ -248,9 +256,14 @@ def load_config(path: Path) -> TrainConfig:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"config {path}: {error}") from error
-    return _from_dict(TrainConfig, values, str(path))
+    return config_from_dict(values, str(path))
+
+
+def config_from_dict(values: Any, where: str) -> TrainConfig:
+    """The configuration of which `values` is the `config_dict`; errors as of `load_config`, and begin with `where`."""
+    return _from_dict(TrainConfig, values, where)
 
 
 def _from_dict(cls: type, values: Any, where: str) -> Any:
@@ -282,7 +295,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         _check(where, value, isinstance(value, str), "a path")
         return Path(value)
     if kind is float and type(value) is int:
-        return float(value)
+        value = float(value) if abs(value) < 2**1000 else math.inf
     _check(where, value, type(value) is kind, f"a value of type {kind.__name__}")
     return value
 

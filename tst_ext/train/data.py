@@ -110,11 +110,12 @@ def prepare(documents: list[str], config: DataConfig, folder: Path) -> None:
         UserError: fewer than two documents, a tokenizer that cannot be used, or the folder is not empty or cannot be
             written.
     """
+    folder = folder.resolve()  # its sibling, also for "."
     if len(documents) < 2:
         raise UserError(f"data: expected at least 2 documents, one of them to hold out, got {len(documents)}")
     documents = sorted(documents)
     random.Random(SHUFFLE_SEED).shuffle(documents)
-    held_out = max(1, round(config.holdout * len(documents)))
+    held_out = min(max(1, round(config.holdout * len(documents))), len(documents) - 1)
     split = {"val": documents[:held_out], "train": documents[held_out:]}
 
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else _train_tokenizer(split["train"], config)
@@ -217,10 +218,17 @@ class Shard:
         try:
             header: dict[str, Any] = json.loads(header_path.read_text(encoding="utf-8"))
             size = path.stat().st_size
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"shard {folder}: {error}") from error
-        missing = {"format", "dtype", "tokens", "vocabulary", "sha256"} - set(header)
-        if missing or header["format"] != FORMAT or header["dtype"] not in ("uint16", "uint32"):
+        kinds = {"format": int, "dtype": str, "tokens": int, "vocabulary": int, "sha256": str}
+        if (
+            not isinstance(header, dict)
+            or any(type(header.get(name)) is not kind for name, kind in kinds.items())
+            or header["format"] != FORMAT
+            or header["dtype"] not in ("uint16", "uint32")
+            or header["vocabulary"] < 1
+            or not isinstance(header.get("end_of_text"), int | None)
+        ):
             raise UserError(f"shard {header_path}: not a header of format {FORMAT}: got {header!r}")
         self.path = path
         self.dtype = np.dtype(header["dtype"]).newbyteorder("<")
@@ -270,6 +278,8 @@ class Shard:
         tokens = np.empty((len(starts), length + 1), self.dtype)
         for row, start in zip(tokens, starts.tolist(), strict=True):
             self._fill(row, start)
+        if tokens.max() >= self.vocabulary:  # on a GPU it would end in a device assertion
+            raise UserError(f"shard {self.path}: expected ids below vocabulary = {self.vocabulary}, got {tokens.max()}")
         windows = torch.from_numpy(tokens.astype(np.int64))
         return windows[:, :-1], windows[:, 1:]
 

@@ -15,7 +15,16 @@ from tokenizers import Tokenizer
 
 from .. import __version__
 from . import checkpoint
-from .config import TrainConfig, UserError, check_out, config_dict, load_config, save_config, write_text
+from .config import (
+    TrainConfig,
+    UserError,
+    check_out,
+    config_dict,
+    config_from_dict,
+    load_config,
+    save_config,
+    write_text,
+)
 from .data import load_tokenizer
 from .model import Transformer
 from .plot import plot_run
@@ -45,15 +54,22 @@ class RunFolder:
             UserError: the folder holds something else than a run of this configuration, cannot be written to, or
                 another process trains in it; the checkpoint cannot be used.
         """
-        if self.processes.first:
+
+        def enter() -> None:
             if resume == "never" or not (self.path / "config.json").exists():
                 check_out(self.path)
             if self.path.exists():
                 self._claim()
+
+        def begin_anew() -> None:
+            if (self.path / "config.json").exists():
+                self._compare(self.path, config_dict(load_config(self.path / "config.json")), config_dict(config))
+                print(f"{self.path} has no checkpoint yet: begins anew", file=sys.stderr)
+
+        self.processes.first_only(enter)
         found = None if resume == "never" else checkpoint.choose(self.path, resume, self.processes)
-        if found is None and self.processes.first and (self.path / "config.json").exists():
-            self._compare(self.path, config_dict(load_config(self.path / "config.json")), config_dict(config))
-            print(f"{self.path} has no checkpoint yet: begins anew", file=sys.stderr)
+        if found is None:
+            self.processes.first_only(begin_anew)
         return found
 
     def _claim(self) -> None:
@@ -67,8 +83,10 @@ class RunFolder:
     def check_same(self, found: checkpoint.Found, identity: dict[str, Any]) -> None:
         """Raises UserError unless a checkpoint is of this configuration and data; the section `run` may differ."""
         self._compare(found.path, found.manifest["config"], identity["config"])
-        if found.manifest["data"] != identity["data"]:
-            raise UserError(f"resume: {found.path} was trained on other data than this: its checksum differs")
+        for name in identity.keys() - {"config"}:
+            if found.manifest[name] != identity[name]:
+                before, now = found.manifest[name], identity[name]
+                raise UserError(f"resume: {found.path} was trained on other data: {name} was {before!r}, is {now!r}")
 
     def _compare(self, path: Path, saved: dict[str, Any], config: dict[str, Any]) -> None:
         before, now = _flat(saved), _flat(config)
@@ -81,11 +99,13 @@ class RunFolder:
 
     def begin(self, config: TrainConfig, found: checkpoint.Found | None, data: Path, facts: dict[str, Any]) -> None:
         """Writes what a run begins with."""
-        if not self.processes.first:
-            return
+        self.processes.first_only(lambda: self._begin(config, found, data, facts))
+
+    def _begin(self, config: TrainConfig, found: checkpoint.Found | None, data: Path, facts: dict[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         if self.lock is None:
             self._claim()
+            check_out(self.path)  # another run may have come and gone meanwhile
         save_config(config, self.path / "config.json")
         versions = {
             "tst_ext": __version__,
@@ -99,6 +119,7 @@ class RunFolder:
         if found:
             checkpoint.set_aside_after(found.path)
             print(f"goes on from {found.path}", file=sys.stderr)
+        checkpoint.sync(self.path)
 
     def end(self, result: dict[str, Any]) -> None:
         """Writes what a run ends with."""
@@ -141,7 +162,7 @@ def load_run(path: Path, which: str = "auto") -> LoadedRun:
     found = checkpoint.choose(path, which)
     if found is None:
         raise UserError(f"run {path}: it has no checkpoint yet")
-    config = load_config(path / "config.json")
+    config = config_from_dict(found.manifest["config"], str(found.path))
     model = Transformer(config.model, found.manifest["vocabulary"], config.latent_tokens)
     checkpoint.load_weights(found.path, model)
     tokenizer = path / "tokenizer.json"

@@ -129,7 +129,9 @@ def stop_signals() -> Iterator[list[int]]:
         signal.signal(signum, before[signum])
 
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        before |= {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in before:
+            signal.signal(number, receive)
     try:
         yield received
     finally:
@@ -170,7 +172,7 @@ def train(config: TrainConfig, folder: Path, *, resume: str = "auto", progress: 
 
 def _train(config: TrainConfig, run: RunFolder, resume: str, progress: bool, processes: Processes) -> dict[str, Any]:
     found = run.open(config, resume)
-    data = processes.share(prepared_folder(config.data) if processes.first else None)  # made once, found by the others
+    data = processes.first_only(lambda: prepared_folder(config.data))  # made once, found by the others
     training, held_out = Shard(data, "train"), Shard(data, "val")
     options = config.superposition
     schedule = SuperpositionSchedule(config.steps, options.ratio, options.bag_size, options.stages)
@@ -190,6 +192,7 @@ def _train(config: TrainConfig, run: RunFolder, resume: str, progress: bool, pro
     identity = {
         "config": config_dict(config),
         "data": training.sha256,
+        "held_out": held_out.sha256,
         "vocabulary": training.vocabulary,
         "end_of_text": training.end_of_text,
     }
@@ -237,6 +240,8 @@ def _train(config: TrainConfig, run: RunFolder, resume: str, progress: bool, pro
                 reinitialise(model, optimizer, config.seed)
             # One exchange of what every process must know of the others: labels, tokens, a request to stop.
             *counts, tokens, stop = processes.sum_numbers([*batch.counts, batch.tokens, len(signals)])
+            if not any(counts):
+                raise UserError(f"step {step}: no bag has a label: documents are shorter than bags (--no-straddle)")
             loss_arguments = loss_options(options, tuple(counts), processes.world)
             lr = learning_rate(config.optimizer, config.steps, step)
             for group in optimizer.param_groups:

@@ -14,10 +14,18 @@ __all__ = ["Meter", "Metrics", "read_metrics"]
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line that is still being written is left out."""
+    """The lines of a run's metrics.jsonl, up to one that is still being written, or damaged by a loss of power."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    metrics: list[dict[str, Any]] = []
+    for line in lines:
+        try:
+            if not line.endswith(b"\n"):
+                break
+            metrics.append(json.loads(line))
+        except ValueError:
+            break
+    return metrics
 
 
 class Metrics:

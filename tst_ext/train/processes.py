@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,10 +17,14 @@ from .model import Block, Transformer
 
 __all__ = ["Processes"]
 
+T = TypeVar("T")
+
 
 def choose_device(name: str) -> torch.device:
     """The device of that name, with "auto" the GPU where there is one; UserError where it cannot be used."""
     try:
+        if name != "auto" and torch.device(name).type not in ("cpu", "cuda"):
+            raise RuntimeError("the trainer runs on these")
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -49,8 +54,10 @@ class Processes:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: Any, *_: Any) -> None:
         if self.world > 1:
+            if kind is None:
+                dist.barrier()  # gloo aborts a process whose peer closes its sockets first
             dist.destroy_process_group()
 
     @property
@@ -66,6 +73,21 @@ class Processes:
     def sum_numbers(self, numbers: list[int]) -> list[int]:
         """Each of the numbers summed over all processes."""
         return numbers if self.world == 1 else self.sum(torch.tensor(numbers)).tolist()
+
+    def first_only(self, function: Callable[[], T]) -> T:
+        """`function()` of the first process, or its error, on every process: none waits for one that has given up."""
+        value, error = None, None
+        if self.first:
+            try:
+                value = function()
+            except UserError as raised:
+                error = raised
+            except OSError as raised:
+                error = UserError(str(raised))
+        value, error = self.share((value, error))
+        if error is not None:
+            raise error
+        return value  # type: ignore[return-value]
 
     def share(self, value: Any) -> Any:
         """Rank 0's `value`, on every process."""
