@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from tokenizers import processors
 
@@ -16,8 +17,6 @@ from tst_ext.train.data import Shard, load_tokenizer, prepare
 from tst_ext.train.export import export_hf
 from tst_ext.train.generate import generate
 from tst_ext.train.model import Transformer
-
-transformers = pytest.importorskip("transformers")
 
 # Grouped heads, a theta that is nobody's default, and sizes that differ, so that no transposition fits.
 CONFIG = TrainConfig(
