@@ -89,7 +89,7 @@ def read_batch(shard: Shard, config: TrainConfig, bag_size: int, step: int, rank
         ids, labels = fold_inputs(ids, s, **documents), fold_labels(labels, s, shifted=True, **documents)
         if options.sides == "input":
             labels = labels[..., 0]  # the first token of the next bag is the next token
-    # Without documents all sequences are alike. NumPy's count takes 5 us where torch's comparison and sum take 60.
+    # Without documents all sequences are alike. NumPy's count takes 60 us less than torch's.
     counted, times = (labels[:1], len(labels)) if options.straddle else (labels, 1)
     counts = np.atleast_1d(np.count_nonzero(counted.numpy() != PADDING, axis=(0, 1))) * times
     tokens = ids.numel() if options.straddle else np.count_nonzero(ids.numpy() != PADDING)

@@ -103,18 +103,21 @@ def set_aside_after(path: Path) -> None:
         later.rename(later.with_name(f"aside-{later.name}-{number}"))
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None, processes: Processes) -> dict[str, Tensor]:
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> dict[str, Tensor]:
     """All tensors of the state by name, shared with it: loading into them is loading the state."""
-    tensors: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    if optimizer is not None:
-        for name, parameter in model.named_parameters():
-            assert parameter in optimizer.state, f"no optimiser state of {name}"
-            for key, value in optimizer.state[parameter].items():
-                tensors[f"optimizer.{name}.{key}"] = value
-        # The loop draws nothing at random. What it calls might.
-        tensors[f"rng.cpu.{processes.rank}"] = torch.get_rng_state()
-        if processes.device.type == "cuda":
-            tensors[f"rng.cuda.{processes.rank}"] = torch.cuda.get_rng_state()
+    tensors = _weights(model)
+    for name, parameter in model.named_parameters():
+        assert parameter in optimizer.state, f"no optimiser state of {name}"
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    # The loop draws nothing at random. What it calls might.
+    tensors[f"rng.cpu.{processes.rank}"] = torch.get_rng_state()
+    if processes.device.type == "cuda":
+        tensors[f"rng.cuda.{processes.rank}"] = torch.cuda.get_rng_state()
     return tensors
 
 
@@ -210,7 +213,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, process
 
 def load_weights(path: Path, model: nn.Module) -> None:
     """Reads the weights of a verified checkpoint into `model`, on one process."""
-    _read(path, {f"model.{name}": p.detach() for name, p in model.named_parameters()}, alone=True)
+    _read(path, _weights(model), alone=True)
 
 
 def _read(path: Path, tensors: dict[str, Tensor], alone: bool) -> None:
@@ -227,10 +230,8 @@ def _read(path: Path, tensors: dict[str, Tensor], alone: bool) -> None:
             dcp.load(wanted, storage_reader=reader, no_dist=alone)
     except UserError:
         raise
-    except (
-        Exception,
-        dcp.CheckpointException,
-    ) as error:  # safetensors has an error type of its own; DCP's is no Exception
+    # safetensors has an error type of its own, and DCP's is no Exception
+    except (Exception, dcp.CheckpointException) as error:
         raise UserError(f"checkpoint {path}: cannot be read: {_reason(error)}") from error
 
 
