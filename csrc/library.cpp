@@ -45,7 +45,8 @@ STABLE_TORCH_LIBRARY(tst_ext, m) {
       "Tensor? grad_loss=None, Tensor? grad_lse=None, str objective='mce', int ignore_index=-100, "
       "float? logit_softcap=None, float z_loss=0.0, float label_smoothing=0.0) -> ()");
   // One pass over rows of logits [N, V], at any row stride: fills loss and lse [N] and with `gradient` writes the
-  // logits' gradient over them. What lies between the GEMMs of linear_multi_hot_cross_entropy on a GPU.
+  // logits' gradient over them. What lies between the GEMMs of linear_multi_hot_cross_entropy on a GPU, and of the
+  // vocabulary-parallel one everywhere.
   m.def(
       "multi_hot_cross_entropy_rows_(Tensor(a!) logits, Tensor labels, Tensor position_scale, Tensor(b!) loss, "
       "Tensor(c!) lse, *, Tensor? grad_loss=None, Tensor? grad_lse=None, str objective='mce', int ignore_index=-100, "

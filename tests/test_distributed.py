@@ -1,29 +1,16 @@
 """The ops on two processes: FSDP2, and DTensors refused."""
 
-import datetime
-
 import pytest
 import torch
 import torch.distributed as dist
 from cases import IGNORE
 from model import BAG, DIM, VOCABULARY, Model, batch, leaves, normal, tokens
+from processes import in_processes, needs_gloo
 from torch import nn
 
 from tst_ext import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 
 WORLD = 2
-
-
-def in_process_group(rank, path, function):
-    torch.set_num_threads(1)
-    # A file, not a port: a port that is free now may be taken when the processes bind it.
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD, timeout=timeout)
-    try:
-        function(rank)
-        dist.barrier()  # neither closes its sockets while the other still reads
-    finally:
-        dist.destroy_process_group()
 
 
 def check_fsdp(rank):
@@ -44,9 +31,15 @@ def check_fsdp(rank):
     for module in (sharded.embedding, sharded.body, sharded.head, sharded):
         fully_shard(module, mesh=mesh)
     assert all(isinstance(p, DTensor) for p in sharded.parameters())
+    seen = []  # the head's weight while the loss is computed
+    sharded.head.register_forward_pre_hook(lambda head, _: seen.append(head.weight))  # FSDP's own comes before it
     # FSDP averages the gradients of the ranks; the gradient of the whole batch is their sum. With WORLD times less as
     # the divisor each rank's gradient is WORLD times its part, and the average of those is the sum of the parts.
     part = sharded(ids[share], labels[share], normalizer=valid / WORLD)
+    # The whole weight of the head exists during the loss alone: not after it, and not in the backward pass.
+    assert not isinstance(seen[0], DTensor) and seen[0].shape == whole.head.weight.shape
+    assert isinstance(sharded.head.weight, DTensor)
+    assert sharded.head.weight.to_local().numel() < whole.head.weight.numel()
     part.backward()
     total = part.detach() / WORLD
     dist.all_reduce(total)
@@ -78,7 +71,7 @@ def check_dtensor(rank):
         assert torch.equal(head.grad.full_tensor(), plain.grad)
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed and gloo")
+@needs_gloo
 @pytest.mark.parametrize("function", [check_fsdp, check_dtensor])
 def test_two_processes(function, tmp_path):
-    torch.multiprocessing.spawn(in_process_group, (str(tmp_path / "rendezvous"), function), nprocs=WORLD)
+    in_processes(WORLD, function, tmp_path)

@@ -1,6 +1,7 @@
 """What the two ops check of their arguments, and the normalisation of the loss: no kernel, no autograd."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .bags import position_weights as named_position_weights
@@ -33,6 +34,25 @@ def checked_position_weights(given: str | Tensor | None, bag_size: int, like: Te
         if not 0 <= w <= torch.finfo(torch.float32).max:
             raise ValueError(f"position_weights[{i}]: expected a finite float32 number >= 0, got {w}")
     return given.to(like.device)
+
+
+def checked_rows(hidden: Tensor, tp_group: "dist.ProcessGroup | None", sequence_parallel: bool) -> torch.Size:
+    """The shape of the rows of hidden, those of the whole sequence where hidden is a part of it."""
+    rows = hidden.shape[:-1]
+    if tp_group is None:
+        if sequence_parallel:
+            raise ValueError("sequence_parallel: only with tp_group")
+        return rows
+    if tp_group is dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returns there
+        raise ValueError("tp_group: expected a group that this process is in")
+    if not isinstance(tp_group, dist.ProcessGroup):
+        wanted = ": mesh.get_group() of a DeviceMesh" if hasattr(tp_group, "get_group") else ""
+        raise TypeError(f"tp_group: expected a torch.distributed ProcessGroup{wanted}, got {type(tp_group).__name__}")
+    if not sequence_parallel:
+        return rows
+    if not rows:
+        raise ValueError(f"hidden: expected [..., l / processes, d] with sequence_parallel, got {tuple(hidden.shape)}")
+    return torch.Size((*rows[:-1], rows[-1] * dist.get_world_size(tp_group)))
 
 
 def checked_bag_size(labels: Tensor, rows: torch.Size, of: str) -> int:
@@ -118,3 +138,11 @@ def position_scale_of(
             count = count * w.sum()
         divisor = count
     return torch.where(w == 0, 0, w / divisor).to(dtype)  # 0 / 0 where a position, or the batch, has no valid label
+
+
+def row_scale_of(labels: Tensor, position_scale: Tensor, objective: str, ignore_index: int) -> Tensor:
+    """What the row's terms that are not a label's weigh: `[N]`."""
+    valid = labels != ignore_index
+    if objective == "mce_alt":
+        return torch.where(valid.any(1), position_scale[0], 0)
+    return torch.where(valid, position_scale, 0).sum(1)

@@ -19,7 +19,7 @@ def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> 
         raise TypeError(
             f"{name}: expected a plain tensor, got a {type(tensor).__name__} with placements {tensor.placements}. "
             "Call the op inside the forward of the module that FSDP2 wraps, where its parameters are whole, or pass "
-            f"{name}.full_tensor()"
+            f"{name}.full_tensor(); for a head divided over the vocabulary pass {name}.to_local() and tp_group="
         )
     if tensor.dtype not in dtypes:
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -1,8 +1,8 @@
 """The ops in plain torch, for tensors on a device that this build has no kernel for. Chunked, deterministic, slower.
 
 Importing this module registers them: the dispatcher prefers a compiled kernel where there is one. The formulas are
-those of csrc/cpu/kernels.h. linear_multi_hot_cross_entropy is here for CUDA too: GEMMs, and between them a row pass
-that has a CUDA kernel. The loop is in Python because torch's stable ABI cannot pass the Scalars of
+those of csrc/cpu/kernels.h. linear_multi_hot_cross_entropy is here for CUDA too, and for vocab_parallel: GEMMs, and
+between them a row pass that has a kernel. The loop is in Python because torch's stable ABI cannot pass the Scalars of
 aten::addmm.dtype_out, the GEMM that adds to a float32 gradient.
 """
 
@@ -219,8 +219,10 @@ def linear_multi_hot_cross_entropy(
     grad_hidden: bool = False,
     grad_weight: bool = False,
     grad_bias: bool = False,
+    row_pass: Callable[..., None] | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    row_pass = row_pass or torch.ops.tst_ext.multi_hot_cross_entropy_rows_
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     compute = dtype if hidden.dtype == torch.float16 else hidden.dtype  # as the CPU kernel, and for its reasons
     h = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1]).to(compute)  # [N, d]
@@ -244,7 +246,7 @@ def linear_multi_hot_cross_entropy(
             torch.mm(h[part], w.T, out=z)
         else:
             torch.addmm(bias, h[part], w.T, out=z)
-        torch.ops.tst_ext.multi_hot_cross_entropy_rows_(
+        row_pass(
             z,
             y[part],
             position_scale,

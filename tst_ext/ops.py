@@ -5,13 +5,21 @@ gradient formulas and the normalisation of the loss are here.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _C  # its import registers the ops and their kernels
-from .arguments import check_loss_options, checked_bag_size, checked_position_weights, position_scale_of
+from . import _C, vocab_parallel  # importing _C registers the ops and their kernels
+from .arguments import (
+    check_loss_options,
+    checked_bag_size,
+    checked_position_weights,
+    checked_rows,
+    position_scale_of,
+    row_scale_of,
+)
 from .checks import FLOATING, INTEGER, check_integer, check_same_device, check_tensor
 from .derivatives import first_derivative, link
 from .fallback import padded_columns  # importing it registers plain torch for devices without kernels
@@ -136,14 +144,6 @@ def _(
 # ---- what both losses return --------------------------------------------------------------------------------------
 
 
-def _row_scale(labels: Tensor, position_scale: Tensor, objective: str, ignore_index: int) -> Tensor:
-    """What the row's terms that are not a label's weigh: `[N]`."""
-    valid = labels != ignore_index
-    if objective == "mce_alt":
-        return torch.where(valid.any(1), position_scale[0], 0)
-    return torch.where(valid, position_scale, 0).sum(1)
-
-
 def _results(
     loss: Tensor,
     lse: Tensor,
@@ -160,7 +160,7 @@ def _results(
     if return_lse:
         results.append(lse.view(rows))
     if return_z_loss:
-        scale = _row_scale(labels, position_scale, options["objective"], options["ignore_index"])
+        scale = row_scale_of(labels, position_scale, options["objective"], options["ignore_index"])
         z = options["z_loss"] * scale * torch.where(scale == 0, 0, lse).square()
         results.append(z.view(rows) if per_row else z.sum())
     return tuple(results) if len(results) > 1 else results[0]
@@ -187,6 +187,8 @@ def linear_multi_hot_cross_entropy(
     return_z_loss: bool = False,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
+    tp_group: "torch.distributed.ProcessGroup | None" = None,
+    sequence_parallel: bool = False,
 ) -> Any:
     """Multi-hot cross-entropy of `hidden @ weight.T + bias` against a bag of labels per row, without the full logits.
 
@@ -227,6 +229,15 @@ def linear_multi_hot_cross_entropy(
             columns exists at a time. On the CPU fewer rows than about 256 cost time, because the weight is read again
             for every chunk. On CUDA 2048 to 8192, whose logits take up to 1.25 GiB where 2048 do not take more.
         memory_budget: the same in bytes of logits, one row's at least, in the place of `chunk_size`.
+        tp_group: the processes among which the vocabulary is divided. `weight` and `bias` are then this process's rows
+            of the head, contiguous and in the order of the ranks, any number in each; all else is the same in all
+            processes, labels number the whole vocabulary. Every process gets the whole loss, the whole gradient of
+            hidden, and the gradient of its own rows. Two all-reduces of some numbers a row, and one of hidden's
+            gradient. Chunks hold 512 rows, on CUDA 8192, unless `chunk_size` says otherwise. Under torch.compile a
+            graph break.
+        sequence_parallel: hidden is this process's part `[..., l / processes, d]` of the sequence, in the order of the
+            ranks, all of one size, and so is its gradient; labels are the whole sequence's. It is gathered, and its
+            gradient scattered, here. Only with `tp_group`.
 
     Returns:
         The loss in nats, float32 (float64 for float64): a scalar, or `[...]` for "none". With `return_lse` or
@@ -235,8 +246,8 @@ def linear_multi_hot_cross_entropy(
 
     Raises:
         TypeError: a dtype other than those above, hidden, weight and bias of different dtypes outside autocast, or a
-            DTensor.
-        ValueError: a shape, device, weight or option other than those above.
+            DTensor; a `tp_group` that is no process group.
+        ValueError: a shape, device, weight or option other than those above; this process is not in `tp_group`.
         IndexError: a label outside `[0, V)` that is not `ignore_index`; names the label and its place. On other
             devices than the CPU torch's own check stops instead.
         RuntimeError: on a second derivative, which is not implemented.
@@ -266,10 +277,12 @@ def linear_multi_hot_cross_entropy(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    rows = hidden.shape[:-1]
+    rows = checked_rows(hidden, tp_group, sequence_parallel)
     bag_size = checked_bag_size(labels, rows, f"hidden of shape {tuple(hidden.shape)}")
     if chunk_size is not None:
         check_integer("chunk_size", chunk_size, 1)
+    if memory_budget is not None and tp_group is not None:
+        raise ValueError("memory_budget: with tp_group expected chunk_size, which all processes must give alike")
     if memory_budget is not None:
         chunk_size = _rows_within(memory_budget, chunk_size, weight)
     weights = checked_position_weights(position_weights, bag_size, hidden)
@@ -278,7 +291,7 @@ def linear_multi_hot_cross_entropy(
     bags = labels.reshape(math.prod(rows), bag_size)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     scale = position_scale_of(bags, dtype, weights, objective, ignore_index, reduction, normalizer)
-    options = dict(
+    options: dict[str, Any] = dict(
         objective=objective,
         ignore_index=ignore_index,
         reduction="none" if reduction == "none" else "sum",
@@ -287,13 +300,15 @@ def linear_multi_hot_cross_entropy(
         label_smoothing=float(label_smoothing),
         chunk_size=chunk_size,
     )
+    apply = _LinearMultiHotCrossEntropy.apply
+    if tp_group is not None:
+        options |= dict(tp_group=tp_group, sequence_parallel=sequence_parallel)
+        apply = torch.compiler.disable(apply)
     # Outside a graph the Function's own needs_input_grad would still be true, and two GEMMs wasted.
     now = torch.is_grad_enabled() and reduction != "none"
     wants = tuple(now and t is not None and t.requires_grad for t in (hidden, weight, bias))
     keep = reduction == "none" or return_lse or return_z_loss  # hidden and weight: the backward may need the logits
-    loss, lse = _LinearMultiHotCrossEntropy.apply(
-        hidden, weight, bias, labels, scale, options, wants, keep, link(hidden, weight, bias)
-    )[:2]
+    loss, lse = apply(hidden, weight, bias, labels, scale, options, wants, keep, link(hidden, weight, bias))[:2]
     return _results(loss, lse, rows, bags, scale, options, return_lse, return_z_loss)
 
 
@@ -309,6 +324,12 @@ def _rows_within(memory_budget: int, chunk_size: int | None, weight: Tensor) -> 
     return memory_budget // max(1, row)
 
 
+def _linear_op(options: dict[str, Any]) -> Callable[..., tuple[Tensor, ...]]:
+    if "tp_group" in options:
+        return vocab_parallel.linear_multi_hot_cross_entropy
+    return torch.ops.tst_ext.linear_multi_hot_cross_entropy
+
+
 class _LinearMultiHotCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -322,7 +343,7 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
         keep: bool,
         link: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        return torch.ops.tst_ext.linear_multi_hot_cross_entropy(
+        return _linear_op(options)(
             hidden,
             weight,
             labels,
@@ -356,7 +377,7 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
         if hidden is not None and (grad_lse is not None or (per_row and grad_loss is not None)):
             upstream = grad_loss if per_row and grad_loss is not None else position_scale.new_zeros(())
             needs = ctx.needs_input_grad[:3]
-            _, _, *more = torch.ops.tst_ext.linear_multi_hot_cross_entropy(
+            more = _linear_op(ctx.options)(
                 hidden,
                 weight,
                 labels,
@@ -368,7 +389,7 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
                 grad_weight=needs[1],
                 grad_bias=needs[2],
                 **ctx.options,
-            )
+            )[2:]
             gradients = [_sum(g, m, ctx.dtype) if n else None for g, m, n in zip(gradients, more, needs, strict=True)]
         return *gradients, None, None, None, None, None, None
 

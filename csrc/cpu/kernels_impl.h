@@ -246,6 +246,12 @@ TST_INLINE Vec<A> capped(Vec<A> x, A cap) {
   return cap == 0 ? x : cap * tanh(x / cap);
 }
 
+// What differences are taken from. Where a row is nothing but -inf it is 0: such logits add 0, and a NaN is still one.
+template <typename A>
+A base_of(A maximum) {
+  return maximum == -std::numeric_limits<A>::infinity() ? A(0) : maximum;
+}
+
 // `plain`: no softcap, no smoothing. With `keep`, x_v becomes exp(z_v - m), which spares the second exp; the 16-bit
 // formats would lose digits, a softcap and smoothing need the logit itself, so they go without.
 template <typename T, bool plain, bool keep>
@@ -255,7 +261,6 @@ RowSums row_sums(T* x, int64_t n, Acc<T> m, Acc<T> cap) {
   constexpr A kLowest = -std::numeric_limits<A>::infinity();
   constexpr int64_t kBlock = 128 * kLanes;  // each lane adds 128 terms, then moves to float64: lse within 16 eps
   RowSums sums;
-  sums.maximum = m;
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t stop = n - start < kBlock ? n : start + kBlock;
     Vec<A> exps = {}, logits = {}, columns = {};
@@ -313,8 +318,7 @@ void add_block(RowSums& total, T* x, int64_t n, Acc<T> cap) {
   using A = Acc<T>;
   const A before = static_cast<A>(total.maximum);
   const A m = maximum<A>(capped(Vec<A>{} + row_maximum(x, n), cap), Vec<A>{} + before)[0];
-  // Nothing but -inf yet: from 0, where such logits add 0 and a NaN is still one.
-  const RowSums block = row_sums<T, plain, false>(x, n, m == -std::numeric_limits<A>::infinity() ? A(0) : m, cap);
+  const RowSums block = row_sums<T, plain, false>(x, n, base_of(m), cap);
   if (m > before) {
     if (total.columns > 0) total.logits -= total.columns * (double(m) - before);
     total.exps *= std::exp(double(before) - m);
@@ -369,8 +373,9 @@ void loss_rows_as(const LossRows& a, int64_t begin, int64_t end) {
     if (a.partial) {
       sums = a.partial[r];
     } else {
-      const A m = capped(Vec<A>{} + row_maximum(x, n), cap)[0];
-      sums = a.gradient ? row_sums<T, plain, kKeep>(x, n, m, cap) : row_sums<T, plain, false>(x, n, m, cap);
+      const A m = capped(Vec<A>{} + row_maximum(x, n), cap)[0], base = base_of(m);
+      sums = a.gradient ? row_sums<T, plain, kKeep>(x, n, base, cap) : row_sums<T, plain, false>(x, n, base, cap);
+      sums.maximum = m;
     }
     const A m = static_cast<A>(sums.maximum);
     const double log_sum = std::log(sums.exps), lse = m + log_sum;

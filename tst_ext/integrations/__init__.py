@@ -1,1 +1,1 @@
-"""TST in loops that exist already. Each module imports one library, which is an extra of the package or stands alone."""
+"""TST in loops that exist already. Each module needs one library at most, an extra of this package."""

@@ -1,0 +1,28 @@
+"""Two or more processes with gloo that run one function of a test."""
+
+import datetime
+
+import pytest
+import torch
+import torch.distributed as dist
+
+needs_gloo = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed and gloo"
+)
+
+
+def in_process_group(rank, world, path, function):
+    torch.set_num_threads(1)
+    # A file, not a port: a port that is free now may be taken when the processes bind it.
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world, timeout=timeout)
+    try:
+        function(rank)
+        dist.barrier()  # neither closes its sockets while the other still reads
+    finally:
+        dist.destroy_process_group()
+
+
+def in_processes(world, function, tmp_path):
+    """`function(rank)` in `world` processes of one group; raises what it raises."""
+    torch.multiprocessing.spawn(in_process_group, (world, str(tmp_path / "rendezvous"), function), nprocs=world)

@@ -1,0 +1,170 @@
+"""linear_multi_hot_cross_entropy where each process of a group holds some rows of the head.
+
+A process multiplies with its own rows and runs the row kernel over its own logits. Between the kernel's two passes the
+group adds up a few numbers per row of the batch, whatever the vocabulary and the bag size are.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import fallback
+from .arguments import row_scale_of
+
+__all__: list[str] = []
+
+ELSEWHERE = -1  # stands for a label that is ignored, or another process's: it cannot be a row of this one's
+
+
+def shard_of(weight: Tensor, group: "dist.ProcessGroup") -> tuple[Tensor, Tensor]:
+    """The first row of the head that is in `weight`, and V: 0-d tensors on its device, so that nothing waits for it."""
+    sizes = [torch.zeros((), dtype=torch.int64, device=weight.device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.full_like(sizes[0], weight.shape[0]), group=group)
+    ends = torch.stack(sizes).cumsum(0)
+    return ends[dist.get_rank(group)] - weight.shape[0], ends[-1]
+
+
+def linear_multi_hot_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    position_scale: Tensor,
+    *,
+    tp_group: "dist.ProcessGroup",
+    sequence_parallel: bool,
+    chunk_size: int | None,
+    ignore_index: int,
+    grad_hidden: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The op of that name; losses and lse are the group's, the gradients of weight and bias those of its own rows."""
+    first, vocabulary = shard_of(weight, tp_group)
+    valid = labels != ignore_index
+    outside = valid & ((labels < 0) | (labels >= vocabulary))
+    if labels.device.type == "cpu" and outside.any():
+        at = outside.nonzero()[0].tolist()
+        raise IndexError(
+            f"labels{at} = {labels[tuple(at)]} is out of range: expected 0 <= id < {int(vocabulary)}, the rows of all "
+            f"processes, or ignore_index = {ignore_index}"
+        )
+    if sequence_parallel:
+        parts = [torch.empty_like(hidden) for _ in range(dist.get_world_size(tp_group))]
+        dist.all_gather(parts, hidden.contiguous(), group=tp_group)
+        hidden = torch.cat(parts, -2)
+    loss, lse, dhidden, dweight, dbias = fallback.linear_multi_hot_cross_entropy(
+        hidden,
+        weight,
+        labels,
+        position_scale,
+        # The same number of chunks, and so of exchanges, in all processes: not a function of the size of a shard.
+        chunk_size=chunk_size or (8192 if hidden.device.type == "cuda" else 512),
+        ignore_index=ignore_index,
+        grad_hidden=grad_hidden,
+        row_pass=partial(_rows, group=tp_group, first=first, vocabulary=vocabulary),
+        **options,
+    )
+    if grad_hidden and sequence_parallel:
+        parts = [part.contiguous() for part in dhidden.chunk(dist.get_world_size(tp_group), -2)]
+        dhidden = torch.empty_like(parts[0])
+        dist.reduce_scatter(dhidden, parts, group=tp_group)
+    elif grad_hidden:
+        dist.all_reduce(dhidden, group=tp_group)
+    return loss, lse, dhidden, dweight, dbias
+
+
+def _rows(
+    logits: Tensor,  # [N, V of this process], overwritten by their gradient if asked for
+    labels: Tensor,  # [N, s], ids of the whole vocabulary
+    position_scale: Tensor,  # [s]
+    loss: Tensor,  # [N], filled
+    lse: Tensor,  # [N], filled
+    *,
+    grad_loss: Tensor | None = None,  # [] or [N]
+    grad_lse: Tensor | None = None,  # [N]
+    gradient: bool,
+    group: "dist.ProcessGroup",
+    first: Tensor,
+    vocabulary: Tensor,
+    objective: str,
+    ignore_index: int,
+    logit_softcap: float | None,
+    z_loss: float,
+    label_smoothing: float,
+) -> None:
+    """A row pass of the whole group: docs/ops.md, "A head divided over processes", has the formulas."""
+    shard = logits.shape[1]
+    valid = labels != ignore_index
+    own = labels - first
+    own = torch.where(valid & (own >= 0) & (own < shard), own, ELSEWHERE)
+    # An id outside the vocabulary stays one, for the device's own check to stop at.
+    own = torch.where(valid & ((labels < 0) | (labels >= vocabulary)), shard, own)
+    kernel = partial(
+        torch.ops.tst_ext.multi_hot_cross_entropy_rows_,
+        logits,
+        own,
+        position_scale,
+        objective=objective,
+        ignore_index=ELSEWHERE,
+        logit_softcap=logit_softcap,
+    )
+    kernel(loss, lse)
+    wide = position_scale.double()
+    scale = row_scale_of(labels, wide, objective, ignore_index)
+    own_scale = row_scale_of(own, wide, objective, ELSEWHERE)
+    own_loss, own_lse = (t.to(torch.float64, copy=True) for t in (loss, lse))  # which are overwritten below
+
+    # What is added up: exp(own_lse), and of the labels sum_i c_i z_yi ("mce_alt": exp of their own log-sum-exp). As
+    # differences from the largest; that of float32 numbers is exact, so a row whose labels are here keeps its digits.
+    alternatives = objective == "mce_alt"
+    at_labels = torch.where(own_scale == 0, 0, own_scale * own_lse - own_loss)
+    if alternatives:
+        at_labels = torch.where(own_scale == 0, -torch.inf, own_lse - own_loss / own_scale)
+    largest = torch.stack([own_lse, at_labels] if alternatives else [own_lse])
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    largest = torch.where(largest.isfinite(), largest, 0)
+    sums = [(own_lse - largest[0]).exp(), (at_labels - largest[1]).exp() if alternatives else at_labels]
+    uniform = torch.zeros((), device=logits.device)
+    if label_smoothing:
+        z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        z = z if logit_softcap is None else logit_softcap * torch.tanh(z / logit_softcap)
+        uniform = (z > -torch.inf).to(z.dtype)  # [N, V of this process]
+        sums += [torch.where(uniform > 0, z, 0).sum(1, dtype=torch.float64), uniform.sum(1, dtype=torch.float64)]
+        if logit_softcap is not None:
+            uniform *= 1 - (z / logit_softcap).square()
+    total = torch.stack(sums)
+    dist.all_reduce(total, group=group)
+
+    log_sum = total[0].log()
+    all_lse = largest[0] + log_sum
+    fit = scale * all_lse - total[1]
+    if alternatives:
+        fit = scale * (all_lse - largest[1] - total[1].log()).clamp_min(0)
+    row_loss = (1 - label_smoothing) * fit + z_loss * scale * all_lse.square()
+    if label_smoothing:
+        row_loss += label_smoothing * scale * (all_lse - total[2] / total[3])
+    loss.copy_(torch.where(scale == 0, 0, row_loss))
+    lse.copy_(all_lse)
+    if not gradient:
+        return
+
+    # The kernel's gradient is (pull S + push) softmax(own logits) - pull a, with S and a those of its own labels.
+    g = torch.ones_like(scale) if grad_loss is None else grad_loss.double().expand_as(scale)
+    factor = torch.where(g * scale == 0, 0, g * scale * (1 + 2 * z_loss * all_lse))
+    factor = factor if grad_lse is None else factor + grad_lse.double()
+    share = torch.where(factor == 0, 0, factor * ((own_lse - largest[0]) - log_sum).exp())
+    pull = (1 - label_smoothing) * g
+    if alternatives:
+        pull = torch.where(own_scale == 0, 0, pull * ((at_labels - largest[1]) - total[1].log()).exp())
+    push = share - pull * own_scale
+    kernel(
+        torch.empty_like(loss),
+        torch.empty_like(lse),
+        grad_loss=pull.to(loss.dtype),
+        grad_lse=push.to(loss.dtype),
+        gradient=True,
+    )
+    if label_smoothing:
+        logits -= uniform * torch.where(g * scale == 0, 0, label_smoothing * g * scale / total[3]).unsqueeze(1)
