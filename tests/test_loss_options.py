@@ -142,6 +142,16 @@ class TestLse:
         assert relative_error(lse.flatten(), z.double().logsumexp(-1)) < allowed
 
     @functions
+    def test_of_nothing_but_minus_infinity(self, device, function, kernels):
+        hidden, weight, bias, labels = loss_case(2, 8, 50, 4, torch.float32, device, bias=True)
+        labels.fill_(IGNORE)
+        leaf = hidden.requires_grad_()
+        loss, lse = function(leaf, weight, torch.full_like(bias, -torch.inf), labels, return_lse=True)
+        assert (lse == -torch.inf).all() and loss == 0  # as torch.logsumexp has it, not NaN
+        loss.backward()
+        assert not leaf.grad.any()
+
+    @functions
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     @all_options
     def test_its_gradient_adds_to_that_of_the_loss(self, device, function, reduction, options, kernels):

@@ -101,6 +101,7 @@ def _rows(
     z = x if logit_softcap is None else logit_softcap * torch.tanh(x / logit_softcap)
     # Differences from the maximum rather than from lse: at logits of 1e4 lse would cost three digits in float32.
     m = z.amax(1, keepdim=True) if z.shape[1] else z.new_zeros(len(z), 1)
+    m = torch.where(m == -math.inf, 0, m)  # nothing but -inf: such logits add 0
     exps = (z - m).exp().sum(1, keepdim=True)
     log_sum = exps.log()  # [N, 1]
     lse = (m + log_sum).squeeze(1)
