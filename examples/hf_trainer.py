@@ -33,7 +33,7 @@ def rows(split: str, most: int) -> list[dict[str, torch.Tensor]]:
 
 
 set_seed(0)
-folder = prepared_folder(DataConfig())  # tokenised once, then found in the cache
+folder = prepared_folder(DataConfig(vocabulary=1024))  # tokenised once, then found in the cache
 config = LlamaConfig(
     vocab_size=Shard(folder, "train").vocabulary,
     hidden_size=128,

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from tst_ext import _C, __version__
+from tst_ext import _C, __version__, self_check
+from tst_ext.__main__ import main
 
 
 def run(*arguments, **environment):
@@ -43,6 +44,22 @@ class TestInfo:
         result = run("info", **{variable: "avx9"})
         assert result.returncode != 0
         assert variable in result.stderr and "'avx9'" in result.stderr and offered in result.stderr
+
+    @pytest.mark.parametrize("status", [0, 1])
+    def test_check_comes_after_the_facts_and_decides_the_exit_status(self, monkeypatch, capsys, status):
+        monkeypatch.setattr(self_check, "self_check", lambda: print("the findings") or status)
+        assert main(["info", "--check"]) == status
+        facts, findings = capsys.readouterr().out.split("\n\n")
+        assert f"tst-ext: {__version__}" in facts and findings == "the findings\n"
+
+    def test_help_names_the_option(self):
+        result = run("info", "--help")
+        assert result.returncode == 0 and "--check" in result.stdout
+
+    @pytest.mark.parametrize("arguments", [["--chek"], ["--check", "all"]])
+    def test_unknown_arguments_are_named(self, arguments):
+        result = run("info", *arguments)
+        assert result.returncode == 2 and f"got '{' '.join(arguments)}'" in result.stderr
 
 
 @pytest.mark.parametrize(

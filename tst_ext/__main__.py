@@ -13,9 +13,16 @@ commands:
   eval         next-token loss and bits per byte of a text under a run's model
   generate     continue a text with a run's model
   export       write a run's model for other software
-  info         print the facts of this installation
+  info         print the facts of this installation; info --check tests it
 
 tst COMMAND --help lists the options of a command."""
+
+INFO_USAGE = """usage: tst info [--check]
+
+Prints the facts of this installation: what a bug report needs.
+
+  --check  also runs every op on small cases, on each device, in each dtype and with each CPU instruction set, beside
+           plain torch in float64, and says what to do about each problem; exit status 1 where there is one"""
 
 
 def info() -> str:
@@ -37,15 +44,30 @@ def info() -> str:
     return "\n".join(f"{name}: {value}" for name, value in facts.items())
 
 
+def info_command(argv: list[str]) -> int:
+    if argv in (["-h"], ["--help"]):
+        print(INFO_USAGE)
+        return 0
+    if argv not in ([], ["--check"]):
+        print(f"tst info: expected --check or nothing, got {' '.join(argv)!r}\n\n{INFO_USAGE}", file=sys.stderr)
+        return 2
+    print(info())
+    if not argv:
+        return 0
+    from .self_check import self_check
+
+    print()
+    return self_check()
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, or 2 for what the user can put right."""
+    """Runs one command and returns its exit status: 0, 2 for what the user can put right, 1 for a failed check."""
     argv = sys.argv[1:] if argv is None else argv
     if argv in (["-h"], ["--help"], ["help"]):
         print(USAGE)
         return 0
-    if argv == ["info"]:  # needs none of the packages of the extra `train`
-        print(info())
-        return 0
+    if argv[:1] == ["info"]:  # needs none of the packages of the extra `train`
+        return info_command(argv[1:])
     if not argv or f"  {argv[0]} " not in USAGE:
         print(f"tst: expected a command, got {' '.join(argv) or 'none'!r}\n\n{USAGE}", file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C, vocab_parallel  # importing _C registers the ops and their kernels
+from . import vocab_parallel
 from .arguments import (
     check_loss_options,
     checked_bag_size,
@@ -22,6 +22,7 @@ from .arguments import (
 )
 from .checks import FLOATING, INTEGER, check_integer, check_same_device, check_tensor
 from .derivatives import first_derivative, link
+from .extension import _C  # loading it registers the ops and their kernels
 from .fallback import padded_columns  # importing it registers plain torch for devices without kernels
 
 __all__ = ["bag_embedding", "linear_multi_hot_cross_entropy", "multi_hot_cross_entropy"]

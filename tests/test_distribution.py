@@ -1,0 +1,120 @@
+"""What is handed out: an sdist with all that build and tests need, a wheel with every module, pages that are true."""
+
+import math
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+import tst_ext
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+VERSION = PROJECT["project"]["version"]
+# Of the repository alone: its automation, and figures that the documentation has as tables and pictures.
+LEFT_OUT = (".ci/", ".github/", ".gitignore", ".pre-commit-config.yaml", "benchmarks/results/")
+
+
+def run(*arguments, cwd):
+    return subprocess.run([*arguments], cwd=cwd, capture_output=True, text=True, check=True).stdout
+
+
+def backend(call, cwd):
+    """What setuptools returns to pip for `call`, such as the name of the file that was built."""
+    code = f"from setuptools import build_meta; print(build_meta.{call})"
+    return run(sys.executable, "-c", code, cwd=cwd).splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def repository():
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs the repository")
+    names = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
+    return {name for name in names if (ROOT / name).is_file()}
+
+
+@pytest.fixture(scope="module")
+def copy(repository, tmp_path_factory):
+    """Building leaves an egg-info behind, whose list of files makes up for what MANIFEST.in forgets."""
+    folder = tmp_path_factory.mktemp("copy")
+    for name in repository:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(copy):
+    return copy / "dist" / backend("build_sdist('dist')", copy)
+
+
+@pytest.fixture(scope="module")
+def packed(sdist):
+    with tarfile.open(sdist) as archive:
+        return {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+
+
+class TestSdist:
+    def test_every_file_of_the_repository_is_there(self, repository, packed):
+        assert {name for name in repository if not name.startswith(LEFT_OUT)} - packed == set()
+
+    def test_nothing_else_is_there(self, repository, packed):
+        generated = {name for name in packed if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+        assert packed - repository - generated == set()
+
+    def test_name(self, sdist):
+        assert sdist.name == f"tst_ext-{VERSION}.tar.gz"
+
+
+class TestWheel:
+    def test_every_module_is_there(self, repository, copy):
+        """What setuptools puts into a wheel beside the extension."""
+        run(sys.executable, "setup.py", "-q", "build_py", "--build-lib", "built", cwd=copy)
+        built = {str(path.relative_to(copy / "built")) for path in copy.glob("built/**/*") if path.is_file()}
+        assert built == {name for name in repository if name.startswith("tst_ext/")}
+
+    def test_name(self, copy):
+        assert backend("prepare_metadata_for_build_wheel('.')", copy) == f"tst_ext-{VERSION}.dist-info"
+
+
+class TestVersion:
+    def test_of_the_installed_package(self):
+        assert tst_ext.__version__ == VERSION
+
+    def test_of_the_changelog(self):
+        newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+        assert newest[1] == VERSION
+
+    def test_is_written_in_one_place(self):
+        for name in ("setup.py", "tst_ext/__init__.py", "CMakeLists.txt", "mkdocs.yml"):
+            assert VERSION not in (ROOT / name).read_text()
+
+
+class TestDocumentation:
+    def test_the_program_of_the_first_page_runs_and_learns(self, capsys):
+        (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/index.md").read_text(), re.MULTILINE | re.DOTALL)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the model is so small that more only wait for each other
+        try:
+            exec(code, {})
+        finally:
+            torch.set_num_threads(threads)
+        *bags, tokens = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert [words[4] for words in bags[:4]] == ["4:", "4:", "4:", "1:"]
+        assert float(tokens[-1]) < 1 < math.log(64)  # the loss of a model that knows nothing
+
+    def test_every_link_out_of_the_documentation_has_a_target(self):
+        """The others are checked by `make docs`; these lead to files of the repository."""
+        links = [
+            (page.name, target)
+            for page in (ROOT / "docs").glob("*.md")
+            for target in re.findall(r"\]\((\.\./[^)#]+)", page.read_text())
+        ]
+        assert links
+        assert [(page, target) for page, target in links if not (ROOT / "docs" / target).is_file()] == []

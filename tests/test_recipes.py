@@ -1,0 +1,251 @@
+"""docs/recipes.md: its diffs applied to the loops in tests/recipes, its code run as it stands there."""
+
+import copy
+import math
+import re
+import types
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from cases import IGNORE
+from model import BAG, DIM, VOCABULARY, Model, batch, leaves, normal, tokens
+from numerics import assert_accurate
+from processes import in_processes, needs_gloo
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from tst_ext import (
+    SuperpositionSchedule,
+    document_offsets,
+    fold_inputs,
+    fold_labels,
+    linear_multi_hot_cross_entropy,
+)
+
+TESTS = Path(__file__).parent
+PAGE = (TESTS.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+SECTIONS = dict(part.split("\n", 1) for part in PAGE.split("\n## "))
+
+
+def block(title, language="python"):
+    (text,) = re.findall(rf"^```{language}\n(.*?)^```", SECTIONS[title], re.DOTALL | re.MULTILINE)
+    return text
+
+
+def run_block(title, **names):
+    """The names that the section's code defines, itself executed with `names`."""
+    exec(block(title), names)
+    return types.SimpleNamespace(**names)
+
+
+# ---- the diffs ------------------------------------------------------------------------------------------------------
+
+LOOPS = {"nanogpt_style": "A loop like nanoGPT's", "nanochat_style": "A loop like nanochat's"}
+
+
+def apply(diff, source):
+    for hunk in re.split(r"^@@ .* @@.*\n", diff, flags=re.MULTILINE)[1:]:
+        lines = [line if line.strip() else " \n" for line in hunk.splitlines(keepends=True)]
+        old, new = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
+        assert source.count(old) == 1, f"expected once:\n{old}"
+        source = source.replace(old, new)
+    return source
+
+
+def load(source):
+    module = types.ModuleType("loop")
+    exec(source, module.__dict__)
+    module.all_optimizers = getattr(module, "optimizers", None) or [module.optimizer]
+    return module
+
+
+@pytest.fixture(params=LOOPS)
+def sources(request):
+    """The loop before and after. In float64, so that two ways of adding up are told from two losses."""
+    torch.set_default_dtype(torch.float64)
+    source = (TESTS / "recipes" / f"{request.param}.py").read_text(encoding="utf-8")
+    yield source, apply(block(LOOPS[request.param], "diff"), source)
+    torch.set_default_dtype(torch.float32)
+
+
+# Rounding, 1e-16 an operation, leaves 4e-15 after ten steps of AdamW; another loss, another order of the
+# tokens or a lost optimiser state moves the losses by a thousandth and more.
+equal = partial(pytest.approx, rel=1e-12)
+
+
+class TestLoops:
+    def test_both_phases(self, sources):
+        loop = load(sources[1])
+        batches = []
+        loop.model.register_forward_pre_hook(lambda module, inputs: batches.append(inputs))
+        losses = loop.train()
+        calls = len(batches) // len(losses)  # micro-batches a step
+        for ids, labels in batches[: 3 * calls]:
+            assert ids.shape[1:] == labels.shape[1:] == (16, 4)
+            assert torch.equal(labels[:, :-1], ids[:, 1:])  # each bag's labels are the next bag, none its own
+            assert (labels[:, -1] != -1).sum(1).tolist() == [1] * len(ids)
+        for ids, labels in batches[3 * calls :]:
+            assert ids.shape[1:] == labels.shape[1:] == (16,)
+            assert torch.equal(labels[:, :-1], ids[:, 1:])
+        # The mistakes that are made here give log(V) / s and s log(V).
+        assert losses[0] == pytest.approx(math.log(64), rel=0.1)
+        assert losses[-1] < losses[3]
+
+    def test_bag_size_1_is_the_loop_as_it_was(self, sources):
+        assert sources[1].count("bag_size=4") == 1
+        before, after = (
+            load(source).train() for source in (sources[0], sources[1].replace("bag_size=4", "bag_size=1"))
+        )
+        assert after == equal(before)
+
+    @pytest.mark.parametrize("reset", [False, True])
+    def test_after_the_switch_it_is_the_loop_as_it_was(self, sources, reset):
+        loop, before = load(sources[1]), load(sources[0])
+        switch, steps, saved = loop.schedule.switch_step, [], []
+
+        def save(*_):
+            steps.append(None)
+            if len(steps) == switch:
+                state = [part.state_dict() for part in (loop.model, *loop.all_optimizers)]
+                saved.append((torch.get_rng_state(), copy.deepcopy(state)))
+
+        loop.all_optimizers[-1].register_step_post_hook(save)
+        losses = loop.train()
+
+        ((random, state),) = saved
+        torch.set_rng_state(random)
+        for part, values in zip((before.model, *before.all_optimizers), state, strict=True):
+            if not reset or part is before.model:
+                part.load_state_dict(values)
+        if hasattr(before, "data_loader"):
+            B, T = before.device_batch_size, before.sequence_len
+            before.train_loader = before.data_loader(B, T, position=switch * before.grad_accum_steps * B * 4 * T)
+        expected = before.train(switch)
+        if reset:  # what the other case would miss if it could
+            assert abs(losses[-1] - expected[-1]) > 1e-3
+        else:
+            assert losses[switch:] == equal(expected)
+
+    def test_validation_is_next_token_in_the_superposition_phase(self, sources):
+        before, after = load(sources[0]), load(sources[1])
+        ids = torch.arange(32).view(2, 16)
+        losses = []
+        for loop in (before, after):
+            result = loop.model(ids, ids + 1)
+            losses.append((result[1] if isinstance(result, tuple) else result).item())
+        assert losses[1] == equal(losses[0])
+
+
+# ---- the other recipes ----------------------------------------------------------------------------------------------
+
+
+def double_model():
+    return Model(dtype=torch.float64)
+
+
+def batch_of_step(s, rows=slice(None)):
+    """ids and labels `[4, 2 s]` of one step, the rows of one rank."""
+    ids = tokens(4, 2 * s + 1, seed=s)
+    return ids[rows, :-1], ids[rows, 1:]
+
+
+def assert_same(actual, expected):
+    assert_accurate(actual, expected, expected, 4 * VOCABULARY)
+
+
+def test_validation():
+    model = double_model()
+    batches = [batch_of_step(4), batch_of_step(4)]
+    loss = run_block("Validation", torch=torch).validate(model, batches)
+    exact = []
+    for ids, labels in batches:
+        logits = model.head(torch.relu(model.body(model.embedding(ids))))
+        exact.append(F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    assert not loss.requires_grad
+    assert_same(loss, torch.stack(exact).mean())
+
+
+def test_compile():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = double_model()
+    compile = partial(torch.compile, backend=counter)
+    compiled = run_block("torch.compile", torch=types.SimpleNamespace(compile=compile), model=model).compiled
+    for s in (BAG, BAG, 1, 1):
+        ids, labels = batch_of_step(s)
+        if s > 1:
+            ids, labels = fold_inputs(ids, s), fold_labels(labels, s, shifted=True)
+        assert_same(compiled(ids, labels), model(ids, labels))
+    assert counter.frame_count == 2
+
+
+def test_documents():
+    lengths = [[5, 4, 7], [1, 6, 9]]  # tokens of document k are k, but its last one, 0
+    ids = torch.tensor([[n for k, n in enumerate(row, 1) for n in [k] * (n - 1) + [0]] for row in lengths])
+    labels = torch.cat((ids[:, 1:], torch.zeros(2, 1, dtype=torch.long)), 1)
+    names = dict(document_offsets=document_offsets, fold_inputs=fold_inputs, fold_labels=fold_labels)
+    recipe = run_block(
+        "Bags that end with their document", **names, ids=ids, labels=labels, eos_token_id=0, s=4, model=double_model()
+    )
+    assert recipe.bags.shape == recipe.bag_labels.shape == (2, 4, 4)
+    bags = zip(recipe.bags.flatten(0, 1).tolist(), recipe.bag_labels.flatten(0, 1).tolist(), strict=True)
+    for inputs, targets in bags:
+        document = set(inputs) - {0, IGNORE}
+        assert len(document) <= 1 and set(targets) - {0, IGNORE} <= document
+    assert (recipe.bag_labels != IGNORE).any() and recipe.loss.isfinite()
+
+
+def check_ranks(rank):
+    ids, labels = batch(rows=8)
+    mine = slice(4 * rank, 4 * rank + 4)
+    model = torch.nn.parallel.DistributedDataParallel(double_model())
+    parts = list(zip(ids[mine].split(1), labels[mine].split(1), strict=True))
+    run_block("One exact loss over micro-batches and ranks", dist=dist).backward(model, parts)
+    whole = double_model()
+    whole(ids, labels, normalizer=(labels != IGNORE).sum()).backward()
+    for mine, expected in zip(model.parameters(), whole.parameters(), strict=True):
+        assert_same(mine.grad, expected.grad)
+
+
+def check_switch(rank):
+    schedule = SuperpositionSchedule(5, ratio=0.4, bag_size=BAG)
+    names = dict(fold_inputs=fold_inputs, fold_labels=fold_labels)
+    train = run_block("The switch under DDP and FSDP2", **names).train
+    trained = []
+    for model, rows in (
+        (torch.nn.parallel.DistributedDataParallel(double_model()), slice(2 * rank, 2 * rank + 2)),
+        (double_model(), slice(None)),
+    ):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        train(model, optimizer, schedule, partial(batch_of_step, rows=rows))
+        trained.append(list(model.parameters()))
+    for mine, expected, initial in zip(*trained, double_model().parameters(), strict=True):
+        assert_same(mine - initial, expected - initial)
+
+
+def check_divided_head(rank):
+    head = torch.nn.Linear(DIM, VOCABULARY, bias=False, dtype=torch.float64)
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
+    (hidden,) = leaves(normal(7, DIM, dtype=torch.float64))
+    labels = tokens(7, BAG, ignored=0.2)
+    names = dict(head=head, hidden=hidden, labels=labels, rank=rank, world=2, V=VOCABULARY, group=dist.group.WORLD)
+    names |= dict(linear_multi_hot_cross_entropy=linear_multi_hot_cross_entropy)
+    loss = run_block("A head divided over the vocabulary", **names).loss
+    whole = linear_multi_hot_cross_entropy(hidden, head.weight, labels)
+    assert_same(loss, whole)
+    for mine, expected in zip(*(torch.autograd.grad(each, hidden) for each in (loss, whole)), strict=True):
+        assert_same(mine, expected)
+
+
+def check_all(rank):
+    check_ranks(rank)
+    check_switch(rank)
+    check_divided_head(rank)
+
+
+@needs_gloo
+def test_ranks(tmp_path):
+    in_processes(2, check_all, tmp_path)

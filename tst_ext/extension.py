@@ -1,0 +1,56 @@
+"""The one place that loads the compiled extension. Where it does not load, the error says why and what to do."""
+
+import re
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+__all__ = ["_C"]
+
+MINIMUM_TORCH = "2.11"  # that of pyproject.toml: the first with every call of the stable ABI that csrc/ makes
+INSTALL = "python -m pip install --no-build-isolation --force-reinstall --no-deps"
+BUILD = f"build it with this Python and this torch, in a checkout: {INSTALL} ."
+
+
+def diagnosis(error: str, folder: Path) -> tuple[str, str]:
+    """What the loader's message about the extension in `folder` means, and what to do."""
+    built = sorted(path.name for path in folder.glob("_C.*") if path.suffix in (".so", ".pyd"))
+    library = re.search(r"(lib[\w+-]+)\S*: cannot open|Library not loaded: \S*(lib[\w+-]+)", error)
+    if torch.__version__ < MINIMUM_TORCH:
+        return (
+            f"torch {torch.__version__} is too old, the extension needs {MINIMUM_TORCH} or later",
+            f"python -m pip install --upgrade 'torch>={MINIMUM_TORCH}'",
+        )
+    if not built:
+        return (
+            f"{folder} is a checkout that was not built",
+            f"{INSTALL} -e . there; if tst-ext is installed elsewhere, leave that folder, which hides it",
+        )
+    if not {f"_C{suffix}" for suffix in EXTENSION_SUFFIXES} & set(built):
+        return (
+            f"{', '.join(built)} is for another Python than this {sys.version.split()[0]}",
+            f"use the Python that it was installed with, or {BUILD}",
+        )
+    if library and "cuda" in library[0]:
+        return (
+            f"it has CUDA kernels for another CUDA than that of torch {torch.__version__} (CUDA {torch.version.cuda})",
+            f"install torch for the CUDA version that tst-ext was built with, or {BUILD}",
+        )
+    if library:
+        return f"{library[1] or library[2]}, a part of torch or of the system, is missing", "install torch again"
+    if "GLIBC" in error:
+        return "it was built on a newer Linux than this one", BUILD
+    if "symbol" in error.lower():
+        return f"torch {torch.__version__} lacks a function that it calls", f"install torch again, or {BUILD}"
+    return "the file is damaged, or was built for another machine", BUILD
+
+
+try:
+    import tst_ext._C as _C
+except ImportError as error:
+    meaning, advice = diagnosis(str(error), Path(__file__).parent)
+    raise ImportError(
+        f"tst_ext: the compiled extension does not load: {meaning}\n  what to do: {advice}\n  the error: {error}"
+    ) from error

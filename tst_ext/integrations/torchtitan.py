@@ -1,0 +1,276 @@
+"""TST in TorchTitan: its Llama 3 and Qwen3 models, its data, checkpoints, FSDP2 and tensor parallelism.
+
+`superpose(config)` makes a config of TorchTitan's trainer one of TST's. It puts subclasses in the place of the
+embedding (bags), the output head (head and loss in one op) and the trainer (two phases), and a loss of its own.
+Parameters keep their names. Needs the extra `torchtitan`.
+
+    torchrun --nproc-per-node=8 -m torchtitan.train --module tst_ext.integrations.torchtitan \\
+        --config llama3_8b --superposition.bag_size 6 --superposition.ratio 0.3
+"""
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torchtitan.components.loss import IGNORE_INDEX, BaseLoss, ChunkedLossWrapper
+from torchtitan.config import CompileConfig
+from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataset
+from torchtitan.models.common import Embedding, Linear
+from torchtitan.models.llama3 import config_registry as llama3
+from torchtitan.models.qwen3 import config_registry as qwen3
+from torchtitan.trainer import Trainer
+
+from .. import SuperpositionSchedule, bag_embedding, fold_inputs, fold_labels, linear_multi_hot_cross_entropy
+from .. import position_weights as named_position_weights
+
+__all__ = ["BagEmbedding", "LossHead", "SuperpositionLoss", "SuperpositionTrainer", "superpose"]
+
+logger = logging.getLogger(__name__)
+
+
+class BagEmbedding(Embedding):
+    """TorchTitan's embedding, also of bags: ids `[B, L]` or `[B, l, s]`; divided over the vocabulary where it is."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Embedding.Config):
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 2:
+            return super().forward(input)
+        weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
+        if self.tp_group is None:
+            return bag_embedding(input, weight)
+        # This process's rows of the table, as the superclass has them; TorchTitan adds up what the processes return.
+        first = dist.get_rank(self.tp_group) * -(-self.num_embeddings // dist.get_world_size(self.tp_group))
+        own = torch.where((input >= first) & (input < first + len(weight)), input - first, -1)
+        return bag_embedding(own, weight, mode="sum", padding_idx=-1) / input.shape[-1]
+
+
+class LossHead(Linear):
+    """TorchTitan's output head, which with `labels` returns the loss, so that FSDP2 gathers its weight for that alone.
+
+    `head(hidden, labels=..., **options)` is `linear_multi_hot_cross_entropy`, with the processes of tensor parallelism
+    as its `tp_group`. Without labels it returns logits.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Linear.Config):
+        pass
+
+    def forward(self, input: Tensor, *, labels: Tensor | None = None, **options: Any) -> Tensor:
+        if labels is None:
+            return super().forward(input)
+        weight, bias, group = self.weight, self.bias, None
+        if isinstance(weight, DTensor):
+            if weight.placements != (Shard(0),):
+                raise ValueError(f"lm_head.weight: expected it whole or [Shard(0)] over tp, got {weight.placements}")
+            group = weight.device_mesh.get_group()
+            weight, bias = (t if t is None else t.to_local() for t in (weight, bias))
+        if isinstance(input, DTensor):  # the same on each process of tp, and so is the gradient the op returns
+            input = input.to_local(grad_placements=input.placements)
+        return linear_multi_hot_cross_entropy(input, weight, labels, bias=bias, tp_group=group, **options)
+
+
+class SuperpositionLoss(ChunkedLossWrapper):
+    """The loss of both phases and of validation: of hidden states, by a `LossHead`, without the logits.
+
+    A ChunkedLossWrapper to the trainer, which then gives it the head and the hidden states; it chunks inside the op.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseLoss.Config):
+        position_weights: str | None = None
+        """Weights of the bag positions by name, see tst_ext.position_weights; scaled to a mean of 1."""
+
+        objective: str = "mce"
+        """'mce', multi-hot cross-entropy, or 'mce_alt', the sum-to-one variant, a bag counting as its labels do."""
+
+        z_loss: float = 0.0
+        """Adds z_loss * lse^2 for each label."""
+
+        chunk_size: int | None = None
+        """Rows whose logits exist at a time, at most."""
+
+    def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
+        self.config = config
+        self.lm_head: torch.nn.Module | None = None
+
+    def __call__(
+        self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum over the labels of hidden states `pred` `[B, l, d]`, divided by `global_valid_tokens` if given.
+
+        Args:
+            labels: `[B, l]`, or in bags `[B, l, s]`.
+        """
+        assert self.lm_head is not None
+        config, weights = self.config, None
+        if labels.dim() == 3 and config.position_weights is not None:
+            weights = named_position_weights(config.position_weights, labels.shape[-1], device=pred.device)
+            weights = weights / weights.mean()
+        loss = self.lm_head(
+            pred,
+            labels=labels,
+            position_weights=weights,
+            objective=config.objective if labels.dim() == 3 else "mce",
+            normalizer=1 if global_valid_tokens is None else global_valid_tokens,
+            z_loss=config.z_loss,
+            chunk_size=config.chunk_size,
+            ignore_index=IGNORE_INDEX,
+        )
+        return loss, {}
+
+
+class SuperpositionTrainer(Trainer):
+    """TorchTitan's trainer in two phases. From the switch on nothing but the loss op differs from TorchTitan's own.
+
+    In the superposition phase the rows of a batch have s times as many tokens, `training.seq_len` bags: the data stream
+    goes on at the switch and from checkpoints of either phase as ever. A bag's position is its number in its document,
+    which begins at the bag with its first token. `tps` and MFU count bags as positions, `n_tokens_seen` counts tokens.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Superposition:
+        bag_size: int = 6
+        """s, tokens a bag; the paper's range is 4 to 8"""
+
+        ratio: float = 0.3
+        """r, the share of training.steps in the superposition phase; the paper's range is 0.2 to 0.4"""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        superposition: "SuperpositionTrainer.Superposition" = field(
+            default_factory=lambda: SuperpositionTrainer.Superposition()
+        )
+
+    def __init__(self, config: Config) -> None:
+        phases, parallelism = config.superposition, config.parallelism
+        self.schedule = SuperpositionSchedule(config.training.steps, phases.ratio, phases.bag_size)
+        refused = {
+            "parallelism.pipeline_parallel_degree": parallelism.pipeline_parallel_degree > 1,
+            "parallelism.context_parallel_degree": parallelism.context_parallel_degree > 1,
+        }
+        for name in (name for name, given in refused.items() if given):
+            raise ValueError(f"{name}: expected 1 with superposition")
+        if not config.training.disable_cuda_graphs:
+            raise ValueError("training.disable_cuda_graphs: expected True: shapes change at the switch")
+        if parallelism.spmd_backend == "full_dtensor" or (
+            parallelism.spmd_backend == "spmd_types" and parallelism.tensor_parallel_degree > 1
+        ):
+            raise ValueError(
+                "parallelism.spmd_backend: expected 'partial_dtensor', or 'spmd_types' without tensor parallelism, got "
+                f"{parallelism.spmd_backend!r} with tensor_parallel_degree {parallelism.tensor_parallel_degree}"
+            )
+        if config.debug.spmd_typechecking:
+            raise ValueError("debug.spmd_typechecking: expected False: the ops have no spmd types")
+        if not isinstance(config.loss, SuperpositionLoss.Config):
+            raise ValueError(
+                f"loss: expected SuperpositionLoss.Config, got {type(config.loss).__qualname__}; use superpose"
+            )
+        super().__init__(config)
+        dataset = self.dataloader.dataset  # type: ignore[attr-defined]
+        if not isinstance(dataset, HuggingFaceTextDataset) or self.dataloader.num_workers:  # type: ignore[attr-defined]
+            raise ValueError(
+                "dataloader: expected a HuggingFaceTextDataLoader with num_workers=0, whose row length can change, got "
+                f"{type(config.dataloader).__qualname__}"
+            )
+        self.dataset = dataset
+
+    def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
+        step = self.step - 1  # TorchTitan counts from 1
+        if step == self.schedule.switch_step:
+            logger.info("step %d: the superposition phase has ended", self.step)
+        self.dataset.seq_len = self.schedule.bag_size_at(step) * self.config.training.seq_len
+        super().train_step(data_iterator)
+
+    def batch_generator(
+        self, data_iterable: Iterable[tuple[dict[str, Tensor], Tensor]]
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        for inputs, labels in super().batch_generator(data_iterable):
+            bag_size = labels.shape[-1] // self.config.training.seq_len
+            if bag_size > 1:
+                self.metrics_processor.ntokens_since_last_log -= labels.numel() - labels.numel() // bag_size
+                inputs, labels = fold_batch(inputs, labels, bag_size)
+            yield inputs, labels
+
+
+def fold_batch(inputs: dict[str, Tensor], labels: Tensor, bag_size: int) -> tuple[dict[str, Tensor], Tensor]:
+    """A batch of TorchTitan's dataloader in bags: input, labels `[B, L]` to `[B, l, s]`, positions to `[B, l]`.
+
+    TorchTitan's labels are shifted already, inside documents. Positions begin at 0 with each document.
+
+    Raises:
+        ValueError: the batch has other inputs than input and positions.
+    """
+    unknown = inputs.keys() - {"input", "positions"}
+    if unknown:
+        raise ValueError(f"dataloader: expected input and perhaps positions, got {sorted(inputs)}")
+    folded = {"input": fold_inputs(inputs["input"], bag_size)}
+    if "positions" in inputs:
+        starts = (fold_inputs(inputs["positions"], bag_size) == 0).any(-1)
+        number = torch.arange(starts.shape[-1]).expand(starts.shape)
+        folded["positions"] = number - torch.where(starts, number, 0).cummax(-1).values
+    return folded, fold_labels(labels, bag_size, shifted=True, ignore_index=IGNORE_INDEX)
+
+
+def superpose(config: Trainer.Config, *, bag_size: int = 6, ratio: float = 0.3, **loss: Any) -> Any:
+    """A config of TorchTitan's trainer with a superposition phase: a new `SuperpositionTrainer.Config`.
+
+    Args:
+        config: as a config registry returns it, of a model whose embedding and output head are TorchTitan's plain ones,
+            tied or not, such as Llama 3 and Qwen3. CUDA graphs are turned off.
+        bag_size, ratio: s and r; also `--superposition.bag_size` and `--superposition.ratio`.
+        loss: fields of `SuperpositionLoss.Config`.
+
+    Raises:
+        ValueError: a config of another trainer, or of a model whose embedding or head is not plain.
+    """
+    if type(config) is not Trainer.Config or config.model_spec is None:
+        raise ValueError(f"config: expected a Trainer.Config with a model_spec, got {type(config).__qualname__}")
+    model: Any = copy.deepcopy(config.model_spec.model)
+    for name, plain, ours in (
+        ("tok_embeddings", Embedding.Config, BagEmbedding.Config),
+        ("lm_head", Linear.Config, LossHead.Config),
+    ):
+        given = getattr(model, name, None)
+        if type(given) is not plain:
+            raise ValueError(f"config: expected {name} to be a {plain.__qualname__}, got {type(given).__qualname__}")
+        setattr(model, name, ours(**_fields(given)))
+    options = _fields(config) | {
+        "model_spec": dataclasses.replace(config.model_spec, model=model),
+        "loss": SuperpositionLoss.Config(**loss),
+        "training": dataclasses.replace(config.training, disable_cuda_graphs=True),
+        "superposition": SuperpositionTrainer.Superposition(bag_size=bag_size, ratio=ratio),
+    }
+    return SuperpositionTrainer.Config(**options)
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+
+
+# ---- what --config names ---------------------------------------------------------------------------------------------
+
+
+def llama3_debugmodel() -> Any:
+    return superpose(llama3.llama3_debugmodel())
+
+
+def llama3_8b() -> Any:
+    return superpose(llama3.llama3_8b())
+
+
+def qwen3_debugmodel() -> Any:
+    return superpose(qwen3.qwen3_debugmodel())
+
+
+def qwen3_0_6b() -> Any:
+    return superpose(qwen3.qwen3_0_6b())
