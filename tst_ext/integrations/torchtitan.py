@@ -75,7 +75,7 @@ class LossHead(Linear):
             group = weight.device_mesh.get_group()
             weight, bias = (t if t is None else t.to_local() for t in (weight, bias))
         if isinstance(input, DTensor):  # the same on each process of tp, and so is the gradient the op returns
-            input = input.to_local(grad_placements=input.placements)
+            input = input.to_local()
         return linear_multi_hot_cross_entropy(input, weight, labels, bias=bias, tp_group=group, **options)
 
 
