@@ -284,7 +284,7 @@ PYTHON: dict[str, list[Mutant]] = {
                "own labels' part of the softmax twice"),
         Mutant("shard-share", "torch.where(factor == 0, 0, factor * ((own_lse - largest[0]) - log_sum).exp())",
                "factor", "softmax over one shard"),
-        Mutant("shard-set", "pull * ((at_labels - largest[1]) - total[1].log()).exp())", "pull)",
+        Mutant("shard-set", "0, pull * part)", "0, pull)",
                "labels of other shards left out of the set"),
         Mutant("shard-mean", "total[2] / total[3])\n    loss", "sums[2] / sums[3])\n    loss",
                "mean logit of one shard"),

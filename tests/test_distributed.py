@@ -31,6 +31,7 @@ def check_fsdp(rank):
     for module in (sharded.embedding, sharded.body, sharded.head, sharded):
         fully_shard(module, mesh=mesh)
     assert all(isinstance(p, DTensor) for p in sharded.parameters())
+    sharded.head.set_unshard_in_backward(False)
     seen = []  # the head's weight while the loss is computed
     sharded.head.register_forward_pre_hook(lambda head, _: seen.append(head.weight))  # FSDP's own comes before it
     # FSDP averages the gradients of the ranks; the gradient of the whole batch is their sum. With WORLD times less as
@@ -40,7 +41,10 @@ def check_fsdp(rank):
     assert not isinstance(seen[0], DTensor) and seen[0].shape == whole.head.weight.shape
     assert isinstance(sharded.head.weight, DTensor)
     assert sharded.head.weight.to_local().numel() < whole.head.weight.numel()
+    in_backward = []  # FSDP's hook on the loss, which would gather the weight, comes before this one
+    part.register_hook(lambda _: in_backward.append(isinstance(sharded.head.weight, DTensor)))
     part.backward()
+    assert in_backward == [True]
     total = part.detach() / WORLD
     dist.all_reduce(total)
     torch.testing.assert_close(total, loss.detach(), rtol=1e-6, atol=0)

@@ -81,6 +81,16 @@ def check_hard_cases(rank):
         mine = loss_and_gradients(fused, hidden, weight[own], masked[own], inside, tp_group=dist.group.WORLD, **options)
         for a, b in zip(mine, (one[0], one[1], one[2][own], one[3][own]), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    # Labels all out of the vocabulary: an infinite loss, but not a NaN in the gradient that one process does not have.
+    for options in (dict(objective="mce_alt"), dict(objective="mce_alt", reduction="none")):
+        upstream = 1.3 if len(options) == 1 else torch.zeros(ROWS)
+        gone = torch.where(torch.arange(ROWS) == 3, 0, inside.T).T.contiguous()  # token 0 is masked
+        one = loss_and_gradients(fused, hidden, weight, masked, gone, upstream, **options)
+        mine = loss_and_gradients(
+            fused, hidden, weight[own], masked[own], gone, upstream, tp_group=dist.group.WORLD, **options
+        )
+        for a, b in zip(mine, (one[0], one[1], one[2][own], one[3][own]), strict=True):
+            assert torch.equal(a.isfinite(), b.isfinite())
     # Rows that are sure of their labels: 1 - p = 1e-5 keeps its digits. Only one label, or p could not be near 1.
     sure = torch.randn(ROWS, DIM, generator=generator(3))
     sure = sure / sure.norm(dim=1, keepdim=True)
@@ -92,6 +102,22 @@ def check_hard_cases(rank):
     mine = loss_and_gradients(fused, hidden, weight[own], far[2][own], labels, tp_group=dist.group.WORLD)
     for a, b in zip(mine, (one[0], one[1], one[2][own], one[3][own]), strict=True):
         assert (a - b).norm() <= 2 * torch.finfo(torch.float32).eps * 1e4 * max(b.norm(), 1e-3)
+
+
+def check_new_memory(rank):
+    """Shards whose GEMMs read past the last row, where new memory holds NaN."""
+    world = dist.get_world_size()
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            hidden, weight, _, labels = loss_case(36, 64, 35 * world, BAG, dtype, "cpu")
+            own = slice(35 * rank, 35 * rank + 35)
+            mine = loss_and_gradients(fused, hidden, weight[own], None, labels, tp_group=dist.group.WORLD)
+            one = loss_and_gradients(fused, hidden, weight, None, labels)
+            for a, b in zip(mine, (one[0], one[1], one[2][own]), strict=True):
+                assert (a - b).norm() <= 2 * torch.finfo(dtype).eps * b.norm()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def check_lse_and_z_loss(rank):
@@ -202,6 +228,7 @@ def check_errors(rank):
 CHECKS = (
     check_options,
     check_hard_cases,
+    check_new_memory,
     check_lse_and_z_loss,
     check_sequence_parallel,
     check_exchanges,

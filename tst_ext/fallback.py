@@ -239,7 +239,9 @@ def linear_multi_hot_cross_entropy(
         dw.zero_(), db.zero_()
     most = chunk_size or _chunk_rows(rows, vocabulary, h.element_size(), h.device)
     chunk = -(-rows // max(1, -(-rows // most)))  # equal parts
-    buffer = h.new_empty(chunk, padded_columns(vocabulary))[:, :vocabulary]
+    padded = h.new_empty(chunk, padded_columns(vocabulary))
+    padded[:, vocabulary:] = 0  # torch's bfloat16 GEMM on CPUs with AMX reads them: a NaN there would not stay there
+    buffer = padded[:, :vocabulary]
     for start in range(0, rows, max(1, chunk)):
         part = slice(start, start + chunk)
         z = buffer[: len(h[part])]

@@ -157,7 +157,8 @@ def _rows(
     share = torch.where(factor == 0, 0, factor * ((own_lse - largest[0]) - log_sum).exp())
     pull = (1 - label_smoothing) * g
     if alternatives:
-        pull = torch.where(own_scale == 0, 0, pull * ((at_labels - largest[1]) - total[1].log()).exp())
+        part = torch.where(total[1] == 0, 0, ((at_labels - largest[1]) - total[1].log()).exp())  # 0: all masked
+        pull = torch.where((own_scale == 0) | (pull == 0), 0, pull * part)
     push = share - pull * own_scale
     kernel(
         torch.empty_like(loss),

@@ -18,6 +18,16 @@ FAMILIES = {
     "gemma2": transformers.Gemma2Config(**SIZES, final_logit_softcapping=1.0, query_pre_attn_scalar=8),
     "gemma3": transformers.Gemma3TextConfig(**SIZES, query_pre_attn_scalar=8),
     "gpt2": transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "opt": transformers.OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=48,
+        dropout=0.0,
+        word_embed_proj_dim=32,
+        max_position_embeddings=64,
+    ),
     "phi": transformers.PhiConfig(**{**SIZES, "num_key_value_heads": 4}),  # a head with a bias
 }
 

@@ -8,7 +8,11 @@ from pathlib import Path
 import torch
 from hf_cases import Rows, arguments, build
 
-from tst_ext.integrations.hf import SuperpositionTrainer
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from processes import leave  # noqa: E402
+
+from tst_ext.integrations.hf import SuperpositionTrainer  # noqa: E402
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -21,3 +25,6 @@ if __name__ == "__main__":
     trainer.train()
     if trainer.is_world_process_zero():
         result.write_text(json.dumps([entry for entry in trainer.state.log_history if "loss" in entry]))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    leave()

@@ -1,10 +1,12 @@
 """tst_ext.integrations.hf beside the installed transformers: tiny models of each family, on CPU."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -17,6 +19,13 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from tst_ext import SuperpositionSchedule, fold_inputs, fold_labels, reference
 from tst_ext.integrations.hf import SuperpositionTrainer, fold_batch, restore, superpose
+
+
+def build_gemma3n():
+    sizes = dict(SIZES, vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=8, num_kv_shared_layers=0)
+    return transformers.Gemma3nForCausalLM(
+        transformers.Gemma3nTextConfig(**sizes, layer_types=["full_attention"] * 2, laurel_rank=4)
+    )
 
 
 def gradients(model, loss):
@@ -131,7 +140,7 @@ class TestSuperpose:
                 lambda: transformers.BertLMHeadModel(
                     transformers.BertConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"}, is_decoder=True)
                 ),
-                "head of BertLMHeadModel does more",
+                "BertLMHeadModel.*does more than hidden @ weight.T",
             ),
             (lambda: transformers.LlamaModel(FAMILIES["llama"]), "expected a decoder under a head.*LlamaModel"),
             (
@@ -140,8 +149,15 @@ class TestSuperpose:
                 ),
                 "router's loss of MixtralForCausalLM",
             ),
+            (
+                lambda: transformers.XLNetLMHeadModel(
+                    transformers.XLNetConfig(vocab_size=97, d_model=32, n_layer=2, n_head=4, d_inner=48)
+                ),
+                "XLNetLMHeadModel is not causal",
+            ),
+            (lambda: build_gemma3n(), "Gemma3nForCausalLM looks ids up in every layer"),
         ],
-        ids=["scaled head", "divided head", "transformed head", "no head", "router"],
+        ids=["scaled head", "divided head", "transformed head", "no head", "router", "two-way", "ids in layers"],
     )
     def test_what_does_not_fit_is_named(self, build_model, message):
         model = build_model()
@@ -164,13 +180,27 @@ class TestSuperpose:
         with pytest.raises(ValueError, match="^model: expected an output head of type nn.Linear, got Sequential"):
             superpose(model)
         model = build("llama")
-        model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: 2 * output)
+        hook = model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: 2 * output)
+        with pytest.raises(ValueError, match="expected no hooks on the embedding of LlamaForCausalLM"):
+            superpose(model)
+        hook.remove()
+        model.model.register_forward_pre_hook(_double_embeddings, with_kwargs=True)
         with pytest.raises(ValueError, match="does not compute the same from inputs_embeds"):
+            superpose(model)
+        model = build("llama")
+        model.hf_device_map = {"model": 0, "lm_head": 1}
+        with pytest.raises(ValueError, match="expected LlamaForCausalLM on one device"):
+            superpose(model)
+        model = build("llama")
+        model.forward = lambda *args, **kwargs: None
+        with pytest.raises(ValueError, match="expected the forward of LlamaForCausalLM, or a method.*got function"):
             superpose(model)
         with pytest.raises(TypeError, match="^model: expected a transformers PreTrainedModel.*got DataParallel"):
             superpose(torch.nn.DataParallel(build("llama")))
         with pytest.raises(TypeError, match=r"^superpose: expected loss options among .*got \['normalizer'\]"):
             superpose(build("llama"), normalizer=3)
+        with pytest.raises(TypeError, match="^with bags the arguments after input_ids must be keywords"):
+            superpose(build("llama"))(tokens(2, 4, 3), torch.ones(2, 4), labels=tokens(2, 4, 3))
         with pytest.raises(ValueError, match=r"^labels: expected those of the bags, shape \(2, 4, 3\), got \(2, 12\)"):
             superpose(build("llama"))(input_ids=tokens(2, 4, 3), labels=tokens(2, 12))
 
@@ -183,6 +213,12 @@ class TestSuperpose:
         assert {name: m.training for name, m in model.named_modules()} == before
         assert torch.equal(torch.get_rng_state(), state)
         assert not any(m._forward_hooks for m in model.modules())
+
+
+def _double_embeddings(module, args, kwargs):
+    if kwargs.get("inputs_embeds") is not None:
+        kwargs["inputs_embeds"] = 2 * kwargs["inputs_embeds"]
+    return args, kwargs
 
 
 def _capped(output):
@@ -240,6 +276,39 @@ class TestTrainer:
         uniform = torch.tensor(float(VOCABULARY)).log()
         assert abs(history[0]["loss"] - uniform) < 0.05
         assert history[15]["loss"] < uniform - 1 and history[-1]["loss"] < history[16]["loss"] - 0.5
+
+    @pytest.mark.parametrize(
+        ("loss_options", "expected"),
+        [
+            (dict(position_weights="power_law"), math.log(VOCABULARY)),
+            (dict(position_weights=torch.tensor([5.0, 0.0, 1.0])), math.log(VOCABULARY)),
+            (dict(objective="mce_alt"), math.log(VOCABULARY / 3)),  # three labels of a bag, all different
+        ],
+    )
+    def test_the_first_loss_is_that_of_chance(self, tmp_path, loss_options, expected):
+        model = build("llama")
+        model.get_output_embeddings().weight.data.mul_(1e-3)
+        options = dict(max_steps=2, gradient_accumulation_steps=2)
+        trainer = SuperpositionTrainer(
+            model, arguments(tmp_path, **options), train_dataset=Rows(), bag_size=3, ratio=1, loss_options=loss_options
+        )
+        trainer.train()
+        assert losses(trainer)[0][1] == pytest.approx(expected, abs=0.03)
+
+    def test_columns(self, tmp_path):
+        """What the model does not take is left out, as by transformers' own Trainer; or refused by name."""
+        rows = [dict(Rows()[i], text="words", number=i) for i in range(40)]
+        for data in (rows, datasets.Dataset.from_list(rows)):
+            trainer = SuperpositionTrainer(
+                build("llama"), arguments(tmp_path), train_dataset=data, bag_size=3, ratio=0.5
+            )
+            trainer.train()
+            assert len(losses(trainer)) == 10
+        trainer = SuperpositionTrainer(
+            build("llama"), arguments(tmp_path, remove_unused_columns=False), train_dataset=rows, bag_size=3, ratio=0.5
+        )
+        with pytest.raises(TypeError, match=r"^train_dataset: expected a list or tensor as '(text|number)', got"):
+            trainer.train()
 
     def test_accumulation_and_bfloat16(self, tmp_path):
         """Micro-batches add up to the whole batch, in both phases, by the labels that count."""
@@ -346,6 +415,8 @@ class TestTrainer:
         [
             (dict(label_smoothing_factor=0.1), {}, "^label_smoothing_factor: "),
             (dict(train_sampling_strategy="group_by_length"), {}, "^train_sampling_strategy: .*group_by_length"),
+            (dict(ignore_data_skip=True), {}, "^ignore_data_skip: "),
+            (dict(neftune_noise_alpha=5.0), {}, "^neftune_noise_alpha: "),
             (dict(dataloader_num_workers=1), dict(train_dataset=Stream(Rows())), "^dataloader_num_workers: "),
             (dict(accelerator_config=dict(split_batches=True)), {}, "^accelerator_config: .*split_batches"),
             ({}, dict(compute_loss_func=lambda *a, **k: 0), "^compute_loss_func: "),
@@ -368,6 +439,18 @@ class TestTrainer:
         with pytest.raises(ValueError, match="^train_dataset: expected at least bag_size = 3 rows, got 2"):
             trainer.train()
         assert len(trainer.train_dataset) == 2
+
+    def test_a_second_run_counts_its_own_rows(self, tmp_path):
+        options = dict(max_steps=-1, num_train_epochs=1)
+        trainer = SuperpositionTrainer(
+            build("llama"), arguments(tmp_path, **options), train_dataset=Rows(16), bag_size=3, ratio=0.5
+        )
+        steps = []
+        for rows in (16, 32):
+            trainer.train_dataset = Rows(rows)
+            trainer.train()
+            steps.append(trainer.state.max_steps)
+        assert steps == [4, 8]
 
 
 def test_two_processes_are_one(tmp_path):

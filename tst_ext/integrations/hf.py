@@ -6,6 +6,7 @@ model's class, parameters and files stay what they were. Needs the extra `hf`.
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 from itertools import count, islice
 from types import MethodType
@@ -19,7 +20,14 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import has_length
 
-from .. import SuperpositionSchedule, bag_embedding, fold_inputs, fold_labels, linear_multi_hot_cross_entropy
+from .. import (
+    SuperpositionSchedule,
+    bag_embedding,
+    fold_inputs,
+    fold_labels,
+    linear_multi_hot_cross_entropy,
+    position_weights,
+)
 from ..nn import OPTIONS
 
 __all__ = ["SuperpositionCallback", "SuperpositionTrainer", "fold_batch", "restore", "superpose"]
@@ -40,12 +48,13 @@ LOSS_OPTIONS = (
 def superpose(model: PreTrainedModel, **loss_options: Any) -> PreTrainedModel:
     """Lets `model` read bags, in place: `model(input_ids=bags, labels=bag_labels).loss` is then TST's.
 
-    Bags are `[B, l, s]` and labels those of `fold_labels`, `[B, l, s]`; `num_items_in_batch` is the loss's normalizer.
-    Neither the logits nor embeddings of single tokens are formed. Everything else, ids `[B, L]` above all, goes the
-    model's own way, and `save_pretrained` writes what it always does.
+    Bags are `[B, l, s]` and labels those of `fold_labels`, `[B, l, s]`. With `num_items_in_batch`, the number of labels
+    that count in the whole batch ("mce_alt": of bags that have one), the loss is their sum divided by it; position
+    weights are scaled to a mean of 1. Neither the logits nor embeddings of single tokens are formed. Everything else,
+    ids `[B, L]` above all, goes the model's own way, and `save_pretrained` writes what it always does.
 
-    The head must be `logits = softcap(hidden @ weight.T + bias)`. That, and that the model does the same with
-    `inputs_embeds` as with ids, is tried out here on three tokens, unless the model is on the meta device.
+    The head must be `logits = softcap(hidden @ weight.T + bias)`, the model causal, and the same for `inputs_embeds` as
+    for ids. That is tried out here on three tokens, unless the model is on the meta device.
 
     Args:
         model: an `AutoModelForCausalLM`, not wrapped yet by DDP, FSDP or PEFT.
@@ -76,21 +85,38 @@ def superpose(model: PreTrainedModel, **loss_options: Any) -> PreTrainedModel:
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         raise ValueError(f"model: the router's loss of {name} is not part of TST's: set output_router_logits=False")
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        raise ValueError(f"model: {name} looks ids up in every layer, which a bag has no one of")
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise ValueError(f"model: expected {name} on one device, got hf_device_map {model.hf_device_map}")
+    if embedding._forward_hooks or embedding._forward_pre_hooks:
+        raise ValueError(f"model: expected no hooks on the embedding of {name}, which bags go past")
+    before = vars(model).get("forward")  # of an instance that something else has patched
+    if before is not None and not hasattr(before, "__func__"):
+        raise ValueError(
+            f"model: expected the forward of {name}, or a method in its place, got {type(before).__name__}"
+        )
+    original = cast(MethodType, model.forward).__func__
     logit_softcap = getattr(config, "final_logit_softcapping", None)
     if not head.weight.is_meta:
-        _check_head_and_input(model, logit_softcap)
-    original = getattr(model.forward, "__func__", type(model).forward)
+        _try_out(model, logit_softcap)
+    weights = loss_options.get("position_weights")
 
     @wraps(original)  # Trainer looks at the signature
     def forward(self: PreTrainedModel, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         if input_ids is None or input_ids.dim() != 3:
             return original(self, input_ids, *args, **kwargs)
         labels = kwargs.pop("labels", None)
-        kwargs.pop("shift_labels", None)  # fold_batch has them under both names
+        kwargs.pop("shift_labels", None)  # what Trainer counts
+        if args:
+            raise TypeError("with bags the arguments after input_ids must be keywords")
         if labels is None or labels.shape != input_ids.shape:
             got = None if labels is None else tuple(labels.shape)
             raise ValueError(f"labels: expected those of the bags, shape {tuple(input_ids.shape)}, got {got}")
         items = kwargs.pop("num_items_in_batch", None)
+        if items is not None and weights is not None:
+            w = position_weights(weights, labels.shape[-1]) if isinstance(weights, str) else weights
+            items = items * w.float().mean().item()
         hidden = self.base_model(inputs_embeds=_embed(self, input_ids), use_cache=False, **kwargs)[0]
         head = self.get_output_embeddings()
         loss = linear_multi_hot_cross_entropy(
@@ -105,7 +131,7 @@ def superpose(model: PreTrainedModel, **loss_options: Any) -> PreTrainedModel:
         )
         return CausalLMOutput(loss=loss)
 
-    forward.superposed = original  # type: ignore[attr-defined]
+    forward.superposed = before  # type: ignore[attr-defined]
     model.forward = MethodType(forward, model)
     return model
 
@@ -114,7 +140,10 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     """Takes `superpose` back, in place."""
     if not hasattr(model.forward, "superposed"):
         raise ValueError("model: expected one that superpose has been applied to, and nothing to its forward since")
+    before = model.forward.superposed
     del model.forward
+    if before is not None:
+        model.forward = before
     return model
 
 
@@ -127,59 +156,86 @@ def _embed(model: PreTrainedModel, bags: Tensor) -> Tensor:
     return embedded if scale is None else embedded * torch.as_tensor(scale, device=embedded.device).to(embedded.dtype)
 
 
-@torch.no_grad()
-def _check_head_and_input(model: PreTrainedModel, logit_softcap: float | None) -> None:
-    """Refuses a model whose head, or whose way from ids to hidden states, is not what `forward` above takes it for."""
+@contextmanager
+def _in_evaluation(model: PreTrainedModel) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"model: {type(model).__name__} does not run on ids, or not on inputs_embeds: {error}"
+        ) from error
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    """By more than rounding in another order explains."""
+    return a.shape != b.shape or bool((a - b).abs().max() > 8 * torch.finfo(a.dtype).eps * b.abs().max())
+
+
+def _try_out(model: PreTrainedModel, logit_softcap: float | None) -> None:
+    """Refuses a model whose head, input or loss is not what `superpose` takes it for."""
     name, head = type(model).__name__, model.get_output_embeddings()
     weight, bias = head.weight, head.bias
+    ids = torch.arange(3, device=weight.device).remainder(len(weight)).unsqueeze(0)
     # Hidden states that make large logits: an unknown softcap or scale would not show at those of a fresh model.
     probe = torch.randn(1, 3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     probe *= 50 / (weight.float().std() * weight.shape[1] ** 0.5).clamp_min(1e-6)
-    hidden = []
+    reached: list[Tensor] = []
 
-    def replace(module: nn.Module, inputs: Any, output: Any) -> Any:
-        hidden.append(output.last_hidden_state)
-        output.last_hidden_state = probe
-        return output
+    def replace(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        reached.append(inputs[0])
+        return (probe,)
 
-    ids = torch.arange(3, device=weight.device).remainder(weight.shape[0]).unsqueeze(0)
-    training = [module for module in model.modules() if module.training]
-    hook = model.base_model.register_forward_hook(replace)
+    hook = head.register_forward_pre_hook(replace)
     try:
-        model.eval()
-        logits = model(input_ids=ids, use_cache=False).logits
-        hook.remove()
-        embedded = _embed(model, ids.unsqueeze(-1))
-        hidden.append(model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state)
-    except Exception as error:
-        raise ValueError(f"model: {name} does not run on ids, or not on inputs_embeds: {error}") from error
+        with _in_evaluation(model):
+            logits = model(input_ids=ids, use_cache=False).logits
+            hook.remove()
+            hidden = model.base_model(inputs_embeds=_embed(model, ids.unsqueeze(-1)), use_cache=False)[0]
+            other = model.base_model(input_ids=ids[:, [0, 1, 1]], use_cache=False)[0]
+            model.base_model(inputs_embeds=_embed(model, ids[:, :2].unsqueeze(1)), use_cache=False)  # a bag of two
+            own_loss = model(input_ids=ids, labels=ids).loss
+            labels = fold_labels(ids, 1, shifted=False)
+            loss = linear_multi_hot_cross_entropy(hidden, weight, labels, bias=bias, logit_softcap=logit_softcap)
     finally:
         hook.remove()
-        for module in training:
-            module.training = True
     expected = F.linear(probe, weight, bias)
     if logit_softcap is not None:
         expected = logit_softcap * torch.tanh(expected / logit_softcap)
-    eps = torch.finfo(weight.dtype).eps
-    if logits.shape != expected.shape or (logits - expected).abs().max() > 8 * eps * expected.abs().max():
+    if len(reached) != 1 or _differ(logits, expected):
         raise ValueError(
-            f"model: the head of {name} does more than hidden @ weight.T + bias and a final_logit_softcapping"
+            f"model: the head of {name} does more than hidden @ weight.T + bias and final_logit_softcapping"
         )
-    if (hidden[0] - hidden[1]).abs().max() > 8 * eps * hidden[0].abs().max():
-        raise ValueError(f"model: {name} does not compute the same from inputs_embeds as from input_ids")
+    if _differ(reached[0], hidden):
+        raise ValueError(
+            f"model: {name} does not compute the same from inputs_embeds as from input_ids, or does more than "
+            "hidden @ weight.T + bias after it"
+        )
+    if _differ(other[:, :2], hidden[:, :2]):
+        raise ValueError(f"model: {name} is not causal, so a bag would see its targets")
+    if abs(own_loss - loss) > 16 * torch.finfo(weight.dtype).eps * own_loss:
+        raise ValueError(f"model: the loss of {name} is not that of the next token: {own_loss:.4f} against {loss:.4f}")
 
 
-def fold_batch(batch: dict[str, Any], bag_size: int) -> dict[str, Any]:
+def fold_batch(batch: dict[str, Any], bag_size: int, objective: str = "mce") -> dict[str, Any]:
     """A batch as collators make it, in bags: what a model after `superpose` reads.
 
     Args:
         batch: input_ids `[B, L]`, labels `[B, L]` in the convention of Transformers (`labels[t]` is `input_ids[t]`, or
             -100) and, if there is one, attention_mask `[B, L]`. L need not be a multiple of s.
         bag_size: s.
+        objective: that of the loss.
 
     Returns:
-        input_ids and labels `[B, ceil(L / s), s]`, with -100 in slots of padding; labels also as shift_labels, where
-        Trainer counts them; attention_mask `[B, ceil(L / s)]`.
+        input_ids and labels `[B, ceil(L / s), s]`, with -100 in slots of padding; attention_mask `[B, ceil(L / s)]`;
+        shift_labels, where Trainer counts what `num_items_in_batch` is: the labels again, or for "mce_alt" one a bag.
 
     Raises:
         ValueError: the batch has other tensors, or lacks one of these.
@@ -193,7 +249,8 @@ def fold_batch(batch: dict[str, Any], bag_size: int) -> dict[str, Any]:
         ids = torch.where(mask == 0, PADDING, ids)
     ids, labels = (F.pad(t, (0, short), value=PADDING) for t in (ids, labels))
     labels = fold_labels(labels, bag_size, shifted=False, ignore_index=PADDING)
-    folded = {"input_ids": fold_inputs(ids, bag_size), "labels": labels, "shift_labels": labels}
+    counted = labels.amax(-1) if objective == "mce_alt" else labels
+    folded = {"input_ids": fold_inputs(ids, bag_size), "labels": labels, "shift_labels": counted}
     if mask is not None:
         folded["attention_mask"] = fold_inputs(F.pad(mask, (0, short)).long(), bag_size).amax(-1)
     return folded
@@ -208,7 +265,8 @@ class SuperpositionTrainer(Trainer):
     A step of the superposition phase reads `bag_size` times as many tokens at the same cost: of a `train_dataset` with
     rows of L tokens, packed, each sample is `bag_size` consecutive rows, and one row afterwards. Rows are shuffled in
     such groups (`train_sampling_strategy="sequential"` keeps their order), and `num_train_epochs` counts passes over
-    them: without `max_steps`, the steps that read them so often. It goes on from a checkpoint in either phase.
+    them: without `max_steps`, the steps that read them so often. To Trainer the run is one epoch, so "epoch" strategies
+    act at its end. It goes on from a checkpoint in either phase.
 
     `log_history` has the training loss of the phase and `bag_size`; a log is written at the switch, so that no average
     mixes the two losses. Evaluation is next-token in both phases.
@@ -221,7 +279,8 @@ class SuperpositionTrainer(Trainer):
 
     Raises:
         TypeError, ValueError: what `superpose` and `SuperpositionSchedule` refuse; model_init, label_smoothing_factor,
-            compute_loss_func, DataParallel, DeepSpeed ZeRO-3, sampling by length, an `IterableDataset` with workers.
+            compute_loss_func, ignore_data_skip, neftune_noise_alpha, sampling by length, DataParallel, DeepSpeed
+            ZeRO-3, tensor, context or sequence parallelism, an `IterableDataset` with workers.
 
     Source: arXiv 2605.06546. Optimiser state and learning-rate schedule carry over at the switch.
     """
@@ -235,7 +294,8 @@ class SuperpositionTrainer(Trainer):
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: the superposition phase has a loss of its own; see loss_options")
         super().__init__(*args, **kwargs)
-        self.bag_size, self.ratio = bag_size, ratio
+        self.bag_size, self.ratio, self.loss_options = bag_size, ratio, loss_options or {}
+        self.max_steps = self.args.max_steps  # as asked for
         if self.args.label_smoothing_factor:
             raise ValueError(
                 "label_smoothing_factor: it forms the logits; expected 0, and label_smoothing in loss_options for the "
@@ -261,7 +321,10 @@ class SuperpositionTrainer(Trainer):
             raise ValueError(
                 "args: expected data parallelism alone (DDP or FSDP), got tensor, context or sequence parallelism"
             )
-        superpose(cast(PreTrainedModel, self.model), **(loss_options or {}))
+        for name in ("ignore_data_skip", "neftune_noise_alpha"):
+            if getattr(self.args, name):
+                raise ValueError(f"{name}: expected none, got {getattr(self.args, name)}")
+        superpose(cast(PreTrainedModel, self.model), **self.loss_options)
         self.add_callback(SuperpositionCallback(self))
 
     @property
@@ -273,8 +336,8 @@ class SuperpositionTrainer(Trainer):
         return self.get_total_train_batch_size(self.args)
 
     def _steps(self) -> int:
-        if self.args.max_steps > 0 or not has_length(self.train_dataset):
-            return self.args.max_steps
+        if self.max_steps > 0 or not has_length(self.train_dataset):
+            return self.max_steps
         rows = self.args.num_train_epochs * len(self.train_dataset)
         return max(1, int(rows / (self._samples_per_step() * (1 + self.ratio * (self.bag_size - 1)))))
 
@@ -288,13 +351,20 @@ class SuperpositionTrainer(Trainer):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             shuffle = None if self.args.train_sampling_strategy == "sequential" else seed
             total = self.args.max_steps * self._samples_per_step()
-            self.train_dataset = _Samples(rows, self.bag_size, bagged, total, shuffle)
+            self.train_dataset = _Samples(rows, self._columns(), self.bag_size, bagged, total, shuffle)
         else:
-            self.train_dataset = _SampleStream(rows, self.bag_size, bagged)
+            self.train_dataset = _SampleStream(rows, self._columns(), self.bag_size, bagged)
         try:
             return super().get_train_dataloader()
         finally:
             self.train_dataset = rows
+
+    def _columns(self) -> set[str] | None:
+        """What Trainer keeps of a row; None: everything."""
+        if not self.args.remove_unused_columns:
+            return None
+        self._set_signature_columns_if_needed()
+        return set(cast(list[str], self._signature_columns))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         return SequentialSampler(train_dataset) if isinstance(train_dataset, _Samples) else None
@@ -302,7 +372,8 @@ class SuperpositionTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         bag_size = self.schedule.bag_size_at(self.state.global_step)
         if bag_size > 1:
-            epoch_iterator = (fold_batch(batch, bag_size) for batch in epoch_iterator)
+            objective = self.loss_options.get("objective", "mce")
+            epoch_iterator = (fold_batch(batch, bag_size, objective) for batch in epoch_iterator)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -326,18 +397,20 @@ class SuperpositionCallback(TrainerCallback):
         return control
 
 
-def _join(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row of several: their lists or tensors one after the other."""
-    if len(rows) == 1:
-        return rows[0]
+def _join(rows: list[dict[str, Any]], columns: set[str] | None) -> dict[str, Any]:
+    """One row of several: the lists or tensors of each column one after the other."""
     joined: dict[str, Any] = {}
-    for name, first in rows[0].items():
+    for name in rows[0].keys() if columns is None else rows[0].keys() & columns:
         parts = [row[name] for row in rows]
-        joined[name] = (
-            [t for part in parts for t in part]
-            if isinstance(first, list)
-            else torch.cat([torch.as_tensor(part) for part in parts])
-        )
+        if len(rows) == 1:
+            joined[name] = parts[0]
+        elif all(isinstance(part, list) for part in parts):
+            joined[name] = [t for part in parts for t in part]
+        else:
+            try:
+                joined[name] = torch.cat([torch.as_tensor(part) for part in parts])
+            except (TypeError, RuntimeError) as error:
+                raise TypeError(f"train_dataset: expected a list or tensor as {name!r}, got {parts[0]!r}") from error
     return joined
 
 
@@ -347,10 +420,13 @@ class _Samples(Dataset):
     A function of i alone, so that skipping to a sample, as Trainer does to go on with a run, costs nothing.
     """
 
-    def __init__(self, rows: Any, bag_size: int, bagged: int, total: int, shuffle: int | None) -> None:
+    def __init__(
+        self, rows: Any, columns: set[str] | None, bag_size: int, bagged: int, total: int, shuffle: int | None
+    ) -> None:
         if len(rows) < bag_size:
             raise ValueError(f"train_dataset: expected at least bag_size = {bag_size} rows, got {len(rows)}")
-        self.rows, self.bag_size, self.bagged, self.total, self.shuffle = rows, bag_size, bagged, total, shuffle
+        self.rows, self.columns, self.bag_size = rows, columns, bag_size
+        self.bagged, self.total, self.shuffle = bagged, total, shuffle
         self.order: tuple[int, Tensor] = (-1, torch.empty(0))  # of the pass that was read last
 
     def __len__(self) -> int:
@@ -364,7 +440,7 @@ class _Samples(Dataset):
         number, place = divmod(first, len(self.rows) // self.bag_size * self.bag_size)
         if self.order[0] != number:
             self.order = (number, self._order(number))
-        return _join([self.rows[k] for k in self.order[1][place : place + size].tolist()])
+        return _join([self.rows[k] for k in self.order[1][place : place + size].tolist()], self.columns)
 
     def _order(self, number: int) -> Tensor:
         """The rows of pass `number`: groups in random order, as far as bags read them, then single rows."""
@@ -382,8 +458,8 @@ class _Samples(Dataset):
 class _SampleStream(IterableDataset):
     """The same for rows that come one after the other, in their order, and from the beginning when they end."""
 
-    def __init__(self, rows: Any, bag_size: int, bagged: int) -> None:
-        self.rows, self.bag_size, self.bagged = rows, bag_size, bagged
+    def __init__(self, rows: Any, columns: set[str] | None, bag_size: int, bagged: int) -> None:
+        self.rows, self.columns, self.bag_size, self.bagged = rows, columns, bag_size, bagged
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         rows = self._endless()
@@ -391,7 +467,7 @@ class _SampleStream(IterableDataset):
             sample = list(islice(rows, self.bag_size if i < self.bagged else 1))
             if not sample:
                 return
-            yield _join(sample)
+            yield _join(sample, self.columns)
 
     def _endless(self) -> Iterator[dict[str, Any]]:
         empty = False
