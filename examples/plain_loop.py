@@ -1,6 +1,6 @@
 """A whole training loop through both phases, on the source of Python's standard library.
 
-    pip install 'tst-ext[train]'
+    pip install '.[train]'
     python examples/plain_loop.py [--steps 2000] [--bag-size 2] [--ratio 0.3]
 
 The extra is for the corpus: it is tokenised once and kept in ~/.cache/tst-ext. --ratio 0 is the baseline, which with so

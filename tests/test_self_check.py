@@ -14,8 +14,16 @@ import torch
 
 import tst_ext
 from tst_ext import _C, fallback, self_check
-from tst_ext.extension import MINIMUM_TORCH, diagnosis
-from tst_ext.self_check import CASES, check_accuracy, check_device, check_image, check_kernels, check_repeats
+from tst_ext.extension import MINIMUM_TORCH, diagnosis, too_old
+from tst_ext.self_check import (
+    CASES,
+    check_accuracy,
+    check_device,
+    check_image,
+    check_kernels,
+    check_repeats,
+    check_without_gradients,
+)
 
 CPU = torch.device("cpu")
 EMBEDDING, LINEAR, LOGITS = CASES
@@ -83,6 +91,27 @@ class TestWrongResults:
         replace("linear_multi_hot_cross_entropy", wrong)
         found = check_accuracy(LINEAR, CPU)
         assert found.status == "problem" and f"{name} errs by" in found.text
+
+    def test_validation_alone(self, replace):
+        def wrong(*args, grad_hidden=False, grad_weight=False, grad_bias=False, **options):
+            gradients = dict(grad_hidden=grad_hidden, grad_weight=grad_weight, grad_bias=grad_bias)
+            results = fallback.linear_multi_hot_cross_entropy(*args, **gradients, **options)
+            return results if any(gradients.values()) else (results[0] * 1.001, *results[1:])
+
+        assert check_without_gradients(CPU).status == "ok"
+        replace("linear_multi_hot_cross_entropy", wrong)
+        found = check_without_gradients(CPU)
+        assert found.status == "problem" and "loss without gradients: errors up to 1.0e-03" in found.text
+
+    def test_reduced_precision_is_named(self, replace, monkeypatch):
+        replace("bag_embedding", lambda *args, **options: fallback.bag_embedding(*args, **options) * 2)
+        monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+        assert check_accuracy(EMBEDDING, CPU).advice.startswith("ONEDNN_DEFAULT_FPMATH_MODE reduces the precision")
+
+    def test_a_forced_instruction_set_is_checked_alone(self, monkeypatch):
+        monkeypatch.setenv("TST_CPU_CAPABILITY", _C.cpu_capability())
+        checked = [finding.text for finding in check_device(CPU) if ": float32, bfloat16" in finding.text]
+        assert len(checked) == len(CASES) and all(text.startswith(f"cpu {_C.cpu_capability()},") for text in checked)
 
     def test_nan(self, replace):
         replace("bag_embedding", lambda *args, **options: fallback.bag_embedding(*args, **options) * float("nan"))
@@ -212,7 +241,7 @@ class TestNotes:
         monkeypatch.setattr(metadata, "version", version)
         found = list(self_check.check_extras())
         assert statuses(found) == ["ok", "ok", "note", "ok"]
-        assert found[2].text == "extra hf: no transformers, accelerate; pip install 'tst-ext[hf]' adds it"
+        assert found[2].text == "extra hf: no transformers<6,>=5, accelerate>=1.1; pip install 'tst-ext[hf]' adds it"
 
     def test_every_extra_of_pyproject_is_known(self):
         declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -242,7 +271,7 @@ class TestExtensionThatDoesNotLoad:
             ("dlopen(_C.so): symbol not found in flat namespace '_aoti'", "lacks a function", "install torch again"),
             ("libcudart.so.13: cannot open shared object file: No such file", "another CUDA", "for the CUDA version"),
             ("libtorch_cuda.so: cannot open shared object file", "another CUDA", "for the CUDA version"),
-            ("libstdc++.so.6: cannot open shared object file", "libstdc++, a part", "install torch again"),
+            ("libstdc++.so.6: cannot open shared object file", "libstdc++, a library of the system", "package manager"),
             ("dlopen(_C.so): Library not loaded: @rpath/libtorch_cpu.dylib", "libtorch_cpu, a part", "install torch"),
             ("/lib/libm.so.6: version `GLIBC_2.38' not found", "newer Linux", "build it"),
             ("libstdc++.so.6: version `GLIBCXX_3.4.31' not found", "newer Linux", "build it"),
@@ -292,3 +321,11 @@ class TestExtensionThatDoesNotLoad:
             assert result.returncode == 1
             assert f"the compiled extension does not load: {tmp_path if broken == 'missing' else ''}" in result.stderr
             assert expected in result.stderr and "what to do:" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "old"),
+    [("2.11.0", False), ("2.11.0a0+abc.nv26.03", False), ("3.0.1", False), ("2.10.1+cpu", True), ("2.9", True)],
+)
+def test_too_old_by_the_release(version, old):
+    assert too_old(version) == old

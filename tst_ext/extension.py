@@ -14,11 +14,17 @@ INSTALL = "python -m pip install --no-build-isolation --force-reinstall --no-dep
 BUILD = f"build it with this Python and this torch, in a checkout: {INSTALL} ."
 
 
+def too_old(version: str) -> bool:
+    """By the release alone: 2.11.0a0+vendor has what 2.11 has."""
+    release = re.match(r"(\d+)\.(\d+)", version)
+    return release is None or (int(release[1]), int(release[2])) < tuple(map(int, MINIMUM_TORCH.split(".")))
+
+
 def diagnosis(error: str, folder: Path) -> tuple[str, str]:
     """What the loader's message about the extension in `folder` means, and what to do."""
     built = sorted(path.name for path in folder.glob("_C.*") if path.suffix in (".so", ".pyd"))
     library = re.search(r"(lib[\w+-]+)\S*: cannot open|Library not loaded: \S*(lib[\w+-]+)", error)
-    if torch.__version__ < MINIMUM_TORCH:
+    if too_old(torch.__version__):
         return (
             f"torch {torch.__version__} is too old, the extension needs {MINIMUM_TORCH} or later",
             f"python -m pip install --upgrade 'torch>={MINIMUM_TORCH}'",
@@ -39,7 +45,10 @@ def diagnosis(error: str, folder: Path) -> tuple[str, str]:
             f"install torch for the CUDA version that tst-ext was built with, or {BUILD}",
         )
     if library:
-        return f"{library[1] or library[2]}, a part of torch or of the system, is missing", "install torch again"
+        name = library[1] or library[2]
+        if name.startswith(("libtorch", "libc10")):
+            return f"{name}, a part of torch, is missing", "install torch again"
+        return f"{name}, a library of the system, is missing", "install it by the system's package manager"
     if "GLIBC" in error:
         return "it was built on a newer Linux than this one", BUILD
     if "symbol" in error.lower():

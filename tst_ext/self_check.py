@@ -4,6 +4,7 @@ Every op runs on a small case with several options at once, on each device, in e
 set, beside `tst_ext.reference` in float64. Needs torch alone.
 """
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from . import fallback, reference
 from .bags import position_weights
-from .extension import _C, BUILD, INSTALL, MINIMUM_TORCH
+from .extension import _C, BUILD, INSTALL, MINIMUM_TORCH, too_old
 from .ops import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 
 __all__ = ["Finding", "findings", "self_check"]
@@ -46,9 +47,10 @@ class Finding:
 def self_check() -> int:
     """Prints each finding as it comes, and returns the exit status: 1 where there is a problem, else 0."""
     problems = 0
-    for finding in findings():
-        print(finding, flush=True)
-        problems += finding.status == "problem"
+    with torch.enable_grad(), torch.device("cpu"):
+        for finding in findings():
+            print(finding, flush=True)
+            problems += finding.status == "problem"
     print(f"{problems} problem{'' if problems == 1 else 's'}")
     return int(problems > 0)
 
@@ -66,7 +68,7 @@ def findings() -> Iterator[Finding]:
 
 
 def check_torch() -> Finding:
-    if torch.__version__ < MINIMUM_TORCH:
+    if too_old(torch.__version__):
         upgrade = f"python -m pip install --upgrade 'torch>={MINIMUM_TORCH}'"
         return Finding("problem", f"torch {torch.__version__}: expected {MINIMUM_TORCH} or later", upgrade)
     return Finding("ok", f"torch {torch.__version__}: the extension loads")
@@ -75,19 +77,20 @@ def check_torch() -> Finding:
 def check_extras() -> Iterator[Finding]:
     requirements = metadata.requires("tst-ext") or []
     for extra in EXTRAS:
-        names = [re.split(r"[^\w.-]", line)[0] for line in requirements if re.search(rf"\bextra == .{extra}.$", line)]
-        missing = [name for name in names if not _installed(name)]
+        wanted = [line.partition(";")[0].strip() for line in requirements if re.search(rf"\bextra == .{extra}.$", line)]
+        versions = {line: _version(re.split(r"[^\w.-]", line)[0]) for line in wanted}
+        missing = [line for line, version in versions.items() if version is None]
         if missing:
             yield Finding("note", f"extra {extra}: no {', '.join(missing)}; pip install 'tst-ext[{extra}]' adds it")
         else:
-            yield Finding("ok", f"extra {extra}: {', '.join(names)}")
+            yield Finding("ok", f"extra {extra}: {', '.join(f'{line} ({v})' for line, v in versions.items())}")
 
 
-def _installed(name: str) -> bool:
+def _version(name: str) -> str | None:
     try:
-        return bool(metadata.version(name))
+        return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return False
+        return None
 
 
 # ---- a device ----------------------------------------------------------------------------------------------------
@@ -95,11 +98,14 @@ def _installed(name: str) -> bool:
 
 def check_device(device: torch.device) -> Iterator[Finding]:
     """Every check of a device, up to the first kind that finds a problem: later ones would raise, or mislead."""
-    capabilities = _C.cpu_capabilities() if device.type == "cpu" else [""]
+    capabilities = [""]
+    if device.type == "cpu":  # one that is forced is the one that runs
+        capabilities = [_C.cpu_capability()] if "TST_CPU_CAPABILITY" in os.environ else _C.cpu_capabilities()
     for checks in (
         [check_kernels],
         [check_image] if device.type == "cuda" and torch.version.cuda is not None else [],
         [partial(check_accuracy, case, capability=capability) for capability in capabilities for case in CASES],
+        [check_without_gradients],
         [check_repeats],
         [partial(check_speed, case) for case in CASES],
     ):
@@ -249,6 +255,11 @@ def check_accuracy(case: Case, device: torch.device, capability: str = "") -> Fi
     """The op in every dtype and with all its options; on the CPU with the instruction set `capability`."""
     where = f"{device.type}{capability and ' ' + capability}, {case.op}"
     advice = ADVICE
+    reduced = [name for name in ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE") if name in os.environ]
+    if torch.get_float32_matmul_precision() != "highest":
+        reduced.append("torch.set_float32_matmul_precision")
+    if reduced:
+        advice = f"{', '.join(reduced)} reduces the precision of matrix products: check without; else {advice}"
     if capability not in ("", "default"):
         advice += "; TST_CPU_CAPABILITY=default does without these instructions"
     dtypes = [dtype for dtype in DTYPES if device.type != "mps" or dtype != torch.float64]  # which Metal does not have
@@ -272,6 +283,26 @@ def check_accuracy(case: Case, device: torch.device, capability: str = "") -> Fi
         _C.set_cpu_capability(before)
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     return Finding("ok", f"{where}: {names}; errors up to {worst:.2f} of what rounding explains")
+
+
+def check_without_gradients(device: torch.device) -> Finding:
+    """What validation runs: on the CPU the logits come in blocks of columns, which are joined."""
+    g = torch.Generator().manual_seed(0)
+    rows, vocabulary = 600, 9001  # of 8 MiB each: three blocks
+    hidden, weight = torch.randn(rows, 16, generator=g), torch.randn(vocabulary, 16, generator=g) / 4
+    labels = torch.randint(vocabulary, (rows, BAG_SIZE), generator=g)
+    worst = 0.0
+    with torch.no_grad():
+        for options in LOSS_OPTIONS:
+            logits = hidden.double() @ weight.double().T
+            exact = reference.multi_hot_cross_entropy(logits, labels, **options).norm()
+            here = (hidden.to(device), weight.to(device), labels.to(device))
+            loss = linear_multi_hot_cross_entropy(*here, **options).double().cpu().norm()
+            error = abs(float(loss / exact) - 1)
+            worst = max(worst, error if error == error else float("inf"))
+    allowed = 2 * vocabulary**0.5 * torch.finfo(torch.float32).eps  # the order of the additions
+    text = f"{device.type}, loss without gradients: errors up to {worst:.1e}"
+    return Finding("ok", text) if worst <= allowed else Finding("problem", f"{text}, allowed {allowed:.1e}", ADVICE)
 
 
 def check_repeats(device: torch.device) -> Finding:

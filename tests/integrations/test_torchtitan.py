@@ -55,7 +55,7 @@ def run(count, which, folder):
 @needs_gloo
 def test_trainer(folder):
     """One process, then two, which start from a checkpoint of the one."""
-    assert sum(line.startswith("passed: ") for line in run(1, "one", folder)) == 5
+    assert sum(line.startswith("passed: ") for line in run(1, "one", folder)) == 6
     assert sum(line.startswith("passed: ") for line in run(2, "two", folder)) == 2 * 2
 
 
@@ -86,6 +86,8 @@ class TestSuperpose:
             ("superposition.ratio", 2.0, "^ratio: expected"),
             ("superposition.bag_size", 0, "^bag_size: expected"),
             ("loss", None, "^loss: expected SuperpositionLoss.Config"),
+            ("dataloader.num_workers", 2, "^dataloader: expected .*with num_workers=2"),
+            ("dataloader", None, "^dataloader: expected .*got NoneType"),
         ],
     )
     def test_what_cannot_work_is_refused_before_anything_is_built(self, field, value, message):
@@ -100,6 +102,22 @@ class TestSuperpose:
         with pytest.raises(ValueError, match=message):
             torchtitan.SuperpositionTrainer(config)
 
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (dict(objective="mcee"), "^objective: expected"),
+            (dict(position_weights="powerlaw"), "^position weights: expected"),
+            (dict(objective="mce_alt", position_weights="first"), "^position_weights: objective 'mce_alt'"),
+            (dict(z_loss=-1.0), "^z_loss: expected"),
+            (dict(chunk_size=0), "^chunk_size: expected"),
+        ],
+    )
+    def test_loss_options_are_checked_when_built(self, options, message):
+        from tst_ext.integrations.torchtitan import SuperpositionLoss
+
+        with pytest.raises(ValueError, match=message):
+            SuperpositionLoss.Config(**options).build()
+
     def test_other_configs_are_named(self):
         from torchtitan.models.llama3.config_registry import llama3_debugmodel
 
@@ -113,6 +131,10 @@ class TestSuperpose:
         assert type(config.model_spec.model.lm_head) is not LossHead.Config  # what came is left as it was
         with pytest.raises(ValueError, match="^config: expected a Trainer.Config.*got SuperpositionTrainer.Config"):
             superpose(superposed)
+        from torchtitan.models.deepseek_v3 import config_registry as deepseek_v3
+
+        with pytest.raises(ValueError, match="^config: expected a model without multi-token prediction"):
+            superpose(deepseek_v3.deepseek_v3_debugmodel_mtp())
         config.model_spec.model.lm_head = LossHead.Config(in_features=1, out_features=1)
         with pytest.raises(ValueError, match="^config: expected lm_head to be a Linear.Config, got LossHead.Config"):
             superpose(config)

@@ -33,6 +33,8 @@ import torchtitan.distributed.fsdp  # noqa: E402
 import torchtitan.trainer  # noqa: E402
 from processes import leave  # noqa: E402
 from torchtitan.components.loss import IGNORE_INDEX  # noqa: E402
+from torchtitan.components.optimizer import default_adamw  # noqa: E402
+from torchtitan.components.validate import Validator  # noqa: E402
 from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention  # noqa: E402
 from torchtitan.models.llama3 import config_registry as llama3  # noqa: E402
 from torchtitan.models.qwen3 import config_registry as qwen3  # noqa: E402
@@ -147,6 +149,24 @@ def check_qwen3():
 def check_sums():
     """The trainer's gradients are those of the batch written out: mean of embeddings, full logits, s losses."""
     check_gradients("llama3", "spmd_types")
+    alternatives, _ = run(
+        tst(config_of(steps=1), ratio=1.0, objective="mce_alt")
+    )  # one loss a bag, of four labels together
+    assert abs(alternatives[0][1] - math.log(2048 / 4)) < 1, alternatives
+
+
+def check_validation():
+    """The next-token loss that TorchTitan's own trainer reports, in the superposition phase too, without z-loss."""
+    found = []
+    for make in (lambda config: config, lambda config: tst(config, z_loss=1e-2)):
+        config = config_of(steps=2)
+        config.optimizer = default_adamw(lr=0.0)
+        config.validator = Validator.Config(enable=True, freq=1, steps=2, dataloader=config.dataloader)
+        trainer = make(config).build()
+        trainer.metrics_processor.log_validation = lambda loss, step: found.append(loss)
+        trainer.train()
+        trainer.close()
+    assert len(found) == 4 and all(math.isclose(loss, found[0], rel_tol=1e-5) for loss in found), found
 
 
 def check_fsdp():
@@ -206,7 +226,7 @@ def write_one():
         shutil.copytree(FOLDER / "one/checkpoint/step-1", FOLDER / name / "checkpoint/step-1")
 
 
-ONE = (check_bags_of_one, check_two_phases, check_qwen3, check_sums, write_one)
+ONE = (check_bags_of_one, check_two_phases, check_qwen3, check_sums, check_validation, write_one)
 TWO = (check_fsdp, check_tensor_parallel)
 
 if __name__ == "__main__":

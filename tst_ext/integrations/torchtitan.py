@@ -4,8 +4,8 @@
 embedding (bags), the output head (head and loss in one op) and the trainer (two phases), and a loss of its own.
 Parameters keep their names. Needs the extra `torchtitan`.
 
-    torchrun --nproc-per-node=8 -m torchtitan.train --module tst_ext.integrations.torchtitan \\
-        --config llama3_8b --superposition.bag_size 6 --superposition.ratio 0.3
+    torchrun --nproc-per-node=8 -m torchtitan.train --module tst_ext.integrations.torchtitan --config llama3_8b \\
+        --parallelism.spmd_backend partial_dtensor --superposition.bag_size 6 --superposition.ratio 0.3
 """
 
 import copy
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torchtitan.components.loss import IGNORE_INDEX, BaseLoss, ChunkedLossWrapper
 from torchtitan.config import CompileConfig
-from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataset
+from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.models.common import Embedding, Linear
 from torchtitan.models.llama3 import config_registry as llama3
 from torchtitan.models.qwen3 import config_registry as qwen3
@@ -29,6 +29,8 @@ from torchtitan.trainer import Trainer
 
 from .. import SuperpositionSchedule, bag_embedding, fold_inputs, fold_labels, linear_multi_hot_cross_entropy
 from .. import position_weights as named_position_weights
+from ..arguments import check_loss_options
+from ..checks import check_integer
 
 __all__ = ["BagEmbedding", "LossHead", "SuperpositionLoss", "SuperpositionTrainer", "superpose"]
 
@@ -55,7 +57,7 @@ class BagEmbedding(Embedding):
 
 
 class LossHead(Linear):
-    """TorchTitan's output head, which with `labels` returns the loss, so that FSDP2 gathers its weight for that alone.
+    """TorchTitan's output head, which with `labels` returns the loss: inside its forward, where FSDP2 has it whole.
 
     `head(hidden, labels=..., **options)` is `linear_multi_hot_cross_entropy`, with the processes of tensor parallelism
     as its `tp_group`. Without labels it returns logits.
@@ -75,6 +77,8 @@ class LossHead(Linear):
             group = weight.device_mesh.get_group()
             weight, bias = (t if t is None else t.to_local() for t in (weight, bias))
         if isinstance(input, DTensor):  # the same on each process of tp, and so is the gradient the op returns
+            if not all(placement.is_replicate() for placement in input.placements):
+                raise ValueError(f"lm_head: expected hidden states that are whole over tp, got {input.placements}")
             input = input.to_local()
         return linear_multi_hot_cross_entropy(input, weight, labels, bias=bias, tp_group=group, **options)
 
@@ -91,7 +95,7 @@ class SuperpositionLoss(ChunkedLossWrapper):
         """Weights of the bag positions by name, see tst_ext.position_weights; scaled to a mean of 1."""
 
         objective: str = "mce"
-        """'mce', multi-hot cross-entropy, or 'mce_alt', the sum-to-one variant, a bag counting as its labels do."""
+        """'mce', multi-hot cross-entropy, or 'mce_alt', the sum-to-one variant, one loss a bag."""
 
         z_loss: float = 0.0
         """Adds z_loss * lse^2 for each label."""
@@ -100,6 +104,12 @@ class SuperpositionLoss(ChunkedLossWrapper):
         """Rows whose logits exist at a time, at most."""
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
+        weights = config.position_weights
+        check_loss_options(config.objective, IGNORE_INDEX, "mean", None, weights, None, config.z_loss, 0.0)
+        if weights is not None:
+            named_position_weights(weights, 1)
+        if config.chunk_size is not None:
+            check_integer("chunk_size", config.chunk_size, 1)
         self.config = config
         self.lm_head: torch.nn.Module | None = None
 
@@ -112,17 +122,22 @@ class SuperpositionLoss(ChunkedLossWrapper):
             labels: `[B, l]`, or in bags `[B, l, s]`.
         """
         assert self.lm_head is not None
-        config, weights = self.config, None
-        if labels.dim() == 3 and config.position_weights is not None:
-            weights = named_position_weights(config.position_weights, labels.shape[-1], device=pred.device)
-            weights = weights / weights.mean()
+        config, weights, objective = self.config, None, "mce"
+        divisor: Any = 1 if global_valid_tokens is None else global_valid_tokens
+        if labels.dim() == 3:
+            bag_size, objective = labels.shape[-1], config.objective
+            if objective == "mce_alt":
+                divisor = divisor / bag_size  # bags, but for those at the end of a row, which have fewer labels
+            if config.position_weights is not None:
+                weights = named_position_weights(config.position_weights, bag_size, device=pred.device)
+                weights = weights / weights.mean()
         loss = self.lm_head(
             pred,
             labels=labels,
             position_weights=weights,
-            objective=config.objective if labels.dim() == 3 else "mce",
-            normalizer=1 if global_valid_tokens is None else global_valid_tokens,
-            z_loss=config.z_loss,
+            objective=objective,
+            normalizer=divisor,
+            z_loss=0.0 if global_valid_tokens is None else config.z_loss,  # validation has none
             chunk_size=config.chunk_size,
             ignore_index=IGNORE_INDEX,
         )
@@ -175,14 +190,14 @@ class SuperpositionTrainer(Trainer):
             raise ValueError(
                 f"loss: expected SuperpositionLoss.Config, got {type(config.loss).__qualname__}; use superpose"
             )
-        super().__init__(config)
-        dataset = self.dataloader.dataset  # type: ignore[attr-defined]
-        if not isinstance(dataset, HuggingFaceTextDataset) or self.dataloader.num_workers:  # type: ignore[attr-defined]
+        data: Any = config.dataloader
+        if type(data) is not HuggingFaceTextDataLoader.Config or data.num_workers:
             raise ValueError(
                 "dataloader: expected a HuggingFaceTextDataLoader with num_workers=0, whose row length can change, got "
-                f"{type(config.dataloader).__qualname__}"
+                f"{type(data).__qualname__} with num_workers={getattr(data, 'num_workers', 0)}"
             )
-        self.dataset = dataset
+        super().__init__(config)
+        self.dataset: Any = self.dataloader.dataset  # type: ignore[attr-defined]
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
         step = self.step - 1  # TorchTitan counts from 1
@@ -244,6 +259,10 @@ def superpose(config: Trainer.Config, *, bag_size: int = 6, ratio: float = 0.3, 
         if type(given) is not plain:
             raise ValueError(f"config: expected {name} to be a {plain.__qualname__}, got {type(given).__qualname__}")
         setattr(model, name, ours(**_fields(given)))
+    if getattr(model, "mtp_layers", None):
+        raise ValueError(
+            "config: expected a model without multi-token prediction, whose layers need one token a position"
+        )
     options = _fields(config) | {
         "model_spec": dataclasses.replace(config.model_spec, model=model),
         "loss": SuperpositionLoss.Config(**loss),
