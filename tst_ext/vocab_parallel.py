@@ -51,8 +51,9 @@ def linear_multi_hot_cross_entropy(
             f"processes, or ignore_index = {ignore_index}"
         )
     if sequence_parallel:
+        hidden = hidden.contiguous()
         parts = [torch.empty_like(hidden) for _ in range(dist.get_world_size(tp_group))]
-        dist.all_gather(parts, hidden.contiguous(), group=tp_group)
+        dist.all_gather(parts, hidden, group=tp_group)
         hidden = torch.cat(parts, -2)
     loss, lse, dhidden, dweight, dbias = fallback.linear_multi_hot_cross_entropy(
         hidden,

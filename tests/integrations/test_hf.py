@@ -122,6 +122,11 @@ class TestSuperpose:
         assert 0 < abs(low - loss) < 0.02 * loss
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(**batch).loss, loss, rtol=1e-6, atol=0)
+        weighted = superpose(build("llama"), position_weights="power_law")
+        items = (batch["labels"] != -100).sum()
+        compiled = torch.compile(weighted, backend="aot_eager", fullgraph=True)
+        expected = weighted(**batch, num_items_in_batch=items).loss
+        torch.testing.assert_close(compiled(**batch, num_items_in_batch=items).loss, expected, rtol=1e-6, atol=0)
         model.gradient_checkpointing_enable()
         assert torch.equal(model.train()(**batch).loss, loss)
 

@@ -116,7 +116,7 @@ def superpose(model: PreTrainedModel, **loss_options: Any) -> PreTrainedModel:
         items = kwargs.pop("num_items_in_batch", None)
         if items is not None and weights is not None:
             w = position_weights(weights, labels.shape[-1]) if isinstance(weights, str) else weights
-            items = items * w.float().mean().item()
+            items = items * w.to(labels.device).float().mean()
         hidden = self.base_model(inputs_embeds=_embed(self, input_ids), use_cache=False, **kwargs)[0]
         head = self.get_output_embeddings()
         loss = linear_multi_hot_cross_entropy(
