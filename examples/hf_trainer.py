@@ -1,7 +1,7 @@
 """Hugging Face Trainer with TST: a small Llama on the source of Python's standard library.
 
     pip install '.[hf,train]'
-    python examples/hf_trainer.py                # a minute and a half on two cores
+    python examples/hf_trainer.py                # half a minute on two cores
 
 What differs from an ordinary script is the Trainer's class and its last two arguments.
 """
