@@ -55,7 +55,7 @@ def run(count, which, folder):
 @needs_gloo
 def test_trainer(folder):
     """One process, then two, which start from a checkpoint of the one."""
-    assert sum(line.startswith("passed: ") for line in run(1, "one", folder)) == 6
+    assert sum(line.startswith("passed: ") for line in run(1, "one", folder)) == 7
     assert sum(line.startswith("passed: ") for line in run(2, "two", folder)) == 2 * 2
 
 
@@ -73,6 +73,29 @@ class TestSuperpose:
         assert inputs["positions"].tolist() == [[0, 1, 2, 3], [0, 0, 1, 2]]
         with pytest.raises(ValueError, match=r"^dataloader: expected input and perhaps positions, got \['image'"):
             fold_batch(dict(input=ids, image=ids), ids, 3)
+
+    @pytest.mark.parametrize("rows", [1, 3])  # for one row TorchTitan makes the mask in another way
+    @pytest.mark.parametrize("bag_size", [2, 3, 6])
+    def test_attention_masks_keep_documents_apart(self, rows, bag_size):
+        """TorchTitan's own mask of the folded positions: a bag belongs to the last document that begins in it."""
+        from torch.nn.attention.flex_attention import and_masks, create_mask
+        from torchtitan.models.common.attention import (
+            get_causal_mask_mod,
+            get_efficient_causal_mask_mod_for_packed_document,
+        )
+
+        from tst_ext.integrations.torchtitan import fold_batch
+
+        starts = torch.rand(rows, 24 * bag_size, generator=torch.Generator().manual_seed(0)) < 0.1
+        starts[:, 0] = True
+        number = torch.arange(starts.shape[1]).expand(starts.shape)
+        positions = number - torch.where(starts, number, 0).cummax(-1).values
+        bags = fold_batch(dict(input=number, positions=positions), number, bag_size)[0]["positions"]
+        masks = and_masks(get_causal_mask_mod(), get_efficient_causal_mask_mod_for_packed_document(bags))
+        document = starts.cumsum(-1)[:, bag_size - 1 :: bag_size]
+        assert (document[:, -1] > 1).all()
+        expected = (document[:, :, None] == document[:, None, :]).tril()
+        assert torch.equal(create_mask(masks, rows, None, 24, 24, device="cpu")[:, 0], expected)
 
     @pytest.mark.parametrize(
         ("field", "value", "message"),

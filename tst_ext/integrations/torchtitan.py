@@ -197,6 +197,13 @@ class SuperpositionTrainer(Trainer):
                 f"{type(data).__qualname__} with num_workers={getattr(data, 'num_workers', 0)}"
             )
         super().__init__(config)
+        for name, ours in (("tok_embeddings", BagEmbedding), ("lm_head", LossHead)):
+            module = getattr(self.model_parts[0], name)  # built, because --override.imports may have exchanged it
+            if not isinstance(module, ours):
+                raise ValueError(
+                    f"model_spec.model.{name}: expected a {ours.__qualname__}, got {type(module).__qualname__}; "
+                    "use superpose, and no override of it"
+                )
         self.dataset: Any = self.dataloader.dataset  # type: ignore[attr-defined]
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
