@@ -119,7 +119,7 @@ class TestSuperpose:
         loss = model(**batch).loss
         with torch.autocast("cpu", torch.bfloat16):
             low = model(**batch).loss
-        assert 0 < abs(low - loss) < 0.02 * loss
+        assert 0 < abs(low - loss) < torch.finfo(torch.bfloat16).eps * loss  # of a mean: each logit errs by about that
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(**batch).loss, loss, rtol=1e-6, atol=0)
         weighted = superpose(build("llama"), position_weights="power_law")
@@ -332,7 +332,7 @@ class TestTrainer:
         )
         low.train()
         first = (losses(low)[0][1], runs[0][0][0][1])
-        assert first[0] != first[1] and abs(first[0] - first[1]) < 0.1 * first[1]
+        assert first[0] != first[1] and abs(first[0] - first[1]) < torch.finfo(torch.bfloat16).eps * first[1]
 
     def test_after_the_switch_it_is_an_ordinary_run(self, tmp_path):
         """From the checkpoint of the switch, transformers' own Trainer gets the same weights."""

@@ -137,7 +137,11 @@ def superpose(model: PreTrainedModel, **loss_options: Any) -> PreTrainedModel:
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
-    """Takes `superpose` back, in place."""
+    """Takes `superpose` back, in place, and returns `model`.
+
+    Raises:
+        ValueError: `superpose` has not been applied, or something has been put around it since.
+    """
     if not hasattr(model.forward, "superposed"):
         raise ValueError("model: expected one that superpose has been applied to, and nothing to its forward since")
     before = model.forward.superposed

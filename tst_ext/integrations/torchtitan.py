@@ -169,12 +169,10 @@ class SuperpositionTrainer(Trainer):
     def __init__(self, config: Config) -> None:
         phases, parallelism = config.superposition, config.parallelism
         self.schedule = SuperpositionSchedule(config.training.steps, phases.ratio, phases.bag_size)
-        refused = {
-            "parallelism.pipeline_parallel_degree": parallelism.pipeline_parallel_degree > 1,
-            "parallelism.context_parallel_degree": parallelism.context_parallel_degree > 1,
-        }
-        for name in (name for name, given in refused.items() if given):
-            raise ValueError(f"{name}: expected 1 with superposition")
+        for name in ("pipeline_parallel_degree", "context_parallel_degree"):
+            degree = getattr(parallelism, name)
+            if degree > 1:
+                raise ValueError(f"parallelism.{name}: expected 1 with superposition, got {degree}")
         if not config.training.disable_cuda_graphs:
             raise ValueError("training.disable_cuda_graphs: expected True: shapes change at the switch")
         if parallelism.spmd_backend == "full_dtensor" or (
@@ -227,7 +225,7 @@ class SuperpositionTrainer(Trainer):
 def fold_batch(inputs: dict[str, Tensor], labels: Tensor, bag_size: int) -> tuple[dict[str, Tensor], Tensor]:
     """A batch of TorchTitan's dataloader in bags: input, labels `[B, L]` to `[B, l, s]`, positions to `[B, l]`.
 
-    TorchTitan's labels are shifted already, inside documents. Positions begin at 0 with each document.
+    All int64. TorchTitan's labels are shifted already, inside documents. Positions begin at 0 with each document.
 
     Raises:
         ValueError: the batch has other inputs than input and positions.
