@@ -288,7 +288,7 @@ def check_accuracy(case: Case, device: torch.device, capability: str = "") -> Fi
 def check_without_gradients(device: torch.device) -> Finding:
     """What validation runs: on the CPU the logits come in blocks of columns, which are joined."""
     g = torch.Generator().manual_seed(0)
-    rows, vocabulary = 600, 9001  # more than one block of 8 MiB
+    rows, vocabulary = 600, 9001  # more than one block of columns
     hidden, weight = torch.randn(rows, 16, generator=g), torch.randn(vocabulary, 16, generator=g) / 4
     labels = torch.randint(vocabulary, (rows, BAG_SIZE), generator=g)
     worst = 0.0
