@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -60,6 +61,23 @@ class TestInfo:
     def test_unknown_arguments_are_named(self, arguments):
         result = run("info", *arguments)
         assert result.returncode == 2 and f"got '{' '.join(arguments)}'" in result.stderr
+
+
+@pytest.mark.parametrize(("world", "ends"), [("1", "main\nthe end of Python\n"), ("2", "main\n")])
+def test_under_torchrun_the_process_ends_without_the_end_of_python(world, ends):
+    """Where gloo's threads abort it now and then."""
+    code = """
+        import atexit, tst_ext.__main__ as command
+        atexit.register(print, "the end of Python")
+        command.main = lambda: print("main") or 3
+        command.entry()"""
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "WORLD_SIZE": world},
+    )
+    assert (result.returncode, result.stdout) == (3, ends), result.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import resource
 import signal
 import sys
 
-from tst_ext.__main__ import main
+from tst_ext.__main__ import entry
 from tst_ext.train import loop
 
 ACTIONS = {
@@ -30,4 +30,5 @@ def learning_rate(config, steps, step):
 
 
 loop.learning_rate = learning_rate
-sys.exit(main(sys.argv[3:]))
+del sys.argv[1:3]
+entry()
