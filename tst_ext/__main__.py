@@ -9,6 +9,7 @@ USAGE = """usage: tst COMMAND [OPTION...]
 commands:
   train        train one model through both phases, or go on with a run; under torchrun on many devices
   compare      train a baseline and TST at equal FLOPs and show both losses
+  sweep        do a grid of runs, or go on with it: one table and figures
   prepare      write text as token shards that train and compare read
   plan         tokens, FLOPs, hours and memory of a run before it is paid for
   fit-weights  measure position weights on your text

@@ -51,6 +51,21 @@ class CompareArguments:
 
 
 @dataclass(frozen=True)
+class SweepArguments:
+    file: tyro.conf.Positional[Path]
+    """A .toml file with the options of tst train and tables [[grid]]; docs/trainer.md describes it."""
+    out: Path | None = None
+    """Folder for the runs, the table and the figures; one that holds a part of the sweep goes on with it. Default:
+    runs/NAME OF FILE."""
+    jobs: int = 0
+    """Runs at a time; 0: as many as the cores are enough for, or on GPUs one each."""
+    only: tuple[str, ...] = ()
+    """Names of grids or runs; no others are run."""
+    list: bool = False
+    """Print the names of the runs and run none."""
+
+
+@dataclass(frozen=True)
 class PrepareArguments:
     data: DataConfig
     out: Path
@@ -206,6 +221,28 @@ def compare_command(argv: list[str]) -> int:
     return 0
 
 
+def sweep_command(argv: list[str]) -> int:
+    arguments = _parse(SweepArguments, argv, "sweep FILE", "Does a grid of runs, or goes on with it.")
+    from .sweep import load_sweep, run_sweep, table
+
+    sweep = load_sweep(arguments.file)
+    if arguments.list:
+        for grid in sweep.grids:
+            print("\n  ".join([f"{grid.name}:", *grid.runs]))
+        return 0
+    if arguments.jobs < 0:
+        raise UserError(f"jobs: expected an integer >= 0, got {arguments.jobs}")
+    folder = arguments.out or Path("runs") / arguments.file.stem
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as in compare
+    results = run_sweep(sweep, folder, jobs=arguments.jobs, only=arguments.only)
+    print(table(results))
+    print(f"table (results.csv, results.json), figures and runs: {folder}")
+    failed = [row for row in results["runs"] if row["status"] not in ("done", "to do")]
+    for row in failed:
+        print(f"tst sweep: {row['name']} {row['status']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
 def prepare_command(argv: list[str]) -> int:
     arguments = _parse(PrepareArguments, argv, "prepare", "Writes text as token shards with a BPE trained on it.")
     from .data import prepare, read_documents
@@ -329,6 +366,7 @@ def eval_command(argv: list[str]) -> int:
 COMMANDS = {
     "train": train_command,
     "compare": compare_command,
+    "sweep": sweep_command,
     "prepare": prepare_command,
     "plan": plan_command,
     "fit-weights": fit_weights_command,

@@ -6,7 +6,6 @@ the same held-out next-token loss. They run side by side, each in a process with
 
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -14,22 +13,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from .config import TrainConfig, UserError, check_out, save_config
+from .config import TrainConfig, UserError, check_out
 from .data import prepared_folder
+from .launch import available_cores, failure, on_cpu, start, stop
 from .metrics import read_metrics
 from .plot import plot_comparison
 
 __all__ = ["compare"]
 
 LOG_SECONDS = 30  # between lines of progress where there is no terminal to draw a bar on
-
-
-def available_cores() -> int:
-    """Cores this process may use, which a container can make fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def compare(config: TrainConfig, folder: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
@@ -62,8 +56,7 @@ def compare(config: TrainConfig, folder: Path, seeds: tuple[int, ...]) -> dict[s
         }
         folders = {name: folder / f"{name}-seed{seed}" for name in arms}
         # One process at a time on a single core, and on a GPU, where two would share its memory.
-        on_cpu = config.run.device == "cpu" or (config.run.device == "auto" and not torch.cuda.is_available())
-        together = available_cores() > 1 and on_cpu
+        together = available_cores() > 1 and on_cpu(config)
         for group in [list(arms)] if together else [[name] for name in arms]:
             _run({name: arms[name] for name in group}, folders)
         results = {name: json.loads((folders[name] / "result.json").read_text()) for name in arms}
@@ -97,31 +90,15 @@ def table(summary: dict[str, Any]) -> str:
 def _run(arms: dict[str, TrainConfig], folders: dict[str, Path]) -> None:
     """Runs the arms at the same time and returns when all have succeeded; stops all as soon as one fails."""
     processes: dict[str, subprocess.Popen[bytes]] = {}
-    logs = {name: folders[name].with_suffix(".log") for name in arms}
     try:
         for name, config in arms.items():
-            path = folders[name].with_suffix(".config.json")
-            save_config(config, path)
-            command = [sys.executable, "-m", "tst_ext", "train", "--config", str(path), "--out", str(folders[name])]
-            # OMP_NUM_THREADS: threads that spin for work would take the other run's cores.
-            environment = {**os.environ, "OMP_NUM_THREADS": str(config.run.threads)}
-            with open(logs[name], "wb") as log:
-                processes[name] = subprocess.Popen(
-                    [*command, "--no-progress"], stdout=log, stderr=subprocess.STDOUT, env=environment
-                )
+            processes[name] = start(config, folders[name])
         _follow(processes, arms, folders)
         failed = {name: status for name, process in processes.items() if (status := process.poll())}
     finally:
-        for process in processes.values():
-            if process.poll() is None:
-                process.terminate()
-        for process in processes.values():
-            process.wait()
+        stop(processes.values())
     for name, status in failed.items():
-        if status < 0:
-            raise UserError(f"{name} run was killed by signal {-status} (log {logs[name]})")
-        last = logs[name].read_text(errors="replace").strip().splitlines()[-1:]
-        raise UserError(f"{name} run failed with status {status} (log {logs[name]}): {' '.join(last)}")
+        raise UserError(f"{name} run {failure(folders[name], status)}")
 
 
 def _follow(

@@ -30,7 +30,27 @@ from .model import Transformer
 from .plot import plot_run
 from .processes import Processes
 
-__all__ = ["LoadedRun", "RunFolder", "load_run"]
+__all__ = ["LoadedRun", "RunFolder", "in_use", "load_run", "lock"]
+
+
+def lock(path: Path) -> int | None:
+    """Locks a folder for this process until it closes what is returned, or ends, however; None: another one has it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def in_use(path: Path) -> bool:
+    """Whether a process has that folder locked."""
+    handle = lock(path) if path.exists() else None
+    if handle is None:
+        return path.exists()
+    os.close(handle)
+    return False
 
 
 class RunFolder:
@@ -73,12 +93,9 @@ class RunFolder:
         return found
 
     def _claim(self) -> None:
-        """A lock that ends with the process, however it ends."""
-        self.lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"out {self.path}: another process trains in this folder") from error
+        self.lock = lock(self.path)
+        if self.lock is None:
+            raise UserError(f"out {self.path}: another process trains in this folder")
 
     def check_same(self, found: checkpoint.Found, identity: dict[str, Any]) -> None:
         """Raises UserError unless a checkpoint is of this configuration and data; the section `run` may differ."""

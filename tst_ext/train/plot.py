@@ -1,6 +1,7 @@
-"""The figures: loss.png of a run and of a comparison."""
+"""The figures: loss.png of a run and of a comparison, and those of a sweep."""
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 from .metrics import read_metrics  # noqa: E402
 
-__all__ = ["plot_comparison", "plot_run"]
+__all__ = ["plot_comparison", "plot_grid", "plot_run"]
 
 
 def _draw(axes: Any, folder: Path, label: str, color: str) -> None:
@@ -64,3 +65,58 @@ def plot_comparison(baseline: Path, tst: Path, path: Path) -> None:
     _draw(axes, baseline, "baseline", "C0")
     _draw(axes, tst, "TST", "C1")
     _finish(figure, axes, _switch_step(tst), path)
+
+
+def plot_grid(rows: list[dict[str, Any]], grid: str, options: tuple[str, ...], path: Path) -> None:
+    """Draws the final losses of one grid of a sweep to `path`: over its first option, a line for each of the others.
+
+    Points are means over seeds, bars their standard deviations, dashes the baselines. Nothing is drawn where no run of
+    the grid is done.
+    """
+    done = {row["name"]: row for row in rows if "val_loss" in row}
+    mine = [row for row in done.values() if grid in row["grids"]]
+    superposed = [row for row in mine if row["name"] != row["baseline"]] or mine
+    if not superposed:
+        return
+    x, *rest = options
+    places = {json.dumps(row["options"][x]): row["options"][x] for row in superposed}
+    numbers = all(type(value) in (int, float) for value in places.values())
+    at = {key: value if numbers else i for i, (key, value) in enumerate(places.items())}
+    # Options that go with the first one, as the width of a model with its depth, say nothing more.
+    pairs = {o: {(json.dumps(row["options"][x]), json.dumps(row["options"][o])) for row in superposed} for o in rest}
+    rest = [option for option in rest if len(pairs[option]) > len(places)]
+    lines: dict[str, dict[Any, list[dict[str, Any]]]] = {}
+    for row in superposed:
+        label = ", ".join(f"{option} {row['options'][option]}" for option in rest)
+        lines.setdefault(label, {}).setdefault(at[json.dumps(row["options"][x])], []).append(row)
+
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    drawn: list[dict[Any, tuple[str, ...]]] = []
+    for i, (label, points) in enumerate(sorted(lines.items())):
+        losses = {place: [row["val_loss"] for row in group] for place, group in sorted(points.items())}
+        _points(axes, losses, f"C{i}", "o-", label or "superposed")
+        partners = {p: tuple(dict.fromkeys(row["baseline"] for row in group)) for p, group in sorted(points.items())}
+        below = {p: [done[name]["val_loss"] for name in names if name in done] for p, names in partners.items()}
+        if superposed is mine or not all(below.values()) or partners in drawn:
+            continue
+        drawn.append(partners)
+        if len(set(partners.values())) == 1:
+            axes.axhline(statistics.mean(next(iter(below.values()))), color="gray", linestyle="--", label="baseline")
+        else:
+            _points(axes, below, "gray" if len(lines) == 1 else f"C{i}", "s--", f"baseline {label}".strip())
+    if not numbers:
+        axes.set_xticks(list(at.values()), [str(value) for value in places.values()])
+    axes.set_xlabel(x)
+    axes.set_ylabel("final held-out loss (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _points(axes: Any, losses: dict[Any, list[float]], color: str, style: str, label: str) -> None:
+    means = [statistics.mean(values) for values in losses.values()]
+    deviations = [statistics.stdev(values) if len(values) > 1 else 0 for values in losses.values()]
+    look: dict[str, Any] = {"color": color, "label": label, "capsize": 3, "markersize": 4, "linewidth": 1}
+    axes.errorbar([*losses], means, deviations, fmt=style, **look)

@@ -1,0 +1,260 @@
+"""tst sweep: what a file asks for, runs that end or are ended in every way, and the table."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from runs import lines
+
+from tst_ext.__main__ import main
+from tst_ext.train import plot
+from tst_ext.train.config import UserError, load_config, save_config
+from tst_ext.train.folder import in_use
+from tst_ext.train.sweep import cells, load_sweep, table
+
+
+@pytest.fixture
+def write(tmp_path, shards):
+    """Writes a sweep's file: the run `tiny`, and `grids`."""
+
+    def write(grids, steps=30):
+        top = {"steps": steps, "batch": 4, "latent_tokens": 16, "eval_tokens": 1024}
+        text = "\n".join(f"{key} = {value}" for key, value in top.items())
+        path = tmp_path / "sweep.toml"
+        path.write_text(f"""{text}
+            [model]
+            dim = 32
+            layers = 2
+            heads = 2
+            kv_heads = 1
+            ffn_dim = 64
+            [data]
+            data = ["{shards}"]
+            [superposition]
+            ratio = 0.4
+            [run]
+            device = "cpu"
+            threads = 1
+            log_every = 1
+            eval_every = 10
+            {grids}""")
+        return path
+
+    return write
+
+
+class TestFile:
+    def test_a_grid_is_the_product_of_its_options_cases_and_seeds_and_their_baselines(self, write):
+        sweep = load_sweep(
+            write('[[grid]]\nname="a"\nseeds=[0, 1]\ncases=[{dim=64, ffn_dim=96}, {}]\nratio=[0.4, 0.2]')
+        )
+        (grid,) = sweep.grids
+        assert grid.options == ("ratio", "dim", "ffn_dim")
+        assert len(grid.runs) == len(set(grid.runs)) == 2 * 2 * 3  # both ratios and their baseline
+        assert set(grid.runs) == set(sweep.runs)
+        config = sweep.runs["dim=64,ffn_dim=96,ratio=0.2,seed=1"]
+        assert (config.seed, config.model.dim, config.model.ffn_dim, config.superposition.ratio) == (1, 64, 96, 0.2)
+        baseline = sweep.runs[sweep.baselines["dim=64,ffn_dim=96,ratio=0.2,seed=1"]]
+        assert (baseline.seed, baseline.model, baseline.superposition.ratio) == (1, config.model, 0.0)
+        assert sweep.varied() == ["dim", "ffn_dim", "ratio"]
+        assert sweep.runs["seed=0"].superposition.ratio == 0.4  # the file's own options are not in the name
+
+    def test_what_grids_share_is_one_run(self, write):
+        sweep = load_sweep(write('[[grid]]\nname="a"\nbag_size=[1, 4]\n[[grid]]\nname="b"\nratio=[0.0, 0.4]'))
+        assert [set(grid.runs) for grid in sweep.grids] == [{"seed=0", "ratio=0.0,seed=0"}] * 2
+        assert len(sweep.runs) == 2
+
+    def test_a_run_has_a_core_unless_the_file_says_more(self, write):
+        path = write("[[grid]]\nratio=[0.4]")
+        assert [config.run.threads for config in load_sweep(path).runs.values()] == [1, 1]
+        path.write_text(path.read_text().replace("threads = 1", "threads = 0"))
+        assert [config.run.threads for config in load_sweep(path).runs.values()] == [1, 1]
+        path.write_text(path.read_text().replace("threads = 0", "threads = 3"))
+        assert [config.run.threads for config in load_sweep(path).runs.values()] == [3, 3]
+
+    @pytest.mark.parametrize(
+        ("grids", "message"),
+        [
+            ("", "expected tables [[grid]], got None"),
+            ("[grid]\nratio=[0.1]", "expected tables [[grid]], got {"),
+            ("[[grid]]\nname='a'\nsize=[1]", "grid a: unknown option 'size'; known: dim"),
+            ("[[grid]]\nthreads=[1]", "grid 0: unknown option 'threads'"),
+            ("[[grid]]\ncases=[{bag=1}]", "grid 0: unknown option 'bag'"),
+            ("[[grid]]\ncases=[1]", "cases: expected a list of tables, got [1]"),
+            ("[[grid]]\nratio=0.1", "ratio: expected a list of values, got 0.1"),
+            ("[[grid]]\nratio=[]", "ratio: expected a list of values, got []"),
+            ("[[grid]]\nseeds=3", "seeds: expected a list of values, got 3"),
+            ("[[grid]]\nratio=[1.5]", "ratio: expected a number from 0 to 1, got 1.5"),
+            ("[[grid]]\nratio=['a']", "ratio: expected a value of type float, got 'a'"),
+            ("[[grid]]\nname='../a'\nratio=[0.1]", "name: expected letters, digits and -, each name once, got '../a'"),
+            ("[[grid]]\nname='a'\nratio=[0.1]\n[[grid]]\nname='a'\nratio=[0.2]", "each name once, got 'a'"),
+            ("[[grid", "sweep.toml: "),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, write, grids, message):
+        with pytest.raises(UserError) as raised:
+            load_sweep(write(grids))
+        assert message in str(raised.value)
+
+
+def sweep(*arguments):
+    return main(["sweep", *map(str, arguments)])
+
+
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+class TestRuns:
+    def test_one_that_fails_does_not_stop_the_others(self, write, tmp_path, capsys):
+        path, out = write("[[grid]]\nname='rate'\nclip=[1e30]\nlearning_rate=[1e30, 1e-2]"), tmp_path / "out"
+        assert sweep(path, "--out", out) == 1
+        rows = {row["name"]: row for row in results(out)["runs"]}
+        assert len(rows) == 4
+        broken = [name for name in rows if "learning_rate=1e+30" in name]
+        assert len(broken) == 2
+        printed = capsys.readouterr()
+        for name in broken:
+            assert rows[name]["status"].startswith("failed with status 2 (log ") and "loss" in rows[name]["status"]
+            assert f"tst sweep: {name} failed with status 2" in printed.err
+        tst, baseline = (rows[f"{r}learning_rate=0.01,clip=1e+30,seed=0"] for r in ("", "ratio=0.0,"))
+        assert tst["status"] == baseline["status"] == "done" and tst["baseline"] == baseline["name"]
+        result = json.loads((out / "runs" / tst["name"] / "result.json").read_text())
+        assert tst["val_loss"] == result["val_loss"]
+        assert tst["difference"] == tst["val_loss"] - baseline["val_loss"]
+        assert [step for step, *_ in tst["curve"]] == [10, 20, 30]
+        assert tst["curve"][-1][1] == tst["data_tokens"] == 4 * 16 * (12 * 4 + 18)
+        assert tst["options"] == {"ratio": 0.4, "learning_rate": 0.01, "clip": 1e30}
+        head, *csv = (out / "results.csv").read_text().splitlines()
+        assert head.startswith("name,grids,ratio,learning_rate,clip,seed,status,parameters,steps") and len(csv) == 4
+        assert f"{tst['difference']:+.4f}" in printed.out  # the table
+        assert (out / "rate.png").stat().st_size > 5000
+
+        # What is done is not done again, what failed is; a choice of runs leaves the others' rows.
+        stamps = {name: (out / "runs" / name / "metrics.jsonl").stat().st_mtime_ns for name in rows}
+        assert sweep(path, "--out", out, "--only", broken[0]) == 1
+        again = {row["name"]: row for row in results(out)["runs"]}
+        assert again.keys() == rows.keys() and again[tst["name"]] == tst and again[broken[1]]["status"] == "to do"
+        changed = [name for name in rows if (out / "runs" / name / "metrics.jsonl").stat().st_mtime_ns != stamps[name]]
+        assert changed == [broken[0]]
+
+        # Other options under a name that is there: refused before anything runs.
+        assert sweep(write("[[grid]]\nclip=[1e30]\nlearning_rate=[1e-2]", steps=31), "--out", out) == 2
+        assert "this run was made with other options" in capsys.readouterr().err
+        assert results(out)["runs"] == list(again.values())
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+    def test_an_interrupted_sweep_goes_on(self, write, tmp_path, number):
+        path, out = write("[[grid]]\nratio=[0.4]", steps=300), tmp_path / "out"
+        command = [sys.executable, "-m", "tst_ext", "sweep", path, "--out", out, "--jobs", "1"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        runs = [out / "runs" / name for name in ("seed=0", "ratio=0.0,seed=0")]
+        while process.poll() is None and not any(len(lines(run)) > 50 for run in runs):
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == (128 + number if number == signal.SIGTERM else -number)
+        # The run it had going ends with a checkpoint; of a sweep that was killed it goes on by itself.
+        (begun,) = [run for run in runs if run.exists()]
+        assert in_use(begun) is (number == signal.SIGKILL)
+        assert len(lines(begun)) < 300 + 30 and not (begun / "result.json").exists()
+        assert sweep(path, "--out", out) == 0
+        assert [row["status"] for row in results(out)["runs"]] == ["done", "done"]
+        # Each step is there once, the first ones from before the interruption.
+        for run in runs:
+            assert [line["step"] for line in lines(run) if "loss" in line] == list(range(1, 301))
+
+    def test_nothing_is_run_in_a_folder_that_cannot_be_used(self, write, tmp_path, capsys):
+        path = write("[[grid]]\nname='a'\nratio=[0.4]")
+        assert sweep(path, "--out", "/dev/null/x") == 2
+        assert "out /dev/null/x" in capsys.readouterr().err
+        assert sweep(path, "--out", tmp_path / "out", "--only", "b") == 2
+        assert "only: expected a grid (a) or the name of a run (--list), got 'b'" in capsys.readouterr().err
+        assert sweep(path, "--out", tmp_path / "out", "--jobs", "-1") == 2
+        assert not (tmp_path / "out").exists()
+        assert sweep(path, "--list") == 0
+        assert capsys.readouterr().out == "a:\n  seed=0\n  ratio=0.0,seed=0\n"
+
+
+def row(name, loss, seed=0, baseline="b", grids=("g",), **options):
+    found = {} if loss is None else {"val_loss": loss}
+    return {"name": name, "grids": grids, "options": options, "seed": seed, "baseline": baseline, **found}
+
+
+class TestTable:
+    def test_mean_and_spread_over_seeds(self):
+        rows = [row("x", 1.0, seed=0, s=2), row("y", 2.0, seed=1, s=2), row("z", 4.0, s=3), row("w", None, s=4)]
+        rows[0]["difference"] = -0.5
+        assert cells(rows) == [
+            {"options": {"s": 2}, "seeds": [0, 1], "val_loss": (1.5, 0.5**0.5), "difference": (-0.5, None)},
+            {"options": {"s": 3}, "seeds": [0], "val_loss": (4.0, None), "difference": (None, None)},
+            {"options": {"s": 4}, "seeds": [], "val_loss": (None, None), "difference": (None, None)},
+        ]
+        assert table({"runs": rows}).splitlines() == [
+            "| s | runs | held-out loss | less the baseline's |",
+            "| --- | --- | --- | --- |",
+            "| 2 | 2 | 1.5000 ± 0.7071 | -0.5000 |",
+            "| 3 | 1 | 4.0000 |  |",
+            "| 4 | 0 |  |  |",
+        ]
+
+
+class TestFigure:
+    @pytest.fixture
+    def figure(self, monkeypatch, tmp_path):
+        """Draws, and returns what was drawn: label -> [x, y] of each line."""
+        kept = []
+        monkeypatch.setattr(plot.plt, "close", kept.append)
+
+        def draw(rows, *options):
+            plot.plot_grid(rows, "g", options, tmp_path / "figure.png")
+            if not kept:
+                return None
+            (axes,) = kept[0].axes
+            handles, labels = axes.get_legend_handles_labels()
+            drawn = [handle if hasattr(handle, "get_xdata") else handle.lines[0] for handle in handles]
+            return {label: (list(d.get_xdata()), list(d.get_ydata())) for label, d in zip(labels, drawn, strict=True)}
+
+        return draw
+
+    def test_a_line_for_each_other_option_and_one_baseline(self, figure):
+        rows = [row("b", 3.0, r=0, s=4), row("b2", 5.0, seed=1, baseline="b2", r=0, s=4)]
+        rows += [row(f"{s} {r} {seed}", s + r + seed, seed, "b2" if seed else "b", r=r, s=s)
+                 for s in (4, 2) for r in (0.1, 0.2) for seed in (0, 1)]  # fmt: skip
+        rows += [row("elsewhere", 9.0, grids=("h",), r=0.1, s=6), row("to do", None, r=0.1, s=8)]
+        drawn = figure(rows, "s", "r")
+        assert drawn["r 0.1"] == ([2, 4], [2.6, 4.6]) and drawn["r 0.2"] == ([2, 4], [2.7, 4.7])
+        assert drawn["baseline"][1] == [4.0, 4.0] and len(drawn) == 3
+
+    def test_a_baseline_at_each_place_and_options_that_go_together(self, figure):
+        rows = [row(f"b{d}", d / 10, baseline=f"b{d}", d=d, layers=d // 2, r=0) for d in (2, 4)]
+        rows += [row(f"x{d}", d / 20, baseline=f"b{d}", d=d, layers=d // 2, r=1) for d in (2, 4)]
+        drawn = figure(rows, "d", "layers")
+        assert drawn == {"superposed": ([2, 4], [0.1, 0.2]), "baseline": ([2, 4], [0.2, 0.4])}
+
+    def test_words_have_places_in_their_order_and_nothing_done_draws_nothing(self, figure):
+        assert figure([row("x", None, w="u")], "w") is None
+        drawn = figure([row("x", 1.0, w="u"), row("y", 2.0, w="p")], "w")
+        assert drawn["superposed"] == ([0, 1], [1.0, 2.0])
+
+
+def test_a_config_read_back_is_the_same_run(write, tmp_path):
+    """What decides whether a run in a folder is the one wanted."""
+    for config in load_sweep(write("[[grid]]\nstages=[[], [[0.1, 8]]]\nposition_weights=['fitted']")).runs.values():
+        save_config(config, tmp_path / "config.json")
+        assert load_config(tmp_path / "config.json") == config
+
+
+def test_gpus_are_dealt_out(write, monkeypatch):
+    from tst_ext.train import sweep as module
+
+    (config, *_) = load_sweep(write("[[grid]]\nratio=[0.4]")).runs.values()
+    monkeypatch.setattr(module, "on_cpu", lambda _: False)
+    monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert module._slots(config, 0) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "3,GPU-7")
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in module._slots(config, 3)] == ["3", "GPU-7", "3"]

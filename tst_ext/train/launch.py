@@ -1,0 +1,58 @@
+"""Runs of `tst train` in processes of their own, for the commands that compare runs."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from .config import TrainConfig, save_config
+
+__all__ = ["available_cores", "failure", "on_cpu", "start", "stop"]
+
+
+def available_cores() -> int:
+    """Cores this process may use, which a container can make fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def on_cpu(config: TrainConfig) -> bool:
+    """Whether the run will be one on the CPU."""
+    return config.run.device == "cpu" or (config.run.device == "auto" and not torch.cuda.is_available())
+
+
+def start(config: TrainConfig, folder: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Begins a run or goes on with it; its output goes to FOLDER.log, its options to FOLDER.config.json."""
+    path = folder.with_name(f"{folder.name}.config.json")
+    save_config(config, path)
+    command = [sys.executable, "-m", "tst_ext", "train", "--config", str(path), "--out", str(folder), "--no-progress"]
+    # OMP_NUM_THREADS: threads that spin for work would take the other runs' cores.
+    threads = {"OMP_NUM_THREADS": str(config.run.threads)} if config.run.threads else {}
+    with open(_log(folder), "wb") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **threads, **(environment or {})}
+        )
+
+
+def failure(folder: Path, status: int) -> str:
+    """What became of a run that ended with this exit status, other than 0."""
+    if status < 0:
+        return f"was killed by signal {-status} (log {_log(folder)})"
+    last = _log(folder).read_text(errors="replace").strip().splitlines()[-1:]
+    return f"failed with status {status} (log {_log(folder)}): {' '.join(last)}"
+
+
+def stop(processes: Iterable["subprocess.Popen[bytes]"]) -> None:
+    """Ends those that still run, each with a checkpoint, and waits for them."""
+    processes = list(processes)
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    for process in processes:
+        process.wait()
+
+
+def _log(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
