@@ -84,6 +84,13 @@ class TestFile:
             ("[[grid]]\nname='a'\nsize=[1]", "grid a: unknown option 'size'; known: dim"),
             ("[[grid]]\nthreads=[1]", "grid 0: unknown option 'threads'"),
             ("[[grid]]\ncases=[{bag=1}]", "grid 0: unknown option 'bag'"),
+            ("[[grid]]\ncases=[{ratio=0.1}]\nratio=[0.2]", "options that the grid does not set itself, got ratio"),
+            ("[[grid]]\ncases=[{seed=1}]", "options that the grid does not set itself, got seed"),
+            (
+                f"[[grid]]\nend_of_text=['{'x' * 200}']",
+                "expected a shorter name of a run, as a folder has it, got end_of",
+            ),
+            ("[[grid]]\nseeds=[true]", "seed: expected a value of type int, got True"),
             ("[[grid]]\ncases=[1]", "cases: expected a list of tables, got [1]"),
             ("[[grid]]\nratio=0.1", "ratio: expected a list of values, got 0.1"),
             ("[[grid]]\nratio=[]", "ratio: expected a list of values, got []"),
@@ -236,7 +243,7 @@ class TestFigure:
         assert drawn == {"superposed": ([2, 4], [0.1, 0.2]), "baseline": ([2, 4], [0.2, 0.4])}
 
     def test_words_have_places_in_their_order_and_nothing_done_draws_nothing(self, figure):
-        assert figure([row("x", None, w="u")], "w") is None
+        assert figure([row("x", None, w="u")], "w") is None and figure([row("x", 1.0)]) is None
         drawn = figure([row("x", 1.0, w="u"), row("y", 2.0, w="p")], "w")
         assert drawn["superposed"] == ([0, 1], [1.0, 2.0])
 

@@ -71,12 +71,12 @@ def plot_grid(rows: list[dict[str, Any]], grid: str, options: tuple[str, ...], p
     """Draws the final losses of one grid of a sweep to `path`: over its first option, a line for each of the others.
 
     Points are means over seeds, bars their standard deviations, dashes the baselines. Nothing is drawn where no run of
-    the grid is done.
+    the grid is done, or where it has nothing but seeds.
     """
     done = {row["name"]: row for row in rows if "val_loss" in row}
     mine = [row for row in done.values() if grid in row["grids"]]
     superposed = [row for row in mine if row["name"] != row["baseline"]] or mine
-    if not superposed:
+    if not superposed or not options:
         return
     x, *rest = options
     places = {json.dumps(row["options"][x]): row["options"][x] for row in superposed}

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import torch
 
 from .config import TrainConfig, UserError, config_dict, config_from_dict, load_config, write_text
 from .data import prepared_folder
+from .flops import step_flops
 from .folder import in_use, lock
 from .launch import available_cores, failure, on_cpu, start, stop
 from .metrics import read_metrics
@@ -52,6 +52,9 @@ def _options() -> dict[str, str]:
 
 
 OPTIONS = _options()
+
+
+LONGEST_NAME = 200  # bytes; file systems take 255, and a run's log and options have endings
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,11 @@ def load_sweep(path: Path) -> Sweep:
                 raise UserError(f"{where}: {key}: expected a list of values, got {value!r}")
         if not all(isinstance(case, dict) for case in cases):
             raise UserError(f"{where}: cases: expected a list of tables, got {cases!r}")
+        twice = sorted({key for case in cases for key in case if key in (*grid, "seed")})
+        if twice:
+            raise UserError(
+                f"{where}: cases: expected options that the grid does not set itself, got {', '.join(twice)}"
+            )
         names: dict[str, None] = {}
         for case, seed, *point in itertools.product(cases, seeds, *grid.values()):
             config = _with_options(base, {"seed": seed, **case, **dict(zip(grid, point, strict=True))}, where)
@@ -125,6 +133,8 @@ def load_sweep(path: Path) -> Sweep:
                 config = baseline  # bags of one token are the baseline too
             name_of = {c: _name(base, c) for c in (config, baseline)}
             for c, run in name_of.items():
+                if len(run.encode()) > LONGEST_NAME:
+                    raise UserError(f"{where}: expected a shorter name of a run, as a folder has it, got {run}")
                 if runs.setdefault(run, c) != c:
                     raise UserError(f"{where}: two different runs would have the name {run}")
                 names[run] = None
@@ -197,7 +207,7 @@ def _choose(sweep: Sweep, only: tuple[str, ...]) -> list[str]:
         if name not in grids and name not in sweep.runs:
             raise UserError(f"only: expected a grid ({', '.join(grids)}) or the name of a run (--list), got {name!r}")
     wanted = {run for name in only for run in grids.get(name, (name,))} if only else set(sweep.runs)
-    return sorted(wanted, key=lambda name: sweep.runs[name].steps)
+    return sorted((name for name in sweep.runs if name in wanted), key=lambda name: sweep.runs[name].steps)
 
 
 def _check_same(folder: Path, config: TrainConfig) -> None:
@@ -219,16 +229,16 @@ def _slots(config: TrainConfig, jobs: int) -> list[dict[str, str]]:
 def _run(sweep: Sweep, folder: Path, chosen: list[str], jobs: int, progress: bool) -> dict[str, str]:
     """Does what is to do; returns what became of the runs that failed."""
     path = {name: folder / "runs" / name for name in chosen}
-    waiting = deque(name for name in chosen if not (path[name] / "result.json").exists())
+    waiting = [name for name in chosen if not (path[name] / "result.json").exists()]
     for data in {sweep.runs[name].data for name in waiting}:
         prepared_folder(data)  # before the runs start, so that they find it
     if not waiting:
         return {}
-    steps = {name: sweep.runs[name].steps * _cost(sweep.runs[name]) for name in waiting}
+    work = {name: sweep.runs[name].steps * _step_work(sweep.runs[name]) for name in waiting}
     free = _slots(sweep.runs[waiting[0]], jobs)
     running: dict[str, tuple[subprocess.Popen[bytes], dict[str, str]]] = {}
     failed: dict[str, str] = {}
-    begin, total, count = time.monotonic(), sum(steps.values()), len(waiting)
+    begin, total, count = time.monotonic(), sum(work.values()), len(waiting)
     try:
         while waiting or running:
             # A run whose sweep was killed goes on without it: its folder is in use, and it is waited for.
@@ -248,7 +258,7 @@ def _run(sweep: Sweep, folder: Path, chosen: list[str], jobs: int, progress: boo
                 if progress:
                     row = next(row for row in results["runs"] if row["name"] == name)
                     done = count - len(waiting) - len(running)
-                    left = sum(steps[n] for n in (*waiting, *running))
+                    left = sum(work[n] for n in (*waiting, *running))
                     seconds = (time.monotonic() - begin) / max(1, total - left) * left
                     loss = failed.get(name) or f"{row['val_loss']:.4f} after {row['seconds']:.0f} s"
                     print(f"{done}/{count} {name}: {loss}; about {seconds / 60:.0f} min left", file=sys.stderr)
@@ -257,11 +267,9 @@ def _run(sweep: Sweep, folder: Path, chosen: list[str], jobs: int, progress: boo
     return failed
 
 
-def _cost(config: TrainConfig) -> int:
-    """What a step costs beside another's, in the unit of no matter what: positions times parameters of the blocks."""
-    model = config.model
-    width = model.dim * (4 * model.dim + 3 * model.ffn_dim) * model.layers + 2 * config.data.vocabulary * model.dim
-    return config.batch * config.latent_tokens * width
+def _step_work(config: TrainConfig) -> int:
+    """FLOPs of a step; those of the default vocabulary where the data brings its own."""
+    return step_flops(config.model, config.data.vocabulary, config.batch, config.latent_tokens)
 
 
 def _write(sweep: Sweep, folder: Path, failed: dict[str, str]) -> dict[str, Any]:
