@@ -97,6 +97,12 @@ class TestSuperposition:
         assert a[:12] == b[:12]
         assert b[12] > a[12] + 0.3 and abs(b[12] - math.log(64)) < 0.2  # a model that knows nothing
 
+    def test_without_superposition_there_is_no_switch_to_reinitialise_at(self, tiny, tmp_path):
+        for name, reinitialised in (("a", False), ("b", True)):
+            options = with_options(tiny, ratio=0.0, reinitialise=reinitialised)
+            train(dataclasses.replace(options, steps=2), tmp_path / name, progress=False)
+        assert training_losses(tmp_path / "a") == training_losses(tmp_path / "b")
+
     def test_reinitialise_takes_fresh_weights_and_forgets(self, tiny):
         model = Transformer(tiny.model, 64, 16)
         optimizer = torch.optim.AdamW(model.parameters())

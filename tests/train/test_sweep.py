@@ -1,5 +1,6 @@
 """tst sweep: what a file asks for, runs that end or are ended in every way, and the table."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,7 +12,8 @@ import pytest
 from runs import lines
 
 from tst_ext.__main__ import main
-from tst_ext.train import plot
+from tst_ext.train import launch, plot
+from tst_ext.train import sweep as module
 from tst_ext.train.config import UserError, load_config, save_config
 from tst_ext.train.folder import in_use
 from tst_ext.train.sweep import cells, load_sweep, table
@@ -60,13 +62,18 @@ class TestFile:
         assert (config.seed, config.model.dim, config.model.ffn_dim, config.superposition.ratio) == (1, 64, 96, 0.2)
         baseline = sweep.runs[sweep.baselines["dim=64,ffn_dim=96,ratio=0.2,seed=1"]]
         assert (baseline.seed, baseline.model, baseline.superposition.ratio) == (1, config.model, 0.0)
-        assert sweep.varied() == ["dim", "ffn_dim", "ratio"]
+        assert sweep.options["dim=64,ffn_dim=96,ratio=0.2,seed=1"] == {"dim": 64, "ffn_dim": 96, "ratio": 0.2}
         assert sweep.runs["seed=0"].superposition.ratio == 0.4  # the file's own options are not in the name
 
     def test_what_grids_share_is_one_run(self, write):
         sweep = load_sweep(write('[[grid]]\nname="a"\nbag_size=[1, 4]\n[[grid]]\nname="b"\nratio=[0.0, 0.4]'))
         assert [set(grid.runs) for grid in sweep.grids] == [{"seed=0", "ratio=0.0,seed=0"}] * 2
         assert len(sweep.runs) == 2
+        assert sweep.baselines == {"seed=0": "ratio=0.0,seed=0", "ratio=0.0,seed=0": "ratio=0.0,seed=0"}
+
+    def test_bags_of_one_that_lose_their_embedding_are_no_baseline(self, write):
+        (grid,) = load_sweep(write("[[grid]]\nbag_size=[1]\nreinitialise=[false, true]")).grids
+        assert grid.runs == ("ratio=0.0,seed=0", "bag_size=1,reinitialise=True,seed=0")
 
     def test_a_run_has_a_core_unless_the_file_says_more(self, write):
         path = write("[[grid]]\nratio=[0.4]")
@@ -85,7 +92,8 @@ class TestFile:
             ("[[grid]]\nthreads=[1]", "grid 0: unknown option 'threads'"),
             ("[[grid]]\ncases=[{bag=1}]", "grid 0: unknown option 'bag'"),
             ("[[grid]]\ncases=[{ratio=0.1}]\nratio=[0.2]", "options that the grid does not set itself, got ratio"),
-            ("[[grid]]\ncases=[{seed=1}]", "options that the grid does not set itself, got seed"),
+            ("[[grid]]\ncases=[{seed=1}]", "unknown option 'seed'; known: dim"),
+            ("[[grid]]\nseed=[1]", "unknown option 'seed'; known: dim"),
             (
                 f"[[grid]]\nend_of_text=['{'x' * 200}']",
                 "expected a shorter name of a run, as a folder has it, got end_of",
@@ -95,10 +103,15 @@ class TestFile:
             ("[[grid]]\nratio=0.1", "ratio: expected a list of values, got 0.1"),
             ("[[grid]]\nratio=[]", "ratio: expected a list of values, got []"),
             ("[[grid]]\nseeds=3", "seeds: expected a list of values, got 3"),
-            ("[[grid]]\nratio=[1.5]", "ratio: expected a number from 0 to 1, got 1.5"),
+            (
+                "[[grid]]\nratio=[1.5]",
+                "grid 0: superposition: ratio: expected a number from 0 to 1, got 1.5",
+            ),
             ("[[grid]]\nratio=['a']", "ratio: expected a value of type float, got 'a'"),
-            ("[[grid]]\nname='../a'\nratio=[0.1]", "name: expected letters, digits and -, each name once, got '../a'"),
-            ("[[grid]]\nname='a'\nratio=[0.1]\n[[grid]]\nname='a'\nratio=[0.2]", "each name once, got 'a'"),
+            ("[[grid]]\nname='../a'\nratio=[0.1]", "name: expected up to 50 letters, digits and -, got '../a'"),
+            (f"[[grid]]\nname='{'a' * 51}'\nratio=[0.1]", "name: expected up to 50 letters, digits and -, got 'a"),
+            ("[[grid]]\nname='a'\nratio=[0.1]\n[[grid]]\nname='a'\nratio=[0.2]", "'a' is a grid already"),
+            (f"[[grid]]\nratio={'[' * 5000}", "sweep.toml: "),
             ("[[grid", "sweep.toml: "),
         ],
     )
@@ -154,6 +167,24 @@ class TestRuns:
         assert "this run was made with other options" in capsys.readouterr().err
         assert results(out)["runs"] == list(again.values())
 
+        # So is what other data or a loss of power would spoil.
+        path, run = write("[[grid]]\nname='rate'\nclip=[1e30]\nlearning_rate=[1e30, 1e-2]"), out / "runs" / tst["name"]
+        for file, content, message in [
+            ("environment.json", '{"data": "another"}', "this run has read other data than there is in it now"),
+            ("environment.json", "{}", "environment.json or result.json is damaged: it lacks 'tst_ext'"),
+            ("environment.json", "", "environment.json: the file is damaged: Expecting value"),
+            ("result.json", "[]", "result.json: the file is damaged: expected an object"),
+            ("config.json", "{", "config.json: Expecting property name"),
+            ("config.json", None, "it has a result.json but no config.json"),
+        ]:
+            before = (run / file).read_text()
+            (run / file).unlink() if content is None else (run / file).write_text(content)
+            assert sweep(path, "--out", out) == 2
+            error = capsys.readouterr().err
+            assert message in error and str(run) in error
+            (run / file).write_text(before)
+        assert results(out)["runs"] == list(again.values())
+
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
     def test_an_interrupted_sweep_goes_on(self, write, tmp_path, number):
         path, out = write("[[grid]]\nratio=[0.4]", steps=300), tmp_path / "out"
@@ -174,14 +205,48 @@ class TestRuns:
         for run in runs:
             assert [line["step"] for line in lines(run) if "loss" in line] == list(range(1, 301))
 
-    def test_nothing_is_run_in_a_folder_that_cannot_be_used(self, write, tmp_path, capsys):
+    def test_a_run_is_known_to_go_from_its_start_and_ends_with_the_caller(self, write, tmp_path, monkeypatch):
+        config, *_ = load_sweep(write("[[grid]]\nratio=[0.4]", steps=3000)).runs.values()
+        process = launch.start(config, tmp_path / "a")
+        assert launch.is_running(tmp_path / "a") and not (tmp_path / "a").exists()
+        launch.stop([process])
+        assert not launch.is_running(tmp_path / "a")
+
+        begun = []
+
+        def popen(*arguments, **options):
+            begun.append(Popen(["sleep", "60"]))
+            signal.raise_signal(signal.SIGTERM)  # before the caller has the process
+            return begun[0]
+
+        Popen = subprocess.Popen
+        monkeypatch.setattr(launch.subprocess, "Popen", popen)
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+        try:
+            with pytest.raises(SystemExit, match="7"):
+                launch.start(config, tmp_path / "b")
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert begun[0].returncode == -signal.SIGTERM
+
+    def test_nothing_is_run_where_it_cannot_be(self, write, tmp_path, capsys, monkeypatch):
         path = write("[[grid]]\nname='a'\nratio=[0.4]")
         assert sweep(path, "--out", "/dev/null/x") == 2
         assert "out /dev/null/x" in capsys.readouterr().err
         assert sweep(path, "--out", tmp_path / "out", "--only", "b") == 2
         assert "only: expected a grid (a) or the name of a run (--list), got 'b'" in capsys.readouterr().err
+        assert sweep(path, "--out", tmp_path / "out", "--only") == 2
+        assert "name of a run (--list), got nothing" in capsys.readouterr().err
         assert sweep(path, "--out", tmp_path / "out", "--jobs", "-1") == 2
+        monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+        path.write_text(path.read_text().replace('"cpu"', '"cdua"'))
+        assert sweep(path, "--out", tmp_path / "out") == 2
+        assert "device: expected auto, cpu or cuda, got 'cdua'" in capsys.readouterr().err
+        missing = write("[[grid]]\nvocabulary=[300]\ndata=[['/nowhere']]")
+        assert sweep(missing, "--out", tmp_path / "out") == 2
+        assert "/nowhere" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+        path = write("[[grid]]\nname='a'\nratio=[0.4]")
         assert sweep(path, "--list") == 0
         assert capsys.readouterr().out == "a:\n  seed=0\n  ratio=0.0,seed=0\n"
 
@@ -220,9 +285,10 @@ class TestFigure:
             plot.plot_grid(rows, "g", options, tmp_path / "figure.png")
             if not kept:
                 return None
-            (axes,) = kept[0].axes
+            (axes,) = kept.pop().axes
             handles, labels = axes.get_legend_handles_labels()
             drawn = [handle if hasattr(handle, "get_xdata") else handle.lines[0] for handle in handles]
+            assert len(labels) == len(set(labels))
             return {label: (list(d.get_xdata()), list(d.get_ydata())) for label, d in zip(labels, drawn, strict=True)}
 
         return draw
@@ -230,11 +296,12 @@ class TestFigure:
     def test_a_line_for_each_other_option_and_one_baseline(self, figure):
         rows = [row("b", 3.0, r=0, s=4), row("b2", 5.0, seed=1, baseline="b2", r=0, s=4)]
         rows += [row(f"{s} {r} {seed}", s + r + seed, seed, "b2" if seed else "b", r=r, s=s)
-                 for s in (4, 2) for r in (0.1, 0.2) for seed in (0, 1)]  # fmt: skip
+                 for s in (4, 2) for r in (0.2, 0.1) for seed in (0, 1)]  # fmt: skip
         rows += [row("elsewhere", 9.0, grids=("h",), r=0.1, s=6), row("to do", None, r=0.1, s=8)]
         drawn = figure(rows, "s", "r")
+        assert [label for label in drawn if label != "baseline"] == ["r 0.2", "r 0.1"]  # in the order of the file
         assert drawn["r 0.1"] == ([2, 4], [2.6, 4.6]) and drawn["r 0.2"] == ([2, 4], [2.7, 4.7])
-        assert drawn["baseline"][1] == [4.0, 4.0] and len(drawn) == 3
+        assert drawn["baseline"][1] == [4.0, 4.0]
 
     def test_a_baseline_at_each_place_and_options_that_go_together(self, figure):
         rows = [row(f"b{d}", d / 10, baseline=f"b{d}", d=d, layers=d // 2, r=0) for d in (2, 4)]
@@ -242,10 +309,31 @@ class TestFigure:
         drawn = figure(rows, "d", "layers")
         assert drawn == {"superposed": ([2, 4], [0.1, 0.2]), "baseline": ([2, 4], [0.2, 0.4])}
 
+    def test_a_baseline_at_each_place_for_all_lines_or_one_for_each_line(self, figure):
+        rows = [row(f"b{n}", n / 10, baseline=f"b{n}", n=n, s=4, r=0) for n in (2, 4)]
+        rows += [row(f"x{n}{s}", n / s, baseline=f"b{n}", n=n, s=s, r=1) for n in (2, 4) for s in (4, 8)]
+        lines = {"s 4": ([2, 4], [0.5, 1.0]), "s 8": ([2, 4], [0.25, 0.5])}
+        assert figure(rows, "n", "s") == {**lines, "baseline": ([2, 4], [0.2, 0.4])}
+        drawn = figure(rows, "s", "n")
+        assert set(drawn) == {"n 2", "n 4", "baseline n 2", "baseline n 4"}
+        assert drawn["baseline n 2"][1] == [0.2, 0.2] and drawn["baseline n 4"][1] == [0.4, 0.4]
+
+    def test_only_pairs_are_drawn(self, figure):
+        rows = [row("b", 3.0, baseline="b", s=4, r=0), row("b2", 5.0, seed=1, baseline="b2", s=4, r=0)]
+        rows += [row("b3", None, seed=2, baseline="b3", s=4, r=0)]
+        rows += [row("x", 2.0, s=4, r=1), row("x2", None, 1, "b2", s=4, r=1), row("x3", 9.0, 2, "b3", s=4, r=1)]
+        drawn = figure(rows, "s")
+        assert drawn["superposed"] == ([4], [2.0]) and drawn["baseline"][1] == [3.0, 3.0]
+        assert figure([r for r in rows if r["name"] != "x"], "s") is None
+
     def test_words_have_places_in_their_order_and_nothing_done_draws_nothing(self, figure):
-        assert figure([row("x", None, w="u")], "w") is None and figure([row("x", 1.0)]) is None
-        drawn = figure([row("x", 1.0, w="u"), row("y", 2.0, w="p")], "w")
+        base = row("b", 3.0, w="u")
+        assert figure([base, row("x", None, w="u")], "w") is None and figure([base, row("x", 1.0)]) is None
+        drawn = figure([base, row("x", 1.0, w="u"), row("y", 2.0, w="$a$")], "w")
         assert drawn["superposed"] == ([0, 1], [1.0, 2.0])
+
+    def test_a_grid_of_baselines(self, figure):
+        assert figure([row(f"b{x}", x, baseline=f"b{x}", x=x) for x in (1, 2)], "x") == {"baseline": ([1, 2], [1, 2])}
 
 
 def test_a_config_read_back_is_the_same_run(write, tmp_path):
@@ -256,8 +344,6 @@ def test_a_config_read_back_is_the_same_run(write, tmp_path):
 
 
 def test_gpus_are_dealt_out(write, monkeypatch):
-    from tst_ext.train import sweep as module
-
     (config, *_) = load_sweep(write("[[grid]]\nratio=[0.4]")).runs.values()
     monkeypatch.setattr(module, "on_cpu", lambda _: False)
     monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 2)
@@ -265,3 +351,5 @@ def test_gpus_are_dealt_out(write, monkeypatch):
     assert module._slots(config, 0) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "3,GPU-7")
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in module._slots(config, 3)] == ["3", "GPU-7", "3"]
+    certain = dataclasses.replace(config, run=dataclasses.replace(config.run, device="cuda:1"))
+    assert module._slots(certain, 0) == [{}]

@@ -59,7 +59,7 @@ class SweepArguments:
     runs/NAME OF FILE."""
     jobs: int = 0
     """Runs at a time; 0: as many as the cores are enough for, or on GPUs one each."""
-    only: tuple[str, ...] = ()
+    only: tuple[str, ...] | None = None
     """Names of grids or runs; no others are run."""
     list: bool = False
     """Print the names of the runs and run none."""

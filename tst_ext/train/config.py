@@ -273,7 +273,11 @@ def _from_dict(cls: type, values: Any, where: str) -> Any:
     for key in values:
         if key not in fields:
             raise UserError(f"{where}: unknown key {key!r}; known: {', '.join(fields)}")
-    return cls(**{key: _convert(fields[key].type, value, f"{where}: {key}") for key, value in values.items()})
+    converted = {key: _convert(fields[key].type, value, f"{where}: {key}") for key, value in values.items()}
+    try:
+        return cls(**converted)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
@@ -313,5 +317,8 @@ def save_config(config: TrainConfig, path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all: under another name, then renamed."""
     unfinished = path.with_name(UNFINISHED + path.name)
-    unfinished.write_text(text, encoding="utf-8")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else a loss of power can leave an empty file by the new name
     unfinished.replace(path)

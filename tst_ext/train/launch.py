@@ -1,6 +1,8 @@
 """Runs of `tst train` in processes of their own, for the commands that compare runs."""
 
+import fcntl
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -9,8 +11,10 @@ from pathlib import Path
 import torch
 
 from .config import TrainConfig, save_config
+from .folder import in_use
+from .loop import stop_signals
 
-__all__ = ["available_cores", "failure", "on_cpu", "start", "stop"]
+__all__ = ["available_cores", "failure", "is_running", "on_cpu", "start", "stop"]
 
 
 def available_cores() -> int:
@@ -30,10 +34,21 @@ def start(config: TrainConfig, folder: Path, environment: Mapping[str, str] | No
     command = [sys.executable, "-m", "tst_ext", "train", "--config", str(path), "--out", str(folder), "--no-progress"]
     # OMP_NUM_THREADS: threads that spin for work would take the other runs' cores.
     threads = {"OMP_NUM_THREADS": str(config.run.threads)} if config.run.threads else {}
-    with open(_log(folder), "wb") as log:
-        return subprocess.Popen(
+    with open(_log(folder), "wb") as log, stop_signals() as received:
+        # The run keeps this lock with its output, from before it has locked its folder until it ends.
+        fcntl.flock(log, fcntl.LOCK_EX)
+        process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **threads, **(environment or {})}
         )
+    if received:  # while the process was not the caller's yet, who ends it
+        stop([process])
+        signal.raise_signal(received[0])
+    return process
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a run is going in that folder, one of `start` or another."""
+    return in_use(_log(folder)) or in_use(folder)
 
 
 def failure(folder: Path, status: int) -> str:

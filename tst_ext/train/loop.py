@@ -211,6 +211,8 @@ def _train(config: TrainConfig, run: RunFolder, resume: str, progress: bool, pro
             "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in model.parameters()),
             "vocabulary": training.vocabulary,
+            "data": training.sha256,
+            "held_out": held_out.sha256,
             "switch_step": schedule.switch_step,
             "gemm_flops_per_s": round(peak),
         },
@@ -236,7 +238,7 @@ def _train(config: TrainConfig, run: RunFolder, resume: str, progress: bool, pro
         for step in range(state["step"], config.steps):
             with meter.waiting_for_data():
                 batch = next(batches)
-            if step == schedule.switch_step and options.reinitialise:
+            if 0 < step == schedule.switch_step and options.reinitialise:
                 reinitialise(model, optimizer, config.seed)
             # One exchange of what every process must know of the others: labels, tokens, a request to stop.
             *counts, tokens, stop = processes.sum_numbers([*batch.counts, batch.tokens, len(signals)])

@@ -70,42 +70,46 @@ def plot_comparison(baseline: Path, tst: Path, path: Path) -> None:
 def plot_grid(rows: list[dict[str, Any]], grid: str, options: tuple[str, ...], path: Path) -> None:
     """Draws the final losses of one grid of a sweep to `path`: over its first option, a line for each of the others.
 
-    Points are means over seeds, bars their standard deviations, dashes the baselines. Nothing is drawn where no run of
-    the grid is done, or where it has nothing but seeds.
+    Points are means over seeds, bars their standard deviations, dashes the baselines: one for all lines where they
+    share it, else each in its line's colour. Runs whose baseline is not done are left out, and baselines without a run.
+    Nothing is drawn where nothing is left, or where the grid has nothing but seeds.
     """
-    done = {row["name"]: row for row in rows if "val_loss" in row}
-    mine = [row for row in done.values() if grid in row["grids"]]
-    superposed = [row for row in mine if row["name"] != row["baseline"]] or mine
-    if not superposed or not options:
+    all_rows = {row["name"]: row for row in rows}
+    mine = [row for row in rows if grid in row["grids"]]
+    superposed = [row for row in mine if row["name"] != row["baseline"]]
+    drawn = [r for r in superposed or mine if "val_loss" in r and "val_loss" in all_rows[r["baseline"]]]
+    if not drawn or not options:
         return
     x, *rest = options
-    places = {json.dumps(row["options"][x]): row["options"][x] for row in superposed}
+    places = {json.dumps(row["options"][x]): row["options"][x] for row in drawn}
     numbers = all(type(value) in (int, float) for value in places.values())
     at = {key: value if numbers else i for i, (key, value) in enumerate(places.items())}
     # Options that go with the first one, as the width of a model with its depth, say nothing more.
-    pairs = {o: {(json.dumps(row["options"][x]), json.dumps(row["options"][o])) for row in superposed} for o in rest}
+    pairs = {o: {(json.dumps(row["options"][x]), json.dumps(row["options"][o])) for row in drawn} for o in rest}
     rest = [option for option in rest if len(pairs[option]) > len(places)]
     lines: dict[str, dict[Any, list[dict[str, Any]]]] = {}
-    for row in superposed:
+    for row in drawn:
         label = ", ".join(f"{option} {row['options'][option]}" for option in rest)
         lines.setdefault(label, {}).setdefault(at[json.dumps(row["options"][x])], []).append(row)
 
     figure, axes = plt.subplots(figsize=(8, 4.5))
-    drawn: list[dict[Any, tuple[str, ...]]] = []
-    for i, (label, points) in enumerate(sorted(lines.items())):
+    below: list[dict[Any, dict[str, dict[str, Any]]]] = []  # of each line, at each place: the baselines by name
+    for i, (label, points) in enumerate(lines.items()):
         losses = {place: [row["val_loss"] for row in group] for place, group in sorted(points.items())}
-        _points(axes, losses, f"C{i}", "o-", label or "superposed")
-        partners = {p: tuple(dict.fromkeys(row["baseline"] for row in group)) for p, group in sorted(points.items())}
-        below = {p: [done[name]["val_loss"] for name in names if name in done] for p, names in partners.items()}
-        if superposed is mine or not all(below.values()) or partners in drawn:
-            continue
-        drawn.append(partners)
-        if len(set(partners.values())) == 1:
-            axes.axhline(statistics.mean(next(iter(below.values()))), color="gray", linestyle="--", label="baseline")
+        _points(axes, losses, f"C{i}", "o-", label or ("superposed" if superposed else "baseline"))
+        below.append({p: {row["baseline"]: all_rows[row["baseline"]] for row in group} for p, group in points.items()})
+    if superposed:
+        shared: dict[Any, dict[str, dict[str, Any]]] = {}
+        for line in below:
+            for place, found in line.items():
+                shared[place] = shared.get(place, {}) | found
+        if all(len({json.dumps(row["options"]) for row in found.values()}) == 1 for found in shared.values()):
+            _baseline(axes, shared, "gray", "")
         else:
-            _points(axes, below, "gray" if len(lines) == 1 else f"C{i}", "s--", f"baseline {label}".strip())
+            for i, (label, line) in enumerate(zip(lines, below, strict=True)):
+                _baseline(axes, line, f"C{i}", label)
     if not numbers:
-        axes.set_xticks(list(at.values()), [str(value) for value in places.values()])
+        axes.set_xticks(list(at.values()), [_plain(str(value)) for value in places.values()])
     axes.set_xlabel(x)
     axes.set_ylabel("final held-out loss (nats)")
     axes.grid(alpha=0.3)
@@ -115,8 +119,25 @@ def plot_grid(rows: list[dict[str, Any]], grid: str, options: tuple[str, ...], p
     plt.close(figure)
 
 
+def _baseline(axes: Any, found: dict[Any, dict[str, dict[str, Any]]], color: str, label: str) -> None:
+    """A dashed line: across, where it is the same baseline everywhere."""
+    everywhere = {name: row["val_loss"] for rows in found.values() for name, row in rows.items()}
+    label = f"baseline {label}".strip()
+    if len({json.dumps(row["options"]) for rows in found.values() for row in rows.values()}) == 1:
+        look: dict[str, Any] = {"color": color, "linestyle": "--", "linewidth": 1}
+        axes.axhline(statistics.mean(everywhere.values()), label=_plain(label), **look)
+    else:
+        losses = {p: [row["val_loss"] for row in rows.values()] for p, rows in sorted(found.items())}
+        _points(axes, losses, color, "s--", label)
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib draws as it is: between two dollar signs it takes it for a formula."""
+    return text.replace("$", r"\$")
+
+
 def _points(axes: Any, losses: dict[Any, list[float]], color: str, style: str, label: str) -> None:
     means = [statistics.mean(values) for values in losses.values()]
     deviations = [statistics.stdev(values) if len(values) > 1 else 0 for values in losses.values()]
-    look: dict[str, Any] = {"color": color, "label": label, "capsize": 3, "markersize": 4, "linewidth": 1}
+    look: dict[str, Any] = {"color": color, "label": _plain(label), "capsize": 3, "markersize": 4, "linewidth": 1}
     axes.errorbar([*losses], means, deviations, fmt=style, **look)

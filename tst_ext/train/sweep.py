@@ -16,7 +16,6 @@ import math
 import os
 import re
 import statistics
-import subprocess
 import sys
 import time
 import tomllib
@@ -27,12 +26,13 @@ from typing import Any
 import torch
 
 from .config import TrainConfig, UserError, config_dict, config_from_dict, load_config, write_text
-from .data import prepared_folder
+from .data import Shard, prepared_folder
 from .flops import step_flops
-from .folder import in_use, lock
-from .launch import available_cores, failure, on_cpu, start, stop
+from .folder import lock
+from .launch import available_cores, failure, is_running, on_cpu, start, stop
 from .metrics import read_metrics
 from .plot import plot_grid
+from .processes import choose_device
 
 __all__ = ["Grid", "Sweep", "cells", "load_sweep", "run_sweep", "table"]
 
@@ -53,7 +53,7 @@ def _options() -> dict[str, str]:
 
 OPTIONS = _options()
 
-
+RESULT = ("steps", "switch_step", "data_tokens", "seconds", "val_loss")  # of result.json
 LONGEST_NAME = 200  # bytes; file systems take 255, and a run's log and options have endings
 
 
@@ -68,23 +68,18 @@ class Grid:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every run by its name, the name of each run's baseline, and the grids."""
+    """What a file asks for.
+
+    Attributes:
+        runs: every run by its name.
+        options: of each run those options in which runs differ, and those that a grid names.
+        baselines: the name of each run's baseline; a baseline has its own.
+    """
 
     runs: dict[str, TrainConfig]
+    options: dict[str, dict[str, Any]]
     baselines: dict[str, str]
     grids: tuple[Grid, ...]
-
-    def varied(self) -> list[str]:
-        """The options in which runs differ, and those that a grid names."""
-        values = {option: {repr(value_of(c, option)) for c in self.runs.values()} for option in OPTIONS}
-        named = {option for grid in self.grids for option in grid.options}
-        return [option for option, different in values.items() if len(different) > 1 or option in named]
-
-
-def value_of(config: TrainConfig, option: str) -> Any:
-    """The value of an option in `config`, whatever section it stands in, as JSON has it."""
-    values = config_dict(config)
-    return (values[OPTIONS[option]] if OPTIONS[option] else values)[option]
 
 
 def load_sweep(path: Path) -> Sweep:
@@ -95,12 +90,12 @@ def load_sweep(path: Path) -> Sweep:
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"sweep {path}: {error}") from error
     grids = values.pop("grid", None)
     if not isinstance(grids, list) or not grids or not all(isinstance(grid, dict) for grid in grids):
         raise UserError(f"sweep {path}: expected tables [[grid]], got {grids!r}")
-    base = config_from_dict(values, str(path))
+    base = config_from_dict(values, f"sweep {path}")
     if base.run.threads == 0 and on_cpu(base):
         # A core a run: two of the default runs at a time, 32 ms a step each, do what one on both cores does in 16 ms.
         base = dataclasses.replace(base, run=dataclasses.replace(base.run, threads=1))
@@ -108,61 +103,78 @@ def load_sweep(path: Path) -> Sweep:
     runs: dict[str, TrainConfig] = {}
     baselines: dict[str, str] = {}
     read: list[Grid] = []
+    own = _values(base)
     for i, grid in enumerate(grids):
-        where = f"{path}: grid {grid.get('name', i)}"
-        name, seeds, cases = grid.pop("name", f"grid-{i}"), grid.pop("seeds", [base.seed]), grid.pop("cases", [{}])
-        if not isinstance(name, str) or re.fullmatch(r"[\w-]+", name) is None or name in [g.name for g in read]:
-            raise UserError(f"{where}: name: expected letters, digits and -, each name once, got {name!r}")
-        for key, value in {**grid, "seeds": seeds, "cases": cases}.items():
-            if not isinstance(value, list) or not value:
-                raise UserError(f"{where}: {key}: expected a list of values, got {value!r}")
-        if not all(isinstance(case, dict) for case in cases):
-            raise UserError(f"{where}: cases: expected a list of tables, got {cases!r}")
-        twice = sorted({key for case in cases for key in case if key in (*grid, "seed")})
-        if twice:
-            raise UserError(
-                f"{where}: cases: expected options that the grid does not set itself, got {', '.join(twice)}"
-            )
+        where = f"sweep {path}: grid {grid.get('name', i)}"
+        name = grid.pop("name", f"grid-{i}")
+        if not isinstance(name, str) or re.fullmatch(rf"[\w-]{{1,{LONGEST_NAME // 4}}}", name) is None:
+            raise UserError(f"{where}: name: expected up to {LONGEST_NAME // 4} letters, digits and -, got {name!r}")
+        if name in [g.name for g in read]:
+            raise UserError(f"{where}: name: expected another one, {name!r} is a grid already")
+        options, points = _points(grid, base.seed, where)
         names: dict[str, None] = {}
-        for case, seed, *point in itertools.product(cases, seeds, *grid.values()):
-            config = _with_options(base, {"seed": seed, **case, **dict(zip(grid, point, strict=True))}, where)
-            baseline = dataclasses.replace(
-                config, superposition=dataclasses.replace(base.superposition, ratio=0.0, stages=())
-            )
-            if not any(s > 1 for s in config.superposition.bag_sizes()):
+        for point in points:
+            config = _with_options(base, point, where)
+            plain = dataclasses.replace(base.superposition, ratio=0.0, stages=())
+            baseline = dataclasses.replace(config, superposition=plain)
+            if not any(s > 1 for s in config.superposition.bag_sizes()) and not config.superposition.reinitialise:
                 config = baseline  # bags of one token are the baseline too
-            name_of = {c: _name(base, c) for c in (config, baseline)}
-            for c, run in name_of.items():
+            of_both = []
+            for c in (config, baseline):
+                different = [f"{option}={value}" for option, value in _values(c).items() if value != own[option]]
+                run = ",".join(re.sub(r"[^\w.=+-]+", "_", part) for part in (*different, f"seed={c.seed}"))
                 if len(run.encode()) > LONGEST_NAME:
                     raise UserError(f"{where}: expected a shorter name of a run, as a folder has it, got {run}")
                 if runs.setdefault(run, c) != c:
                     raise UserError(f"{where}: two different runs would have the name {run}")
-                names[run] = None
-            baselines[name_of[config]] = name_of[baseline]
-        options = dict.fromkeys([*grid, *(key for case in cases for key in case)])
-        read.append(Grid(name, tuple(options), tuple(names)))
-    return Sweep(runs, baselines, tuple(read))
+                of_both.append(run)
+            names |= dict.fromkeys(of_both)
+            baselines |= {of_both[1]: of_both[1], of_both[0]: of_both[1]}
+        read.append(Grid(name, options, tuple(names)))
+
+    all_values = {run: _values(config) for run, config in runs.items()}
+    named = {option for grid in read for option in grid.options}
+    varied = [o for o in OPTIONS if o in named or len({repr(values[o]) for values in all_values.values()}) > 1]
+    return Sweep(runs, {run: {o: all_values[run][o] for o in varied} for run in runs}, baselines, tuple(read))
+
+
+def _points(grid: dict[str, Any], seed: int, where: str) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+    """The options that a grid varies, and for each of its runs their values, the seed among them."""
+    seeds, cases = grid.pop("seeds", [seed]), grid.pop("cases", [{}])
+    for key, value in {**grid, "seeds": seeds, "cases": cases}.items():
+        if not isinstance(value, list) or not value:
+            raise UserError(f"{where}: {key}: expected a list of values, got {value!r}")
+    if not all(isinstance(case, dict) for case in cases):
+        raise UserError(f"{where}: cases: expected a list of tables, got {cases!r}")
+    options = dict.fromkeys([*grid, *(key for case in cases for key in case)])
+    for option in options:
+        if option not in OPTIONS:
+            raise UserError(f"{where}: unknown option {option!r}; known: {', '.join(OPTIONS)}, and seeds, cases, name")
+    twice = sorted({key for case in cases for key in case if key in grid})
+    if twice:
+        raise UserError(f"{where}: cases: expected options that the grid does not set itself, got {', '.join(twice)}")
+    product = itertools.product(cases, seeds, *grid.values())
+    return tuple(options), [
+        {"seed": seed, **case, **dict(zip(grid, point, strict=True))} for case, seed, *point in product
+    ]
+
+
+def _values(config: TrainConfig) -> dict[str, Any]:
+    """The value of each option, whatever section it stands in, as JSON has it."""
+    values = config_dict(config)
+    return {option: (values[section] if section else values)[option] for option, section in OPTIONS.items()}
 
 
 def _with_options(base: TrainConfig, options: dict[str, Any], where: str) -> TrainConfig:
     values = copy.deepcopy(config_dict(base))
     for option, value in options.items():
-        if option not in OPTIONS and option != "seed":
-            raise UserError(f"{where}: unknown option {option!r}; known: {', '.join(OPTIONS)}, and seeds, cases, name")
-        section = OPTIONS.get(option, "")
+        section = OPTIONS.get(option, "")  # none: the seed
         (values[section] if section else values)[option] = value
     return config_from_dict(values, where)
 
 
-def _name(base: TrainConfig, config: TrainConfig) -> str:
-    """The options in which a run differs from the file's own, as a folder's name."""
-    different = {o: v for o in OPTIONS if (v := value_of(config, o)) != value_of(base, o)}
-    parts = [f"{option}={value}" for option, value in different.items()]
-    return ",".join(re.sub(r"[^\w.=+-]+", "_", part) for part in (*parts, f"seed={config.seed}"))
-
-
 def run_sweep(
-    sweep: Sweep, folder: Path, *, jobs: int = 0, only: tuple[str, ...] = (), progress: bool = True
+    sweep: Sweep, folder: Path, *, jobs: int = 0, only: tuple[str, ...] | None = None, progress: bool = True
 ) -> dict[str, Any]:
     """Does the runs that are not done yet, in `folder`/runs, and keeps results.json, results.csv and the figures.
 
@@ -177,10 +189,20 @@ def run_sweep(
         What results.json holds.
 
     Raises:
-        UserError: an unknown name in `only`; `folder` cannot be written to, another sweep uses it, or it holds a run of
-            other options by one of these names. Nothing has been run then.
+        UserError: an unknown name in `only`; the device or the data cannot be used; `folder` cannot be written to,
+            another sweep uses it, or it holds a run of other options or other data by one of these names, or a damaged
+            one. Nothing has been run then.
     """
-    chosen = _choose(sweep, only)
+    to_do = [name for name in _choose(sweep, only) if not (folder / "runs" / name / "result.json").exists()]
+    if to_do and not torch.cuda.is_available():
+        choose_device(sweep.runs[to_do[0]].run.device)
+    for data in {sweep.runs[name].data for name in to_do}:
+        prepared = prepared_folder(data)  # before the runs start, so that they find it
+        digests = {"data": Shard(prepared, "train").sha256, "held_out": Shard(prepared, "val").sha256}
+        for name in [name for name, config in sweep.runs.items() if config.data == data]:
+            found = _read(folder / "runs" / name / "environment.json")
+            if any(found.get(key, digest) != digest for key, digest in digests.items()):
+                raise UserError(f"out {folder / 'runs' / name}: this run has read other data than there is in it now")
     for name, config in sweep.runs.items():
         _check_same(folder / "runs" / name, config)
     try:
@@ -191,23 +213,26 @@ def run_sweep(
     if claim is None:
         raise UserError(f"out {folder}: another sweep runs in this folder")
     try:
-        failed = _run(sweep, folder, chosen, jobs, progress)
-        results = _write(sweep, folder, failed)
+        results = _Results(sweep, folder)
+        _run(sweep, folder, to_do, jobs, results, progress)
         for grid in sweep.grids:
-            plot_grid(results["runs"], grid.name, grid.options, folder / f"{grid.name}.png")
-        return results
+            plot_grid(results.json["runs"], grid.name, grid.options, folder / f"{grid.name}.png")
+        return results.json
     finally:
         os.close(claim)
 
 
-def _choose(sweep: Sweep, only: tuple[str, ...]) -> list[str]:
+def _choose(sweep: Sweep, only: tuple[str, ...] | None) -> list[str]:
     """The names of the runs to do, short ones first: what is wrong with a file shows early."""
     grids = {grid.name: grid.runs for grid in sweep.grids}
-    for name in only:
+    wanted = f"a grid ({', '.join(grids)}) or the name of a run (--list)"
+    if only == ():
+        raise UserError(f"only: expected {wanted}, got nothing")
+    for name in only or ():
         if name not in grids and name not in sweep.runs:
-            raise UserError(f"only: expected a grid ({', '.join(grids)}) or the name of a run (--list), got {name!r}")
-    wanted = {run for name in only for run in grids.get(name, (name,))} if only else set(sweep.runs)
-    return sorted((name for name in sweep.runs if name in wanted), key=lambda name: sweep.runs[name].steps)
+            raise UserError(f"only: expected {wanted}, got {name!r}")
+    chosen = {run for name in only for run in grids.get(name, (name,))} if only else set(sweep.runs)
+    return sorted((name for name in sweep.runs if name in chosen), key=lambda name: sweep.runs[name].steps)
 
 
 def _check_same(folder: Path, config: TrainConfig) -> None:
@@ -215,56 +240,53 @@ def _check_same(folder: Path, config: TrainConfig) -> None:
         saved = load_config(folder / "config.json")
         if dataclasses.replace(saved, run=config.run) != config:
             raise UserError(f"out {folder}: this run was made with other options; choose another --out or remove it")
+    elif (folder / "result.json").exists():
+        raise UserError(f"out {folder}: it has a result.json but no config.json, which would say of what run")
 
 
 def _slots(config: TrainConfig, jobs: int) -> list[dict[str, str]]:
     """What each of the runs at a time gets as its environment: on GPUs one of them."""
     if on_cpu(config):
         return [{}] * (jobs or max(1, available_cores() // max(1, config.run.threads)))
+    if ":" in config.run.device:  # a certain one
+        return [{}] * (jobs or 1)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     return [{"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} for i in range(jobs or len(devices))]
 
 
-def _run(sweep: Sweep, folder: Path, chosen: list[str], jobs: int, progress: bool) -> dict[str, str]:
-    """Does what is to do; returns what became of the runs that failed."""
-    path = {name: folder / "runs" / name for name in chosen}
-    waiting = [name for name in chosen if not (path[name] / "result.json").exists()]
-    for data in {sweep.runs[name].data for name in waiting}:
-        prepared_folder(data)  # before the runs start, so that they find it
-    if not waiting:
-        return {}
+def _run(sweep: Sweep, folder: Path, to_do: list[str], jobs: int, results: "_Results", progress: bool) -> None:
+    if not to_do:
+        return
+    waiting, path = list(to_do), {name: folder / "runs" / name for name in to_do}
     work = {name: sweep.runs[name].steps * _step_work(sweep.runs[name]) for name in waiting}
     free = _slots(sweep.runs[waiting[0]], jobs)
-    running: dict[str, tuple[subprocess.Popen[bytes], dict[str, str]]] = {}
-    failed: dict[str, str] = {}
+    running: dict[str, tuple[Any, dict[str, str]]] = {}  # the process and its slot
     begin, total, count = time.monotonic(), sum(work.values()), len(waiting)
     try:
         while waiting or running:
-            # A run whose sweep was killed goes on without it: its folder is in use, and it is waited for.
+            # A run whose sweep was killed goes on without it, and is waited for.
             for name in list(waiting):
-                if free and not in_use(path[name]):
+                if free and not is_running(path[name]):
                     waiting.remove(name)
-                    if not (path[name] / "result.json").exists():
+                    if (path[name] / "result.json").exists():
+                        results.ended(name)
+                    else:
                         slot = free.pop()
                         running[name] = start(sweep.runs[name], path[name], slot), slot
             time.sleep(0.2)
             for name in [name for name, (process, _) in running.items() if process.poll() is not None]:
                 process, slot = running.pop(name)
                 free.append(slot)
-                if process.returncode:
-                    failed[name] = failure(path[name], process.returncode)
-                results = _write(sweep, folder, failed)
+                row = results.ended(name, failure(path[name], process.returncode) if process.returncode else None)
                 if progress:
-                    row = next(row for row in results["runs"] if row["name"] == name)
                     done = count - len(waiting) - len(running)
                     left = sum(work[n] for n in (*waiting, *running))
                     seconds = (time.monotonic() - begin) / max(1, total - left) * left
-                    loss = failed.get(name) or f"{row['val_loss']:.4f} after {row['seconds']:.0f} s"
+                    loss = f"{row['val_loss']:.4f} after {row['seconds']:.0f} s" if "val_loss" in row else row["status"]
                     print(f"{done}/{count} {name}: {loss}; about {seconds / 60:.0f} min left", file=sys.stderr)
     finally:
         stop(process for process, _ in running.values())
-    return failed
 
 
 def _step_work(config: TrainConfig) -> int:
@@ -272,45 +294,79 @@ def _step_work(config: TrainConfig) -> int:
     return step_flops(config.model, config.data.vocabulary, config.batch, config.latent_tokens)
 
 
-def _write(sweep: Sweep, folder: Path, failed: dict[str, str]) -> dict[str, Any]:
-    """results.json and results.csv of what is done by now."""
-    varied = sweep.varied()
-    rows: dict[str, dict[str, Any]] = {}
-    environments: list[dict[str, Any]] = []
-    for name, config in sweep.runs.items():
-        run = folder / "runs" / name
-        row: dict[str, Any] = {
-            "name": name,
-            "grids": [grid.name for grid in sweep.grids if name in grid.runs],
-            "status": "to do",
-        }
-        row |= {"options": {option: value_of(config, option) for option in varied}, "seed": config.seed}
-        row |= {"baseline": sweep.baselines.get(name, name)}
-        if (run / "result.json").exists():
-            row |= {"status": "done", **json.loads((run / "result.json").read_text(encoding="utf-8"))}
-            row |= _history(run)
-            facts = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-            row["parameters"] = facts["parameters"]
+class _Results:
+    """results.json, as `json`, and results.csv, of what is done by now."""
+
+    def __init__(self, sweep: Sweep, folder: Path) -> None:
+        self.sweep, self.folder = sweep, folder
+        self.environments: list[dict[str, Any]] = []
+        self.rows: dict[str, dict[str, Any]] = {}
+        for name, config in sweep.runs.items():
+            self.rows[name] = {
+                "name": name,
+                "grids": [grid.name for grid in sweep.grids if name in grid.runs],
+                "status": "to do",
+                "options": sweep.options[name],
+                "seed": config.seed,
+                "baseline": sweep.baselines[name],
+            }
+            if (folder / "runs" / name / "result.json").exists():
+                self._add(name)
+        self.json = self._write()
+
+    def ended(self, name: str, failed: str | None = None) -> dict[str, Any]:
+        """The row of a run that ended, with a result or by what `failed` says."""
+        if failed is None:
+            self._add(name)
+        else:
+            self.rows[name]["status"] = failed
+        self.json = self._write()
+        return self.rows[name]
+
+    def _add(self, name: str) -> None:
+        run = self.folder / "runs" / name
+        facts = _read(run / "environment.json")
+        try:
             environment = {key: facts[key] for key in ("tst_ext", "torch", "python", "processor", "device", "threads")}
-            if environment not in environments:
-                environments.append(environment)
-        elif name in failed:
-            row["status"] = failed[name]
-        rows[name] = row
-    for row in rows.values():
-        baseline = rows[row["baseline"]]
-        if row is not baseline and "val_loss" in row and "val_loss" in baseline:
-            row["difference"] = row["val_loss"] - baseline["val_loss"]
-    results = {"environments": environments, "runs": list(rows.values())}
-    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    lines = io.StringIO()
-    columns = ["name", "grids", *varied, "seed", "status", "parameters", "steps", "switch_step", "data_tokens",
-               "seconds", "val_loss", "baseline", "difference"]  # fmt: skip
-    writer = csv.DictWriter(lines, dict.fromkeys(columns), extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, **row["options"], "grids": " ".join(row["grids"])} for row in rows.values())
-    write_text(folder / "results.csv", lines.getvalue())
-    return results
+            row = {"status": "done", "parameters": facts["parameters"]}
+            row |= {key: _read(run / "result.json")[key] for key in RESULT} | _history(run)
+        except KeyError as error:
+            raise UserError(f"out {run}: environment.json or result.json is damaged: it lacks {error}") from error
+        self.rows[name] |= row
+        if environment not in self.environments:
+            self.environments.append(environment)
+
+    def _write(self) -> dict[str, Any]:
+        for row in self.rows.values():
+            baseline = self.rows[row["baseline"]]
+            if row is not baseline and "val_loss" in row and "val_loss" in baseline:
+                row["difference"] = row["val_loss"] - baseline["val_loss"]
+        rows = list(self.rows.values())
+        results = {"environments": self.environments, "runs": rows}
+        write_text(self.folder / "results.json", json.dumps(results, indent=1) + "\n")
+        lines = io.StringIO()
+        columns = ["name", "grids", *rows[0]["options"], "seed", "status", "parameters", *RESULT, "baseline",
+                   "difference"]  # fmt: skip
+        writer = csv.DictWriter(lines, dict.fromkeys(columns), extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, **row["options"], "grids": " ".join(row["grids"])} for row in rows)
+        write_text(self.folder / "results.csv", lines.getvalue())
+        return results
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A run's JSON file; nothing where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"out {path}: the file is damaged: {error}; remove the folder of this run") from error
+    if not isinstance(values, dict):
+        raise UserError(f"out {path}: the file is damaged: expected an object; remove the folder of this run")
+    return values
 
 
 def _history(run: Path) -> dict[str, Any]:
