@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,8 @@ class TestFile:
     def test_bags_of_one_that_lose_their_embedding_are_no_baseline(self, write):
         (grid,) = load_sweep(write("[[grid]]\nbag_size=[1]\nreinitialise=[false, true]")).grids
         assert grid.runs == ("ratio=0.0,seed=0", "bag_size=1,reinitialise=True,seed=0")
+        (grid,) = load_sweep(write("[[grid]]\nratio=[0.0]\nreinitialise=[false, true]")).grids
+        assert grid.runs == ("ratio=0.0,seed=0",)  # there is no switch
 
     def test_a_run_has_a_core_unless_the_file_says_more(self, write):
         path = write("[[grid]]\nratio=[0.4]")
@@ -107,9 +110,18 @@ class TestFile:
                 "[[grid]]\nratio=[1.5]",
                 "grid 0: superposition: ratio: expected a number from 0 to 1, got 1.5",
             ),
+            (
+                "[[grid]]\nwarmup=[inf]",
+                "grid 0: optimizer: warmup: expected a share below 1 or a number of steps, got inf",
+            ),
+            ("[[grid]]\nwarmup=[nan]", "warmup: expected a share below 1 or a number of steps, got nan"),
+            (
+                "[[grid]]\nfitted=[[1.0, 1.0, 3000.0]]\nposition_weights=['fitted']",
+                "fitted: expected C0, a, k with weights >= 0, and the first above 0, got (1.0, 1.0, 3000.0)",
+            ),
             ("[[grid]]\nratio=['a']", "ratio: expected a value of type float, got 'a'"),
-            ("[[grid]]\nname='../a'\nratio=[0.1]", "name: expected up to 50 letters, digits and -, got '../a'"),
-            (f"[[grid]]\nname='{'a' * 51}'\nratio=[0.1]", "name: expected up to 50 letters, digits and -, got 'a"),
+            ("[[grid]]\nname='../a'\nratio=[0.1]", "name: expected up to 50 letters, digits, _ and -, got '../a'"),
+            (f"[[grid]]\nname='{'a' * 51}'\nratio=[0.1]", "name: expected up to 50 letters, digits, _ and -, got 'a"),
             ("[[grid]]\nname='a'\nratio=[0.1]\n[[grid]]\nname='a'\nratio=[0.2]", "'a' is a grid already"),
             (f"[[grid]]\nratio={'[' * 5000}", "sweep.toml: "),
             ("[[grid", "sweep.toml: "),
@@ -167,13 +179,14 @@ class TestRuns:
         assert "this run was made with other options" in capsys.readouterr().err
         assert results(out)["runs"] == list(again.values())
 
-        # So is what other data or a loss of power would spoil.
+        # So is what a loss of power would spoil.
         path, run = write("[[grid]]\nname='rate'\nclip=[1e30]\nlearning_rate=[1e30, 1e-2]"), out / "runs" / tst["name"]
         for file, content, message in [
-            ("environment.json", '{"data": "another"}', "this run has read other data than there is in it now"),
-            ("environment.json", "{}", "environment.json or result.json is damaged: it lacks 'tst_ext'"),
-            ("environment.json", "", "environment.json: the file is damaged: Expecting value"),
-            ("result.json", "[]", "result.json: the file is damaged: expected an object"),
+            ("environment.json", "{}", "metrics.jsonl is damaged (KeyError('tst_ext')); remove the folder"),
+            ("environment.json", "", "environment.json, result.json or metrics.jsonl is damaged (JSONDecodeError"),
+            ("result.json", "[]", "metrics.jsonl is damaged"),
+            ("result.json", json.dumps({**result, "val_loss": None}), "metrics.jsonl is damaged"),
+            ("metrics.jsonl", "5\n", "metrics.jsonl is damaged"),
             ("config.json", "{", "config.json: Expecting property name"),
             ("config.json", None, "it has a result.json but no config.json"),
         ]:
@@ -184,6 +197,23 @@ class TestRuns:
             assert message in error and str(run) in error
             (run / file).write_text(before)
         assert results(out)["runs"] == list(again.values())
+
+        # Other data: refused where there is something to do, and never subtracted.
+        facts = json.loads((run / "environment.json").read_text())
+        (run / "environment.json").write_text(json.dumps({**facts, "data": "another"}))
+        assert sweep(path, "--out", out) == 2
+        assert (
+            f"expected what {run} has read (sha256 another, held out {facts['held_out']}), got"
+            in capsys.readouterr().err
+        )
+        shutil.rmtree(out / "runs" / broken[0])
+        for name in broken:
+            shutil.copytree(run, out / "runs" / name, dirs_exist_ok=True)
+            save_config(load_sweep(path).runs[name], out / "runs" / name / "config.json")
+        assert sweep(path, "--out", out) == 1
+        (wrong,) = [row for row in results(out)["runs"] if row["status"] != "done"]
+        assert wrong["name"] == tst["name"] and "difference" not in wrong
+        assert f"{tst['name']} is done, but has read other data than {baseline['name']}" in capsys.readouterr().err
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
     def test_an_interrupted_sweep_goes_on(self, write, tmp_path, number):
@@ -214,20 +244,35 @@ class TestRuns:
 
         begun = []
 
-        def popen(*arguments, **options):
-            begun.append(Popen(["sleep", "60"]))
+        def started(*_):
+            begun.append(subprocess.Popen(["sleep", "60"]))
             signal.raise_signal(signal.SIGTERM)  # before the caller has the process
             return begun[0]
 
-        Popen = subprocess.Popen
-        monkeypatch.setattr(launch.subprocess, "Popen", popen)
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+        monkeypatch.setattr(module, "start", started)
+        before = signal.getsignal(signal.SIGTERM)
         try:
-            with pytest.raises(SystemExit, match="7"):
-                launch.start(config, tmp_path / "b")
+            with pytest.raises(SystemExit, match="143"):
+                sweep(write("[[grid]]\nratio=[0.4]"), "--out", tmp_path / "b")
         finally:
             signal.signal(signal.SIGTERM, before)
         assert begun[0].returncode == -signal.SIGTERM
+
+    def test_a_run_that_goes_on_by_itself_has_a_place(self, write, tmp_path, monkeypatch):
+        path = write("[[grid]]\nratio=[0.4]")
+        alone = load_sweep(path).runs["seed=0"]
+        launched = []
+        start = launch.start
+
+        def count(config, folder, environment):
+            launched.append((folder.name, orphan.poll()))
+            return start(config, folder, environment)
+
+        monkeypatch.setattr(module, "start", count)
+        (tmp_path / "out" / "runs").mkdir(parents=True)
+        orphan = start(alone, tmp_path / "out" / "runs" / "seed=0")
+        assert sweep(path, "--out", tmp_path / "out", "--jobs", "1") == 0
+        assert launched == [("ratio=0.0,seed=0", 0)]  # after the other one's end
 
     def test_nothing_is_run_where_it_cannot_be(self, write, tmp_path, capsys, monkeypatch):
         path = write("[[grid]]\nname='a'\nratio=[0.4]")
@@ -247,19 +292,22 @@ class TestRuns:
         assert "/nowhere" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
         path = write("[[grid]]\nname='a'\nratio=[0.4]")
+        assert sweep(path, "--list", "--only", "a") == 2
         assert sweep(path, "--list") == 0
         assert capsys.readouterr().out == "a:\n  seed=0\n  ratio=0.0,seed=0\n"
 
 
 def row(name, loss, seed=0, baseline="b", grids=("g",), **options):
     found = {} if loss is None else {"val_loss": loss}
+    if loss is not None and name != baseline:
+        found["difference"] = -0.5
     return {"name": name, "grids": grids, "options": options, "seed": seed, "baseline": baseline, **found}
 
 
 class TestTable:
     def test_mean_and_spread_over_seeds(self):
         rows = [row("x", 1.0, seed=0, s=2), row("y", 2.0, seed=1, s=2), row("z", 4.0, s=3), row("w", None, s=4)]
-        rows[0]["difference"] = -0.5
+        del rows[1]["difference"], rows[2]["difference"]
         assert cells(rows) == [
             {"options": {"s": 2}, "seeds": [0, 1], "val_loss": (1.5, 0.5**0.5), "difference": (-0.5, None)},
             {"options": {"s": 3}, "seeds": [0], "val_loss": (4.0, None), "difference": (None, None)},
@@ -289,6 +337,7 @@ class TestFigure:
             handles, labels = axes.get_legend_handles_labels()
             drawn = [handle if hasattr(handle, "get_xdata") else handle.lines[0] for handle in handles]
             assert len(labels) == len(set(labels))
+            draw.styles = {label: d.get_linestyle() for label, d in zip(labels, drawn, strict=True)}
             return {label: (list(d.get_xdata()), list(d.get_ydata())) for label, d in zip(labels, drawn, strict=True)}
 
         return draw
@@ -322,15 +371,35 @@ class TestFigure:
         rows = [row("b", 3.0, baseline="b", s=4, r=0), row("b2", 5.0, seed=1, baseline="b2", s=4, r=0)]
         rows += [row("b3", None, seed=2, baseline="b3", s=4, r=0)]
         rows += [row("x", 2.0, s=4, r=1), row("x2", None, 1, "b2", s=4, r=1), row("x3", 9.0, 2, "b3", s=4, r=1)]
+        del rows[-1]["difference"]  # its baseline is not done
         drawn = figure(rows, "s")
         assert drawn["superposed"] == ([4], [2.0]) and drawn["baseline"][1] == [3.0, 3.0]
         assert figure([r for r in rows if r["name"] != "x"], "s") is None
+        # One place with one seed, one with two: each has the baselines of its own seeds.
+        rows += [row("y", 1.0, s=8, r=1), row("y2", 2.0, 1, "b2", s=8, r=1)]
+        assert figure(rows, "s") == {"superposed": ([4, 8], [2.0, 1.5]), "baseline": ([4, 8], [3.0, 4.0])}
+
+    def test_lines_that_share_baselines(self, figure):
+        rows = [row(f"b{d}", d / 10, baseline=f"b{d}", d=d, s=4, r=0) for d in (2, 3)]
+        rows += [
+            row(f"{d}{s}{r}", d + s + r, baseline=f"b{d}", d=d, s=s, r=r)
+            for d in (2, 3)
+            for s in (4, 8)
+            for r in (1, 2)
+        ]
+        drawn = figure(rows, "r", "s", "d")
+        assert set(drawn) == {*(f"s {s}, d {d}" for s in (4, 8) for d in (2, 3)), "baseline d 2", "baseline d 3"}
+        assert drawn["baseline d 3"][1] == [0.3, 0.3]
 
     def test_words_have_places_in_their_order_and_nothing_done_draws_nothing(self, figure):
         base = row("b", 3.0, w="u")
         assert figure([base, row("x", None, w="u")], "w") is None and figure([base, row("x", 1.0)]) is None
         drawn = figure([base, row("x", 1.0, w="u"), row("y", 2.0, w="$a$")], "w")
         assert drawn["superposed"] == ([0, 1], [1.0, 2.0])
+        assert figure.styles == {"superposed": "None", "baseline": "--"}  # points, and one dash across
+        other = row("c", 5.0, baseline="c", w="$a$")
+        figure([base, other, row("x", 1.0, w="u"), row("y", 2.0, baseline="c", w="$a$")], "w")
+        assert figure.styles == {"superposed": "None", "baseline": "None"}
 
     def test_a_grid_of_baselines(self, figure):
         assert figure([row(f"b{x}", x, baseline=f"b{x}", x=x) for x in (1, 2)], "x") == {"baseline": ([1, 2], [1, 2])}

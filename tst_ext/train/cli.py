@@ -227,6 +227,8 @@ def sweep_command(argv: list[str]) -> int:
 
     sweep = load_sweep(arguments.file)
     if arguments.list:
+        if arguments.only is not None:
+            raise UserError("list, only: expected one of them")
         for grid in sweep.grids:
             print("\n  ".join([f"{grid.name}:", *grid.runs]))
         return 0

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .config import TrainConfig, UserError, check_out
 from .data import prepared_folder
-from .launch import available_cores, failure, on_cpu, start, stop
+from .launch import available_cores, deferred_signals, failure, on_cpu, start, stop
 from .metrics import read_metrics
 from .plot import plot_comparison
 
@@ -92,7 +92,8 @@ def _run(arms: dict[str, TrainConfig], folders: dict[str, Path]) -> None:
     processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for name, config in arms.items():
-            processes[name] = start(config, folders[name])
+            with deferred_signals():
+                processes[name] = start(config, folders[name])
         _follow(processes, arms, folders)
         failed = {name: status for name, process in processes.items() if (status := process.poll())}
     finally:

@@ -132,7 +132,10 @@ class SuperpositionConfig:
         _check("position_weights", self.position_weights, uniform, "uniform with objective mce_alt")
         if self.position_weights == "fitted":
             c0, a, k = self.fitted
-            weights = [c0 + a * i**k for i in range(1, max(self.bag_sizes(), default=1) + 1)]
+            try:
+                weights = [c0 + a * i**k for i in range(1, max(self.bag_sizes(), default=1) + 1)]
+            except OverflowError:
+                weights = [math.inf]
             usable = all(0 <= w < math.inf for w in weights) and weights[0] > 0
             _check("fitted", self.fitted, usable, "C0, a, k with weights >= 0, and the first above 0")
 
@@ -156,7 +159,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "a number > 0")
-        whole = self.warmup < 1 or self.warmup == int(self.warmup)
+        whole = self.warmup < 1 or float(self.warmup).is_integer()
         _check("warmup", self.warmup, self.warmup >= 0 and whole, "a share below 1 or a number of steps")
         share = self.warmup if self.warmup < 1 else 0
         _check("decay", self.decay, 0 <= self.decay <= 1 - share, "a share from 0 to 1 - warmup")

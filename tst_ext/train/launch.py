@@ -5,7 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from .config import TrainConfig, save_config
 from .folder import in_use
 from .loop import stop_signals
 
-__all__ = ["available_cores", "failure", "is_running", "on_cpu", "start", "stop"]
+__all__ = ["available_cores", "deferred_signals", "failure", "is_running", "on_cpu", "start", "stop"]
 
 
 def available_cores() -> int:
@@ -34,16 +35,21 @@ def start(config: TrainConfig, folder: Path, environment: Mapping[str, str] | No
     command = [sys.executable, "-m", "tst_ext", "train", "--config", str(path), "--out", str(folder), "--no-progress"]
     # OMP_NUM_THREADS: threads that spin for work would take the other runs' cores.
     threads = {"OMP_NUM_THREADS": str(config.run.threads)} if config.run.threads else {}
-    with open(_log(folder), "wb") as log, stop_signals() as received:
+    with open(_log(folder), "wb") as log:
         # The run keeps this lock with its output, from before it has locked its folder until it ends.
         fcntl.flock(log, fcntl.LOCK_EX)
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **threads, **(environment or {})}
         )
-    if received:  # while the process was not the caller's yet, who ends it
-        stop([process])
+
+
+@contextmanager
+def deferred_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT act after it: within it a process is started and put where it will be ended."""
+    with stop_signals() as received:
+        yield
+    if received:
         signal.raise_signal(received[0])
-    return process
 
 
 def is_running(folder: Path) -> bool:

@@ -29,7 +29,7 @@ from .config import TrainConfig, UserError, config_dict, config_from_dict, load_
 from .data import Shard, prepared_folder
 from .flops import step_flops
 from .folder import lock
-from .launch import available_cores, failure, is_running, on_cpu, start, stop
+from .launch import available_cores, deferred_signals, failure, is_running, on_cpu, start, stop
 from .metrics import read_metrics
 from .plot import plot_grid
 from .processes import choose_device
@@ -108,7 +108,7 @@ def load_sweep(path: Path) -> Sweep:
         where = f"sweep {path}: grid {grid.get('name', i)}"
         name = grid.pop("name", f"grid-{i}")
         if not isinstance(name, str) or re.fullmatch(rf"[\w-]{{1,{LONGEST_NAME // 4}}}", name) is None:
-            raise UserError(f"{where}: name: expected up to {LONGEST_NAME // 4} letters, digits and -, got {name!r}")
+            raise UserError(f"{where}: name: expected up to {LONGEST_NAME // 4} letters, digits, _ and -, got {name!r}")
         if name in [g.name for g in read]:
             raise UserError(f"{where}: name: expected another one, {name!r} is a grid already")
         options, points = _points(grid, base.seed, where)
@@ -117,7 +117,8 @@ def load_sweep(path: Path) -> Sweep:
             config = _with_options(base, point, where)
             plain = dataclasses.replace(base.superposition, ratio=0.0, stages=())
             baseline = dataclasses.replace(config, superposition=plain)
-            if not any(s > 1 for s in config.superposition.bag_sizes()) and not config.superposition.reinitialise:
+            sizes = config.superposition.bag_sizes()
+            if not sizes or (max(sizes) == 1 and not config.superposition.reinitialise):
                 config = baseline  # bags of one token are the baseline too
             of_both = []
             for c in (config, baseline):
@@ -194,17 +195,21 @@ def run_sweep(
             one. Nothing has been run then.
     """
     to_do = [name for name in _choose(sweep, only) if not (folder / "runs" / name / "result.json").exists()]
-    if to_do and not torch.cuda.is_available():
-        choose_device(sweep.runs[to_do[0]].run.device)
-    for data in {sweep.runs[name].data for name in to_do}:
-        prepared = prepared_folder(data)  # before the runs start, so that they find it
-        digests = {"data": Shard(prepared, "train").sha256, "held_out": Shard(prepared, "val").sha256}
-        for name in [name for name, config in sweep.runs.items() if config.data == data]:
-            found = _read(folder / "runs" / name / "environment.json")
-            if any(found.get(key, digest) != digest for key, digest in digests.items()):
-                raise UserError(f"out {folder / 'runs' / name}: this run has read other data than there is in it now")
     for name, config in sweep.runs.items():
         _check_same(folder / "runs" / name, config)
+    results = _Results(sweep, folder)
+    device = next(iter(sweep.runs.values())).run.device
+    if to_do and not (torch.cuda.is_available() and re.fullmatch(r"auto|cuda(:\d+)?", device)):
+        choose_device(device)  # which takes memory of a GPU, so the runs do it there
+    for data in {sweep.runs[name].data for name in to_do}:
+        prepared = prepared_folder(data)  # before the runs start, so that they find it
+        now = Shard(prepared, "train").sha256, Shard(prepared, "val").sha256
+        for name, read in results.data.items():
+            if sweep.runs[name].data == data and read != now and None not in read:
+                raise UserError(
+                    f"data {prepared}: expected what {folder / 'runs' / name} has read (sha256 {read[0]}, held out "
+                    f"{read[1]}), got {now[0]}, {now[1]}; choose another --out or remove that folder"
+                )
     try:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -213,7 +218,7 @@ def run_sweep(
     if claim is None:
         raise UserError(f"out {folder}: another sweep runs in this folder")
     try:
-        results = _Results(sweep, folder)
+        results.write()
         _run(sweep, folder, to_do, jobs, results, progress)
         for grid in sweep.grids:
             plot_grid(results.json["runs"], grid.name, grid.options, folder / f"{grid.name}.png")
@@ -263,28 +268,34 @@ def _run(sweep: Sweep, folder: Path, to_do: list[str], jobs: int, results: "_Res
     free = _slots(sweep.runs[waiting[0]], jobs)
     running: dict[str, tuple[Any, dict[str, str]]] = {}  # the process and its slot
     begin, total, count = time.monotonic(), sum(work.values()), len(waiting)
+
+    def ended(name: str, failed: str | None = None) -> None:
+        row = results.ended(name, failed)
+        if progress:
+            left = sum(work[n] for n in (*waiting, *running))
+            seconds = (time.monotonic() - begin) / max(1, total - left) * left
+            loss = f"{row['val_loss']:.4f} after {row['seconds']:.0f} s" if "val_loss" in row else row["status"]
+            done = count - len(waiting) - len(running)
+            print(f"{done}/{count} {name}: {loss}; about {seconds / 60:.0f} min left", file=sys.stderr)
+
     try:
         while waiting or running:
-            # A run whose sweep was killed goes on without it, and is waited for.
-            for name in list(waiting):
-                if free and not is_running(path[name]):
+            # Runs whose sweep was killed go on without it: they are waited for, and each takes the place of another.
+            going = {name for name in waiting if is_running(path[name])}
+            for name in [name for name in waiting if name not in going]:
+                if (path[name] / "result.json").exists():
                     waiting.remove(name)
-                    if (path[name] / "result.json").exists():
-                        results.ended(name)
-                    else:
+                    ended(name)
+                elif len(free) > len(going):
+                    waiting.remove(name)
+                    with deferred_signals():
                         slot = free.pop()
                         running[name] = start(sweep.runs[name], path[name], slot), slot
             time.sleep(0.2)
             for name in [name for name, (process, _) in running.items() if process.poll() is not None]:
                 process, slot = running.pop(name)
                 free.append(slot)
-                row = results.ended(name, failure(path[name], process.returncode) if process.returncode else None)
-                if progress:
-                    done = count - len(waiting) - len(running)
-                    left = sum(work[n] for n in (*waiting, *running))
-                    seconds = (time.monotonic() - begin) / max(1, total - left) * left
-                    loss = f"{row['val_loss']:.4f} after {row['seconds']:.0f} s" if "val_loss" in row else row["status"]
-                    print(f"{done}/{count} {name}: {loss}; about {seconds / 60:.0f} min left", file=sys.stderr)
+                ended(name, failure(path[name], process.returncode) if process.returncode else None)
     finally:
         stop(process for process, _ in running.values())
 
@@ -295,11 +306,19 @@ def _step_work(config: TrainConfig) -> int:
 
 
 class _Results:
-    """results.json, as `json`, and results.csv, of what is done by now."""
+    """results.json, as `json`, and results.csv, of what is done by now.
+
+    Attributes:
+        data: checksums of the text that a run has read and was validated on, None of one of an earlier version.
+
+    Raises:
+        UserError: a file of a finished run is damaged.
+    """
 
     def __init__(self, sweep: Sweep, folder: Path) -> None:
-        self.sweep, self.folder = sweep, folder
+        self.folder = folder
         self.environments: list[dict[str, Any]] = []
+        self.data: dict[str, tuple[str | None, str | None]] = {}
         self.rows: dict[str, dict[str, Any]] = {}
         for name, config in sweep.runs.items():
             self.rows[name] = {
@@ -312,7 +331,10 @@ class _Results:
             }
             if (folder / "runs" / name / "result.json").exists():
                 self._add(name)
-        self.json = self._write()
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return {"environments": self.environments, "runs": list(self.rows.values())}
 
     def ended(self, name: str, failed: str | None = None) -> dict[str, Any]:
         """The row of a run that ended, with a result or by what `failed` says."""
@@ -320,53 +342,42 @@ class _Results:
             self._add(name)
         else:
             self.rows[name]["status"] = failed
-        self.json = self._write()
+        self.write()
         return self.rows[name]
 
     def _add(self, name: str) -> None:
         run = self.folder / "runs" / name
-        facts = _read(run / "environment.json")
         try:
+            facts, result = (json.loads((run / f"{file}.json").read_bytes()) for file in ("environment", "result"))
             environment = {key: facts[key] for key in ("tst_ext", "torch", "python", "processor", "device", "threads")}
-            row = {"status": "done", "parameters": facts["parameters"]}
-            row |= {key: _read(run / "result.json")[key] for key in RESULT} | _history(run)
-        except KeyError as error:
-            raise UserError(f"out {run}: environment.json or result.json is damaged: it lacks {error}") from error
+            row = {"status": "done", "parameters": facts["parameters"], **{key: result[key] for key in RESULT}}
+            row |= {"val_loss": float(result["val_loss"]), **_history(run)}
+            self.data[name] = facts.get("data"), facts.get("held_out")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"out {run}: environment.json, result.json or metrics.jsonl is damaged ({error!r}); remove the folder"
+            ) from error
         self.rows[name] |= row
         if environment not in self.environments:
             self.environments.append(environment)
 
-    def _write(self) -> dict[str, Any]:
+    def write(self) -> None:
         for row in self.rows.values():
             baseline = self.rows[row["baseline"]]
             if row is not baseline and "val_loss" in row and "val_loss" in baseline:
-                row["difference"] = row["val_loss"] - baseline["val_loss"]
-        rows = list(self.rows.values())
-        results = {"environments": self.environments, "runs": rows}
-        write_text(self.folder / "results.json", json.dumps(results, indent=1) + "\n")
+                if self.data[row["name"]] == self.data[baseline["name"]]:
+                    row["difference"] = row["val_loss"] - baseline["val_loss"]
+                else:
+                    row["status"] = f"is done, but has read other data than {baseline['name']}: no difference"
+        write_text(self.folder / "results.json", json.dumps(self.json, indent=1) + "\n")
         lines = io.StringIO()
+        rows = list(self.rows.values())
         columns = ["name", "grids", *rows[0]["options"], "seed", "status", "parameters", *RESULT, "baseline",
                    "difference"]  # fmt: skip
         writer = csv.DictWriter(lines, dict.fromkeys(columns), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, **row["options"], "grids": " ".join(row["grids"])} for row in rows)
         write_text(self.folder / "results.csv", lines.getvalue())
-        return results
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A run's JSON file; nothing where there is none.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"out {path}: the file is damaged: {error}; remove the folder of this run") from error
-    if not isinstance(values, dict):
-        raise UserError(f"out {path}: the file is damaged: expected an object; remove the folder of this run")
-    return values
 
 
 def _history(run: Path) -> dict[str, Any]:
