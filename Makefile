@@ -13,7 +13,7 @@ RESULTS ?= benchmarks/results/latest.json
 STEPS ?=
 KILLS ?= 20
 
-.PHONY: train test test-slow test-kill mutation bench lint format docs wheel dist-check cpp-test cpp-test-baseline \
+.PHONY: train test test-slow test-kill mutation bench evidence lint format docs wheel dist-check cpp-test cpp-test-baseline \
   cuda-compile gpu-check clean
 
 train: $(INSTALLED)
@@ -39,6 +39,13 @@ bench: $(VENV)/peers
 	mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks -q $(BENCH) --benchmark-json=$(RESULTS)
 	$(BIN)/python benchmarks/report.py $(RESULTS)
+
+# The study of docs/evidence.md, and from its results the page's tables and figures: 90 minutes on 4 cores. It continues.
+evidence: $(INSTALLED)
+	$(BIN)/tst sweep benchmarks/evidence/curves.toml --out runs/study
+	$(BIN)/tst sweep benchmarks/evidence/study.toml --out runs/study
+	cp runs/study/results.json benchmarks/evidence/study.json
+	$(BIN)/python benchmarks/evidence/report.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

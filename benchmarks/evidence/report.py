@@ -1,9 +1,10 @@
 """Draws the figures of docs/evidence.md and writes its tables, from study.json: `python benchmarks/evidence/report.py`.
 
-study.json is the results.json of the sweep study.toml. With --check nothing is written: the exit status says whether
-the page's tables are those of the results.
+study.json is the results.json of the sweeps curves.toml and then study.toml in one folder. With --check nothing is
+written: the exit status says whether the page's tables are those of the results.
 """
 
+import argparse
 import json
 import math
 import re
@@ -68,32 +69,39 @@ def baseline_steps(loss):
 
 
 def reaches(row, loss):
-    """Step and seconds, interpolated, at which a run's held-out loss comes down to `loss` in its recovery phase."""
+    """Where a run's held-out loss comes down to `loss` in its recovery phase: step and share of its time, interpolated
+    between validations."""
     curve = [point for point in row["curve"] if point[0] >= row["switch_step"]]
     for (a, _, t, high), (b, _, u, low) in zip(curve, curve[1:], strict=False):
-        if low <= loss <= high:
+        if low <= loss <= high and low < high:
             share = (high - loss) / (high - low)
-            return a + share * (b - a), t + share * (u - t)
-    return None
+            return f"step {a + share * (b - a):,.0f}, {100 * (t + share * (u - t)) / curve[-1][2]:.0f} % of the time"
+    return "never"
+
+
+def stays_below(row, base):
+    """The step of the validation from which on a run's held-out loss is below its baseline's."""
+    first = None
+    for (step, _, _, loss), (_, _, _, other) in zip(row["curve"], base["curve"], strict=True):
+        first = (first or step) if loss < other else None
+    return f"step {first:,}" if first else "never"
 
 
 def table_equal_flops():
-    lines = [("seed", "baseline", "TST", "difference", "below the baseline from", "at its final loss")]
+    lines = [("seed", "baseline", "TST", "difference", "at the switch", "below the baseline from", "at its final loss")]
     for base, row in zip(runs(ratio=0.0), runs(), strict=True):
-        behind = [a[0] for a, b in zip(row["curve"], base["curve"], strict=True) if a[3] >= b[3]]
-        ahead = min(point[0] for point in row["curve"] if point[0] > max(behind))
-        step, seconds = reaches(row, base["val_loss"])
-        reached = f"step {step:,.0f}, {100 * seconds / row['seconds']:.0f} % of the time"
-        losses = (f"{base['val_loss']:.3f}", f"{row['val_loss']:.3f}", f"{row['difference']:+.3f}")
-        lines.append((row["seed"], *losses, f"step {ahead:,}", reached))
-    lines.append(("mean", spread(runs(ratio=0.0)), spread(runs()), gain(runs()), "", ""))
+        both = zip(row["curve"], base["curve"], strict=True)
+        (switch,) = [tst[3] - plain[3] for tst, plain in both if tst[0] == row["switch_step"]]
+        losses = (f"{base['val_loss']:.3f}", f"{row['val_loss']:.3f}", f"{row['difference']:+.3f}", f"{switch:+.3f}")
+        lines.append((row["seed"], *losses, stays_below(row, base), reaches(row, base["val_loss"])))
+    lines.append(("mean", spread(runs(ratio=0.0)), spread(runs()), gain(runs()), "", "", ""))
     return table(*lines)
 
 
 def table_equal_loss():
     lines = [("steps", "s", "final loss of TST", "steps of a baseline with it", "times as many")]
     for steps in STEPS:
-        for s in (2, 4, 8):
+        for s in (2, 4):
             if not (rows := runs(steps=steps, bag_size=s)):
                 continue
             loss = mean(rows)
@@ -167,13 +175,11 @@ def table_reinitialise():
 
 
 def table_steps():
-    lines = [("steps", "baseline", *(f"s = {s}" for s in (2, 4, 8)))]
+    lines = [("steps", "tokens a parameter", "baseline", "s = 2", "s = 4", "each seed, s = 4")]
     for steps in STEPS:
-        cells = []
-        for s in (2, 4, 8):
-            rows = runs(steps=steps, bag_size=s)
-            cells.append(gain(rows) if rows else "")
-        lines.append((steps, spread(runs(steps=steps, ratio=0.0)), *cells))
+        base, two, four = (runs(steps=steps, **cell) for cell in ({"ratio": 0.0}, {"bag_size": 2}, {}))
+        length = base[0]["data_tokens"] / base[0]["parameters"]
+        lines.append((steps, f"{length:.1f}", spread(base), gain(two) if two else "", gain(four), each(four)))
     return table(*lines)
 
 
@@ -185,11 +191,12 @@ def sizes():
 
 
 def table_model_size():
-    lines = [("parameters", "dim, layers", "baseline", "TST", "difference", "each seed")]
+    lines = [("parameters", "dim, layers", "tokens a parameter", "baseline", "TST", "difference", "each seed")]
     for parameters, size in sizes():
-        rows = runs(**size)
-        lines.append((f"{parameters / 1e6:.2f} M", f"{size['dim']}, {size['layers']}",
-                      spread(runs(**size, ratio=0.0)), spread(rows), gain(rows), each(rows)))  # fmt: skip
+        rows, base = runs(**size), runs(**size, ratio=0.0)
+        length = base[0]["data_tokens"] / parameters
+        lines.append((f"{parameters / 1e6:.2f} M", f"{size['dim']}, {size['layers']}", f"{length:.1f}",
+                      spread(base), spread(rows), gain(rows), each(rows)))  # fmt: skip
     return table(*lines)
 
 
@@ -224,6 +231,9 @@ def draw_panels():
             axes.errorbar([rows[0][key] for rows in cells], [mean(rows) for rows in cells], deviations,
                           fmt="o-", color=color, capsize=3, label=label)  # fmt: skip
         axes.set_xscale("log")
+        ticks = [rows[0][key] for rows in cells]
+        axes.set_xticks(ticks, [f"{tick:,}" if key == "steps" else f"{tick / 1e6:.1f} M" for tick in ticks])
+        axes.minorticks_off()
     level = mean(runs())
     even = baseline_steps(level)
     if even is not None:
@@ -240,23 +250,27 @@ def draw_panels():
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the tables differ")
+    check = parser.parse_args().check
     page = DOCS / "evidence.md"
-    before = page.read_text(encoding="utf-8")
-    after = before
+    before = after = page.read_text(encoding="utf-8")
     for name, function in TABLES.items():
         marked = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if marked.search(after) is None:
             raise LookupError(f"{page}: no place for the table {name}")
         text = function()
         after = marked.sub(lambda m, text=text: f"{m[1]}\n{text}\n\n{m[2]}", after)
-    if sys.argv[1:] == ["--check"]:
+    if check:
         print("the tables are those of the results" if after == before else f"{page}: tables differ from study.json")
         return after != before
     page.write_text(after, encoding="utf-8")
     (DOCS / "evidence").mkdir(exist_ok=True)
     draw_panels()
+    shown = re.findall(r"\(evidence/([\w-]+)\.png\)", after)
     for grid in load_sweep(HERE / "study.toml").grids:
-        plot_grid(ROWS, grid.name, grid.options, DOCS / "evidence" / f"{grid.name}.png")
+        if grid.name in shown:
+            plot_grid(ROWS, grid.name, grid.options, DOCS / "evidence" / f"{grid.name}.png")
     return 0
 
 

@@ -175,6 +175,37 @@ class TestBreakEven:
         assert missing is None or f"not measured by the paper {missing}; 1.8 at 3B" in text
 
 
+class TestRecommendation:
+    @pytest.mark.parametrize(
+        ("config", "bag_size", "ratio"),
+        [
+            (PRESETS["3b"], 6, 0.3),  # the paper's own
+            (PRESETS["270m"], 6, 0.3),
+            (changed(PRESETS["3b"], steps=10_000), 2, 0.2),  # shorter than any run of the paper
+            (changed(PRESETS["3b"], steps=2000), 1, 0.0),  # 1.3 tokens a parameter
+            (TrainConfig(), 2, 0.2),  # those of docs/evidence.md
+            (TrainConfig(steps=4000), 2, 0.2),
+            (TrainConfig(steps=2000), 1, 0.0),
+        ],
+    )
+    def test_by_size_and_length(self, config, bag_size, ratio):
+        p = planned(config)
+        found = p["recommended"]
+        assert (found["bag_size"], found["ratio"], found["position_weights"]) == (bag_size, ratio, "uniform")
+        latent = config.steps * config.batch * config.latent_tokens
+        assert found["tokens_per_parameter"] == latent / p["parameters"]["total"]
+        text = " ".join(report(p).split())
+        assert f"{found['tokens_per_parameter']:.3g} latent tokens a parameter; {found['evidence']}." in text
+        wanted = f"--bag-size {bag_size} --ratio {ratio} --position-weights uniform" if ratio else "--ratio 0,"
+        assert wanted in text
+
+    def test_the_trainer_takes_it(self):
+        for config in (*PRESETS.values(), TrainConfig()):
+            found = planned(config)["recommended"]
+            options = {key: found[key] for key in ("bag_size", "ratio", "position_weights")}
+            assert changed(config, superposition=options).superposition.ratio == found["ratio"]
+
+
 class TestMemory:
     def gib(self, config, **options):
         return planned(config, **options)["memory_gib"]

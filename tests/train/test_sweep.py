@@ -348,7 +348,7 @@ class TestFigure:
                  for s in (4, 2) for r in (0.2, 0.1) for seed in (0, 1)]  # fmt: skip
         rows += [row("elsewhere", 9.0, grids=("h",), r=0.1, s=6), row("to do", None, r=0.1, s=8)]
         drawn = figure(rows, "s", "r")
-        assert [label for label in drawn if label != "baseline"] == ["r 0.2", "r 0.1"]  # in the order of the file
+        assert [label for label in drawn if label != "baseline"] == ["r 0.1", "r 0.2"]
         assert drawn["r 0.1"] == ([2, 4], [2.6, 4.6]) and drawn["r 0.2"] == ([2, 4], [2.7, 4.7])
         assert drawn["baseline"][1] == [4.0, 4.0]
 

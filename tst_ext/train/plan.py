@@ -15,7 +15,7 @@ from .config import TrainConfig, UserError
 from .flops import matrix_parameters, parameters, step_flops
 from .presets import PRESETS
 
-__all__ = ["plan", "report"]
+__all__ = ["plan", "recommend", "report"]
 
 MULTIPLE = 1.8  # the paper's 3B run: a baseline takes 36,000 steps to the loss of TST's 20,000
 SUMMED = ("steps", "latent_tokens", "data_tokens", "flops", "hours")
@@ -43,6 +43,7 @@ def plan(
     Returns:
         parameters; phases, each with steps, bag_size, latent_tokens, data_tokens, flops and hours; their total; the
         baseline of equal steps; break_even (None without superposition), slowdowns as shares of a baseline step;
+        recommended, as `recommend` returns it;
         memory_gib of a GPU, an estimate, and whether it fits. Hours are of training steps alone, without validation
         and checkpoints; with scale "batch", whose attention is cheaper, they are an upper bound.
 
@@ -91,9 +92,48 @@ def plan(
         "total": total,
         "baseline": phase("baseline of equal steps", config.steps, 1),
         "break_even": _break_even(config, phases, total),
+        "recommended": recommend(config),
         "memory_gib": memory,
         "gpu_memory_gib": gpu_memory_gib,
         "fits": None if gpu_memory_gib is None else sum(memory.values()) <= gpu_memory_gib,
+    }
+
+
+# Latent tokens a parameter. Bags of two lose by 0.015 at 0.9 and gain 0.040 at 1.8: 1.1 M parameters, docs/evidence.md.
+GAINS_FROM = 1.5
+MEASURED_FROM = 12.5  # the paper's 3B run, the shortest of its runs by this measure
+LARGE = 100_000_000  # parameters; the paper's smallest model has 267 M, the largest of docs/evidence.md 1.8 M
+
+
+def recommend(config: TrainConfig) -> dict[str, Any]:
+    """Where to start with s, r and weights, given the size of the model and how long it trains.
+
+    Returns:
+        bag_size, ratio (0: train the baseline), position_weights, tokens_per_parameter (positions of the model over
+        the whole run), and evidence: what they rest on, in a sentence.
+    """
+    size = parameters(config.model, config.data.vocabulary)
+    length = config.steps * config.batch * config.latent_tokens / size
+    if length < GAINS_FROM:
+        s, r = 1, 0.0
+        evidence = """too few for TST: at 0.9 a parameter it loses by 0.015 with s = 2 and by 0.090 with s = 4, at
+            1.1 M parameters (docs/evidence.md)"""
+    elif size >= LARGE and length >= MEASURED_FROM:
+        s, r = 6, 0.3
+        evidence = """at 12.6 to 785 a parameter the paper has these gain 0.04 to 0.13 nats, with 267 M to 3.3 B
+            parameters; at 600 M s = 4 to 8 and r = 0.2 to 0.4 are within 0.01 of the best. For 10 B with 1 B active it
+            took s = 16 and r = 0.25"""
+    else:
+        s, r = 2, 0.2
+        evidence = """at 1.8 and 3.7 a parameter these gain 0.04 and 0.14 nats with 1.1 M parameters, where larger bags
+            gain less in short runs and as much in long ones (docs/evidence.md); nothing was measured between that size
+            and the paper's 267 M"""
+    return {
+        "bag_size": s,
+        "ratio": r,
+        "position_weights": "uniform",
+        "tokens_per_parameter": length,
+        "evidence": " ".join(evidence.split()),
     }
 
 
@@ -199,6 +239,7 @@ def report(plan: dict[str, Any]) -> str:
                 reaches in {hours}: {_hours(even["hours_saved"])} hours saved, {_hours(gpus * even["hours_saved"])}
                 GPU-hours (arithmetic)."""),
         ]
+    text += ["## Where to start with s, r and weights", _start(plan["recommended"])]
     memory = [(MEMORY[key], gib) for key, gib in plan["memory_gib"].items() if gib]
     fits = {None: "", True: "Fits in {:g} GiB. ", False: "Does not fit in {:g} GiB. "}[plan["fits"]]
     text += [
@@ -210,6 +251,13 @@ def report(plan: dict[str, Any]) -> str:
         f"{fits.format(plan['gpu_memory_gib'])}Not counted: CUDA itself, communication buffers, fragmentation.",
     ]
     return "\n\n".join(text) + "\n"
+
+
+def _start(start: dict[str, Any]) -> str:
+    options = f"--bag-size {start['bag_size']} --ratio {start['ratio']} --position-weights {start['position_weights']}"
+    advice = options if start["ratio"] else "--ratio 0, without superposition"
+    return _paragraph(f"{advice}. The run has {start['tokens_per_parameter']:.3g} latent tokens a parameter; "
+                      f"{start['evidence']}.")  # fmt: skip
 
 
 def _paragraph(text: str) -> str:

@@ -88,6 +88,7 @@ def plot_grid(rows: list[dict[str, Any]], grid: str, options: tuple[str, ...], p
     # Options that go with the first one, as the width of a model with its depth, say nothing more.
     pairs = {o: {(json.dumps(row["options"][x]), json.dumps(row["options"][o])) for row in drawn} for o in rest}
     rest = [option for option in rest if len(pairs[option]) > len(places)]
+    drawn.sort(key=lambda row: [v if type(v := row["options"][o]) in (int, float) else 0 for o in rest])
     lines: dict[str, dict[Any, list[dict[str, Any]]]] = {}
     for row in drawn:
         label = ", ".join(f"{option} {row['options'][option]}" for option in rest)
