@@ -40,12 +40,12 @@ bench: $(VENV)/peers
 	$(BIN)/python -m pytest benchmarks -q $(BENCH) --benchmark-json=$(RESULTS)
 	$(BIN)/python benchmarks/report.py $(RESULTS)
 
-# The study of docs/evidence.md, and from its results the page's tables and figures: 90 minutes on 4 cores. It continues.
+# The study of docs/evidence.md, some 90 minutes on 4 cores, and from its results the page's tables and figures. Interrupted, it
+# continues. The runs with more validations come first: the study finds them done.
 evidence: $(INSTALLED)
-	$(BIN)/tst sweep benchmarks/evidence/curves.toml --out runs/study
-	$(BIN)/tst sweep benchmarks/evidence/study.toml --out runs/study
-	cp runs/study/results.json benchmarks/evidence/study.json
-	$(BIN)/python benchmarks/evidence/report.py
+	$(BIN)/tst sweep benchmarks/evidence/curves.toml --out runs/evidence
+	$(BIN)/tst sweep benchmarks/evidence/study.toml --out runs/evidence
+	$(BIN)/python benchmarks/evidence/report.py --results runs/evidence/results.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

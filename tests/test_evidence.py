@@ -1,10 +1,13 @@
 """docs/evidence.md shows what its results hold, and these are of the sweep that it names."""
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+from tst_ext.train.config import TrainConfig
+from tst_ext.train.plan import recommend
 from tst_ext.train.sweep import load_sweep
 
 EVIDENCE = Path(__file__).parents[1] / "benchmarks" / "evidence"
@@ -22,6 +25,33 @@ def test_the_results_are_of_the_study():
     for name, options in sweep.options.items():
         assert rows[name]["status"] == "done" and rows[name]["options"] == options
         assert rows[name]["grids"] == [grid.name for grid in sweep.grids if name in grid.runs]
+
+
+def test_plan_quotes_the_results():
+    rows = json.loads((EVIDENCE / "study.json").read_text())["runs"]
+
+    def figure(**options):
+        wanted = next(row["options"] for row in rows if row["name"] == "seed=0") | options
+        differences = [row["difference"] for row in rows if row["options"] == wanted]
+        assert len(differences) == 3
+        return f"{abs(statistics.mean(differences)):.3f}"
+
+    lost = f"by {figure(steps=2000, bag_size=2)} with s = 2 and by {figure(steps=2000)} with s = 4"
+    assert lost in recommend(TrainConfig(steps=2000))["evidence"]
+    gained = (
+        f"gains {figure(steps=4000, bag_size=2)} with s = 2 and r = 0.2, at 3.7 it gains {figure(bag_size=2)}, and "
+    )
+    assert gained + f"{figure(bag_size=2, ratio=0.4)} with r = 0.4" in recommend(TrainConfig(steps=4000))["evidence"]
+
+
+def test_a_study_that_is_not_complete_is_refused(tmp_path):
+    """Before anything is written."""
+    results = json.loads((EVIDENCE / "study.json").read_text())
+    results["runs"][3]["status"] = "to do"
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    command = [sys.executable, EVIDENCE / "report.py", "--check", "--results", tmp_path / "results.json"]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1 and "expected a complete study, got 1 runs that are not done" in refused.stderr
 
 
 def test_the_other_files_are_sweeps():

@@ -1,13 +1,15 @@
 """Draws the figures of docs/evidence.md and writes its tables, from study.json: `python benchmarks/evidence/report.py`.
 
-study.json is the results.json of the sweeps curves.toml and then study.toml in one folder. With --check nothing is
-written: the exit status says whether the page's tables are those of the results.
+study.json is the results.json of the sweeps curves.toml and then study.toml in one folder; --results takes a new one,
+which becomes study.json when all is drawn. With --check nothing is written: the exit status says whether the page's
+tables, the summary's figures among them, are those of the results.
 """
 
 import argparse
 import json
 import math
 import re
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -19,14 +21,22 @@ from tst_ext.train.sweep import load_sweep
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
-ROWS = json.loads((HERE / "study.json").read_text())["runs"]
+PARSER = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+PARSER.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the tables differ")
+PARSER.add_argument("--results", type=Path, default=HERE / "study.json", help="results.json of a new study")
+ARGUMENTS = PARSER.parse_args()
+ROWS = json.loads(ARGUMENTS.results.read_text())["runs"]
 BASE = next(row["options"] for row in ROWS if row["name"] == "seed=0")
+if undone := [row["name"] for row in ROWS if row["status"] != "done"]:
+    sys.exit(f"{ARGUMENTS.results}: expected a complete study, got {len(undone)} runs that are not done: {undone}")
+if any(len(row["curve"]) < 20 for row in ROWS if "equal-flops" in row["grids"]):
+    sys.exit(f"{ARGUMENTS.results}: the runs of equal-flops have too few validations; do curves.toml first")
 
 
 def runs(**options):
     """The runs of one cell, in the order of their seeds: the base's options but for those given."""
     wanted = BASE | options
-    found = [row for row in ROWS if row["options"] == wanted and "val_loss" in row]
+    found = [row for row in ROWS if row["options"] == wanted]
     return sorted(found, key=lambda row: row["seed"])
 
 
@@ -35,9 +45,23 @@ def mean(rows, key="val_loss"):
 
 
 def spread(rows, key="val_loss", sign=""):
-    values = [row[key] for row in rows]
+    return shown([row[key] for row in rows], sign)
+
+
+def shown(values, sign="+"):
     text = f"{statistics.mean(values):{sign}.3f}"
     return f"{text} ± {statistics.stdev(values):.3f}" if len(values) > 1 else text
+
+
+def less(rows, others):
+    """By how much the loss is greater than that of others, for each seed."""
+    return [row["val_loss"] - other["val_loss"] for row, other in zip(rows, others, strict=True)]
+
+
+def clear(values):
+    """What makes a difference of three seeds one: all have its sign, and it is above two of its standard errors."""
+    same = len({value > 0 for value in values}) == 1
+    return same and abs(statistics.mean(values)) > 2 * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def gain(rows):
@@ -59,13 +83,17 @@ def table(*lines):
 STEPS = (2000, 4000, 8000, 16000)
 
 
-def baseline_steps(loss):
-    """Steps of a baseline of that final loss, interpolated over the logarithm of the steps; None beyond the runs."""
-    points = [(steps, mean(runs(steps=steps, ratio=0.0))) for steps in STEPS]
+def baseline_steps(loss, seed=None):
+    """Steps of a baseline of that final loss, of one seed or the mean, interpolated over the logarithm of the steps.
+
+    Beyond the runs 0 or infinity.
+    """
+    cells = [[row for row in runs(steps=steps, ratio=0.0) if seed in (None, row["seed"])] for steps in STEPS]
+    points = [(steps, mean(rows)) for steps, rows in zip(STEPS, cells, strict=True)]
     for (a, high), (b, low) in zip(points, points[1:], strict=False):
         if low <= loss <= high:
             return a * (b / a) ** ((high - loss) / (high - low))
-    return None
+    return 0 if loss > points[0][1] else math.inf
 
 
 def reaches(row, loss):
@@ -99,15 +127,18 @@ def table_equal_flops():
 
 
 def table_equal_loss():
-    lines = [("steps", "s", "final loss of TST", "steps of a baseline with it", "times as many")]
+    lines = [("steps", "s", "final loss of TST", "steps of a baseline with it", "times as many", "each seed")]
     for steps in STEPS:
         for s in (2, 4):
             if not (rows := runs(steps=steps, bag_size=s)):
                 continue
-            loss = mean(rows)
-            even = baseline_steps(loss)
-            shown = ("not within these runs", "") if even is None else (f"{even:,.0f}", f"{even / steps:.2f}")
-            lines.append((steps, s, f"{loss:.3f}", *shown))
+            even = baseline_steps(mean(rows))
+            if even in (0, math.inf):
+                count = f"fewer than {STEPS[0]:,}" if even == 0 else f"more than {STEPS[-1]:,}"
+                lines.append((steps, s, f"{mean(rows):.3f}", count, "below 1" if even == 0 else "above 1", ""))
+            else:
+                seeds = ", ".join(f"{baseline_steps(row['val_loss'], row['seed']) / steps:.2f}" for row in rows)
+                lines.append((steps, s, f"{mean(rows):.3f}", f"{even:,.0f}", f"{even / steps:.2f}", seeds))
     return table(*lines)
 
 
@@ -133,8 +164,10 @@ def table_bag_size():
 
 
 def table_ratio():
-    lines = [("r", "held-out loss", "difference", "each seed")]
-    lines += [(r, spread(rows), gain(rows), each(rows)) for r in (0.1, 0.2, 0.4) if (rows := runs(ratio=r))]
+    lines = [("s", "r", "held-out loss", "difference", "each seed")]
+    for s, r in ((4, 0.1), (4, 0.2), (4, 0.4), (4, 0.6), (2, 0.2), (2, 0.4)):
+        rows = runs(bag_size=s, ratio=r)
+        lines.append((s, r, spread(rows), gain(rows), each(rows)))
     return table(*lines)
 
 
@@ -200,6 +233,103 @@ def table_model_size():
     return table(*lines)
 
 
+def pairs():
+    """What the verdicts rest on: name, and the loss of one condition less that of the other for each seed."""
+    small, base, large = (runs(**size) for _, size in sizes())
+    small_bags = less(runs(bag_size=2, ratio=0.4), runs(bag_size=2))
+    return {
+        "s = 2 less s = 4": less(runs(bag_size=2), base),
+        "s = 8 less s = 4": less(runs(bag_size=8), base),
+        "r = 0.1 less r = 0.2": less(runs(ratio=0.1), base),
+        "r = 0.4 less r = 0.2": less(runs(ratio=0.4), base),
+        "r = 0.6 less r = 0.2": less(runs(ratio=0.6), base),
+        "r = 0.4 less r = 0.2, s = 2": small_bags,
+        "the same of s = 2, less that of s = 4": [
+            a - b for a, b in zip(small_bags, less(runs(ratio=0.4), base), strict=True)
+        ],
+        "both sides less input alone": less(base, runs(sides="input")),
+        "both sides less output alone": less(base, runs(sides="output")),
+        "power law less uniform, s = 4": less(runs(position_weights="power_law"), base),
+        "power law less uniform, s = 8": less(runs(bag_size=8, position_weights="power_law"), runs(bag_size=8)),
+        "mce_alt less mce": less(runs(objective="mce_alt"), base),
+        "drawn anew less carried over": less(runs(reinitialise=True), base),
+        "gain of 8000 steps less that of 16,000": gains_less(runs(steps=16000), base),
+        "gain of 1.12 M less that of 0.45 M parameters": gains_less(small, base),
+        "gain of 1.12 M less that of 1.85 M parameters": gains_less(large, base),
+    }
+
+
+def gains_less(rows, base):
+    return [row["difference"] - other["difference"] for row, other in zip(rows, base, strict=True)]
+
+
+def table_pairs():
+    lines = [("difference of losses, or of gains", "mean", "each seed", "clear")]
+    for name, values in pairs().items():
+        seeds = ", ".join(f"{value:+.3f}" for value in values)
+        lines.append((name, shown(values), seeds, "yes" if clear(values) else "no"))
+    return table(*lines)
+
+
+def table_summary():
+    def by(values):
+        sign = math.copysign(1, statistics.mean(values))
+        return shown([sign * value for value in values], "")
+
+    of = pairs()
+    ahead = [int(stays_below(a, b).split()[1].replace(",", "")) - a["switch_step"]
+             for a, b in zip(runs(), runs(ratio=0.0), strict=True)]  # fmt: skip
+    lost = [row["difference"] for row in runs(reinitialise=True)]
+    ratios = [baseline_steps(mean(runs(bag_size=s))) / 8000 for s in (4, 2)]
+    small, base, large = (abs(mean(runs(**size), "difference")) for _, size in sizes())
+    long = abs(mean(runs(steps=16000), "difference"))
+    sums = [abs(mean(runs(bag_size=s), "difference")) for s in (2, 3, 4, 6, 8)]
+    weights = "#weights-of-the-positions-and-the-sum-to-one-objective"
+    sides = "#input-alone-output-alone-both"
+    return table(
+        ("the paper says", "measured here", "verdict"),
+        ("TST ends lower than a baseline of equal FLOPs",
+         f"by {by([row['difference'] for row in runs()])} after 8000 steps, on every seed", "[agree](#equal-flops)"),
+        ("the loss jumps by 1 to 2 nats at the switch and recovers within a few thousand steps",
+         f"the held-out loss falls at the switch; it is below the baseline's {min(ahead)} to {max(ahead)} steps later",
+         "[agree on the recovery](#equal-flops)"),
+        ("a baseline needs 1.8 times the steps for the loss of TST (3 B)",
+         f"{ratios[0]:.2f} (s = 4) and {ratios[1]:.2f} times (s = 2) at 8000 steps; with s = 4 none up to 4000",
+         "[agree, with less](#equal-loss)"),
+        ("the loss over s is U-shaped, best at s = 6 to 8",
+         f"s = 2 to 8 all gain, {min(sums):.3f} to {max(sums):.3f}; which gains most is not clear",
+         "[cannot tell](#the-u-over-s)"),
+        ("from r = 0.2 to 0.4 it hardly matters (s = 4)",
+         f"0.4 is behind 0.2 by {by(of['r = 0.4 less r = 0.2'])}, 0.1 by {by(of['r = 0.1 less r = 0.2'])}",
+         "[agree in part](#the-plateau-over-r)"),
+        ("small bags want a larger r than large bags",
+         f"r = 0.4 less 0.2: {shown(of['r = 0.4 less r = 0.2, s = 2'])} at s = 2, {shown(of['r = 0.4 less r = 0.2'])} "
+         "at s = 4; s = 8 (one seed) is best at 0.1", "[agree, barely clear](#the-plateau-over-r)"),
+        ("superposing the input alone beats the baseline",
+         f"by {by([row['difference'] for row in runs(sides='input')])}", f"[agree]({sides})"),
+        ("superposing the output alone beats the baseline",
+         f"by {by([row['difference'] for row in runs(sides='output')])}", f"[cannot tell]({sides})"),
+        ("both together beat either alone",
+         f"both less input alone {shown(of['both sides less input alone'])}, less output alone "
+         f"{shown(of['both sides less output alone'])}", f"[cannot tell]({sides})"),
+        ("power-law weights are better at s = 8",
+         f"by {by(of['power law less uniform, s = 8'])}, on every seed", f"[agree]({weights})"),
+        ("uniform weights are better at s = 4", f"by {by(of['power law less uniform, s = 4'])}",
+         f"[cannot tell]({weights})"),
+        ("the sum-to-one objective ends where the multi-hot loss does",
+         f"it is behind by {by(of['mce_alt less mce'])}, on every seed", f"[disagree]({weights})"),
+        ("embedding and head drawn anew at the switch destroy the gain",
+         f"{abs(statistics.mean(lost)):.3f} of {base:.3f} are left; in the paper less than nothing",
+         "[agree](#embedding-and-head-drawn-anew-at-the-switch)"),
+        ("a longer training gains less, but gains",
+         f"{base:.3f} after 8000 steps, {long:.3f} after 16,000, which repeat text",
+         "[agree](#length-of-training)"),
+        ("a larger model gains more in as many steps",
+         f"{small:.3f} at 0.45 M, {base:.3f} at 1.12 M, {large:.3f} at 1.85 M; the last step is not clear",
+         "[agree in part](#size-of-the-model)"),
+    )  # fmt: skip
+
+
 TABLES = {
     name.removeprefix("table_").replace("_", "-"): function
     for name, function in globals().items()
@@ -231,14 +361,14 @@ def draw_panels():
             axes.errorbar([rows[0][key] for rows in cells], [mean(rows) for rows in cells], deviations,
                           fmt="o-", color=color, capsize=3, label=label)  # fmt: skip
         axes.set_xscale("log")
-        ticks = [rows[0][key] for rows in cells]
-        axes.set_xticks(ticks, [f"{tick:,}" if key == "steps" else f"{tick / 1e6:.1f} M" for tick in ticks])
+        ticks = STEPS if key == "steps" else [million * 10**6 for million in (1, 2, 4, 8)]
+        axes.set_xticks(ticks, [f"{tick:,}" if key == "steps" else f"{tick // 10**6} M" for tick in ticks])
         axes.minorticks_off()
     level = mean(runs())
     even = baseline_steps(level)
     if even is not None:
         loss.annotate("", (even, level), (8000, level), arrowprops={"arrowstyle": "<->"})
-        loss.text(math.sqrt(8000 * even), level, f"{even / 8000:.2f} x", ha="center", va="bottom", fontsize=8)
+        loss.text(1.07 * even, level, f"{even / 8000:.2f} x", va="center", fontsize=8)
     loss.set(title="equal loss", xlabel="steps of the run (FLOPs)", ylabel="final held-out loss (nats)")
     data.set(title="equal data", xlabel="data tokens of the run", ylabel="final held-out loss (nats)")
     for axes in (flops, loss, data):
@@ -250,9 +380,6 @@ def draw_panels():
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the tables differ")
-    check = parser.parse_args().check
     page = DOCS / "evidence.md"
     before = after = page.read_text(encoding="utf-8")
     for name, function in TABLES.items():
@@ -261,7 +388,7 @@ def main() -> int:
             raise LookupError(f"{page}: no place for the table {name}")
         text = function()
         after = marked.sub(lambda m, text=text: f"{m[1]}\n{text}\n\n{m[2]}", after)
-    if check:
+    if ARGUMENTS.check:
         print("the tables are those of the results" if after == before else f"{page}: tables differ from study.json")
         return after != before
     page.write_text(after, encoding="utf-8")
@@ -271,6 +398,8 @@ def main() -> int:
     for grid in load_sweep(HERE / "study.toml").grids:
         if grid.name in shown:
             plot_grid(ROWS, grid.name, grid.options, DOCS / "evidence" / f"{grid.name}.png")
+    if not (HERE / "study.json").samefile(ARGUMENTS.results):
+        shutil.copyfile(ARGUMENTS.results, HERE / "study.json")
     return 0
 
 

@@ -1,6 +1,7 @@
 """The figures: loss.png of a run and of a comparison, and those of a sweep."""
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def plot_grid(rows: list[dict[str, Any]], grid: str, options: tuple[str, ...], p
         _points(axes, points, f"C{i}", line, label or ("superposed" if superposed else "baseline"))
     if superposed:
         _baselines(axes, lines, all_rows, rest, dashes)
-    if not numbers:
+    if not numbers or len(places) <= 12:
         axes.set_xticks(list(at.values()), [_plain(str(value)) for value in places.values()])
     axes.set_xlabel(x)
     axes.set_ylabel("final held-out loss (nats)")
@@ -137,7 +138,9 @@ def _baselines(axes: Any, lines: dict[str, Any], all_rows: dict[str, Any], rest:
 def _points(axes: Any, rows: dict[Any, list[dict[str, Any]]], color: str, style: str, label: str) -> None:
     losses = {place: [row["val_loss"] for row in group] for place, group in sorted(rows.items())}
     means = [statistics.mean(values) for values in losses.values()]
-    deviations = [statistics.stdev(values) if len(values) > 1 else 0 for values in losses.values()]
+    deviations = [
+        statistics.stdev(values) if len(values) > 1 else math.nan for values in losses.values()
+    ]  # nan: no bar
     look: dict[str, Any] = {"color": color, "label": _plain(label), "capsize": 3, "markersize": 4, "linewidth": 1}
     axes.errorbar([*losses], means, deviations, fmt=style, **look)
 

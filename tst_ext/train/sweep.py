@@ -205,7 +205,7 @@ def run_sweep(
         prepared = prepared_folder(data)  # before the runs start, so that they find it
         now = Shard(prepared, "train").sha256, Shard(prepared, "val").sha256
         for name, read in results.data.items():
-            if sweep.runs[name].data == data and read != now and None not in read:
+            if sweep.runs[name].data == data and read != now:
                 raise UserError(
                     f"data {prepared}: expected what {folder / 'runs' / name} has read (sha256 {read[0]}, held out "
                     f"{read[1]}), got {now[0]}, {now[1]}; choose another --out or remove that folder"
@@ -228,7 +228,7 @@ def run_sweep(
 
 
 def _choose(sweep: Sweep, only: tuple[str, ...] | None) -> list[str]:
-    """The names of the runs to do, short ones first: what is wrong with a file shows early."""
+    """The names of the runs to do, long ones first: few cores are idle at the end."""
     grids = {grid.name: grid.runs for grid in sweep.grids}
     wanted = f"a grid ({', '.join(grids)}) or the name of a run (--list)"
     if only == ():
@@ -237,7 +237,7 @@ def _choose(sweep: Sweep, only: tuple[str, ...] | None) -> list[str]:
         if name not in grids and name not in sweep.runs:
             raise UserError(f"only: expected {wanted}, got {name!r}")
     chosen = {run for name in only for run in grids.get(name, (name,))} if only else set(sweep.runs)
-    return sorted((name for name in sweep.runs if name in chosen), key=lambda name: sweep.runs[name].steps)
+    return sorted((name for name in sweep.runs if name in chosen), key=lambda name: -_work(sweep.runs[name]))
 
 
 def _check_same(folder: Path, config: TrainConfig) -> None:
@@ -264,7 +264,7 @@ def _run(sweep: Sweep, folder: Path, to_do: list[str], jobs: int, results: "_Res
     if not to_do:
         return
     waiting, path = list(to_do), {name: folder / "runs" / name for name in to_do}
-    work = {name: sweep.runs[name].steps * _step_work(sweep.runs[name]) for name in waiting}
+    work = {name: _work(sweep.runs[name]) for name in waiting}
     free = _slots(sweep.runs[waiting[0]], jobs)
     running: dict[str, tuple[Any, dict[str, str]]] = {}  # the process and its slot
     begin, total, count = time.monotonic(), sum(work.values()), len(waiting)
@@ -300,16 +300,16 @@ def _run(sweep: Sweep, folder: Path, to_do: list[str], jobs: int, results: "_Res
         stop(process for process, _ in running.values())
 
 
-def _step_work(config: TrainConfig) -> int:
-    """FLOPs of a step; those of the default vocabulary where the data brings its own."""
-    return step_flops(config.model, config.data.vocabulary, config.batch, config.latent_tokens)
+def _work(config: TrainConfig) -> int:
+    """FLOPs of a run; with those of the default vocabulary where the data brings its own."""
+    return config.steps * step_flops(config.model, config.data.vocabulary, config.batch, config.latent_tokens)
 
 
 class _Results:
     """results.json, as `json`, and results.csv, of what is done by now.
 
     Attributes:
-        data: checksums of the text that a run has read and was validated on, None of one of an earlier version.
+        data: checksums of the text that a finished run has read and was validated on.
 
     Raises:
         UserError: a file of a finished run is damaged.
@@ -318,7 +318,7 @@ class _Results:
     def __init__(self, sweep: Sweep, folder: Path) -> None:
         self.folder = folder
         self.environments: list[dict[str, Any]] = []
-        self.data: dict[str, tuple[str | None, str | None]] = {}
+        self.data: dict[str, tuple[str, str]] = {}
         self.rows: dict[str, dict[str, Any]] = {}
         for name, config in sweep.runs.items():
             self.rows[name] = {
@@ -352,7 +352,7 @@ class _Results:
             environment = {key: facts[key] for key in ("tst_ext", "torch", "python", "processor", "device", "threads")}
             row = {"status": "done", "parameters": facts["parameters"], **{key: result[key] for key in RESULT}}
             row |= {"val_loss": float(result["val_loss"]), **_history(run)}
-            self.data[name] = facts.get("data"), facts.get("held_out")
+            self.data[name] = facts["data"], facts["held_out"]
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"out {run}: environment.json, result.json or metrics.jsonl is damaged ({error!r}); remove the folder"
