@@ -108,11 +108,11 @@ def reaches(row, loss):
 
 
 def stays_below(row, base):
-    """The step of the validation from which on a run's held-out loss is below its baseline's."""
+    """The step of the validation from which on a run's held-out loss is below its baseline's; None: not at the end."""
     first = None
     for (step, _, _, loss), (_, _, _, other) in zip(row["curve"], base["curve"], strict=True):
         first = (first or step) if loss < other else None
-    return f"step {first:,}" if first else "never"
+    return first
 
 
 def table_equal_flops():
@@ -121,7 +121,9 @@ def table_equal_flops():
         both = zip(row["curve"], base["curve"], strict=True)
         (switch,) = [tst[3] - plain[3] for tst, plain in both if tst[0] == row["switch_step"]]
         losses = (f"{base['val_loss']:.3f}", f"{row['val_loss']:.3f}", f"{row['difference']:+.3f}", f"{switch:+.3f}")
-        lines.append((row["seed"], *losses, stays_below(row, base), reaches(row, base["val_loss"])))
+        first = stays_below(row, base)
+        ahead = f"step {first:,}" if first else "never"
+        lines.append((row["seed"], *losses, ahead, reaches(row, base["val_loss"])))
     lines.append(("mean", spread(runs(ratio=0.0)), spread(runs()), gain(runs()), "", "", ""))
     return table(*lines)
 
@@ -272,13 +274,14 @@ def table_pairs():
 
 
 def table_summary():
+    """The verdicts are ours, by `clear`: to be judged anew when the results change."""
+
     def by(values):
         sign = math.copysign(1, statistics.mean(values))
         return shown([sign * value for value in values], "")
 
     of = pairs()
-    ahead = [int(stays_below(a, b).split()[1].replace(",", "")) - a["switch_step"]
-             for a, b in zip(runs(), runs(ratio=0.0), strict=True)]  # fmt: skip
+    ahead = [(stays_below(a, b) or math.inf) - a["switch_step"] for a, b in zip(runs(), runs(ratio=0.0), strict=True)]
     lost = [row["difference"] for row in runs(reinitialise=True)]
     ratios = [baseline_steps(mean(runs(bag_size=s))) / 8000 for s in (4, 2)]
     small, base, large = (abs(mean(runs(**size), "difference")) for _, size in sizes())
@@ -366,7 +369,7 @@ def draw_panels():
         axes.minorticks_off()
     level = mean(runs())
     even = baseline_steps(level)
-    if even is not None:
+    if 0 < even < math.inf:
         loss.annotate("", (even, level), (8000, level), arrowprops={"arrowstyle": "<->"})
         loss.text(1.07 * even, level, f"{even / 8000:.2f} x", va="center", fontsize=8)
     loss.set(title="equal loss", xlabel="steps of the run (FLOPs)", ylabel="final held-out loss (nats)")
