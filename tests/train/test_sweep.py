@@ -215,25 +215,35 @@ class TestRuns:
         assert wrong["name"] == tst["name"] and "difference" not in wrong
         assert f"{tst['name']} is done, but has read other data than {baseline['name']}" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-    def test_an_interrupted_sweep_goes_on(self, write, tmp_path, number):
-        path, out = write("[[grid]]\nratio=[0.4]", steps=300), tmp_path / "out"
+    def test_an_interrupted_sweep_goes_on(self, write, tmp_path, monkeypatch):
+        path, out = write("[[grid]]\nratio=[0.4]", steps=400), tmp_path / "out"
         command = [sys.executable, "-m", "tst_ext", "sweep", path, "--out", out, "--jobs", "1"]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         runs = [out / "runs" / name for name in ("seed=0", "ratio=0.0,seed=0")]
-        while process.poll() is None and not any(len(lines(run)) > 50 for run in runs):
-            time.sleep(0.02)
-        process.send_signal(number)
-        assert process.wait(timeout=60) == (128 + number if number == signal.SIGTERM else -number)
-        # The run it had going ends with a checkpoint; of a sweep that was killed it goes on by itself.
-        (begun,) = [run for run in runs if run.exists()]
-        assert in_use(begun) is (number == signal.SIGKILL)
-        assert len(lines(begun)) < 300 + 30 and not (begun / "result.json").exists()
-        assert sweep(path, "--out", out) == 0
+        for number, steps in ((signal.SIGTERM, 50), (signal.SIGKILL, 200)):
+            process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+            while process.poll() is None and not any(len(lines(run)) > steps for run in runs):
+                time.sleep(0.02)
+            process.send_signal(number)
+            assert process.wait(timeout=60) == (128 + number if number == signal.SIGTERM else -number)
+            # The run it had going ends with a checkpoint; of a sweep that was killed it goes on by itself.
+            (begun,) = [run for run in runs if run.exists()]
+            assert in_use(begun) is (number == signal.SIGKILL)
+            assert len(lines(begun)) < 400 + 40 and not (begun / "result.json").exists()
+
+        # It has a place among those that run at a time: the other one begins after its end.
+        begins = []
+
+        def start(config, folder, environment):
+            begins.append((folder, (begun / "result.json").exists()))
+            return launch.start(config, folder, environment)
+
+        monkeypatch.setattr(module, "start", start)
+        assert sweep(path, "--out", out, "--jobs", "1") == 0
+        assert begins == [(next(run for run in runs if run != begun), True)]
         assert [row["status"] for row in results(out)["runs"]] == ["done", "done"]
-        # Each step is there once, the first ones from before the interruption.
+        # Each step is there once, the first ones from before the interruptions.
         for run in runs:
-            assert [line["step"] for line in lines(run) if "loss" in line] == list(range(1, 301))
+            assert [line["step"] for line in lines(run) if "loss" in line] == list(range(1, 401))
 
     def test_a_run_is_known_to_go_from_its_start_and_ends_with_the_caller(self, write, tmp_path, monkeypatch):
         config, *_ = load_sweep(write("[[grid]]\nratio=[0.4]", steps=3000)).runs.values()
@@ -257,22 +267,6 @@ class TestRuns:
         finally:
             signal.signal(signal.SIGTERM, before)
         assert begun[0].returncode == -signal.SIGTERM
-
-    def test_a_run_that_goes_on_by_itself_has_a_place(self, write, tmp_path, monkeypatch):
-        path = write("[[grid]]\nratio=[0.4]")
-        alone = load_sweep(path).runs["seed=0"]
-        launched = []
-        start = launch.start
-
-        def count(config, folder, environment):
-            launched.append((folder.name, orphan.poll()))
-            return start(config, folder, environment)
-
-        monkeypatch.setattr(module, "start", count)
-        (tmp_path / "out" / "runs").mkdir(parents=True)
-        orphan = start(alone, tmp_path / "out" / "runs" / "seed=0")
-        assert sweep(path, "--out", tmp_path / "out", "--jobs", "1") == 0
-        assert launched == [("ratio=0.0,seed=0", 0)]  # after the other one's end
 
     def test_nothing_is_run_where_it_cannot_be(self, write, tmp_path, capsys, monkeypatch):
         path = write("[[grid]]\nname='a'\nratio=[0.4]")
