@@ -8,13 +8,13 @@ import pytest
 
 SCRIPT = """
 import sys, torch
-from tst_ext import linear_multi_hot_cross_entropy, reference
+from tst_ext import linear_multi_hot_cross_entropy
 
 def status(key):  # KiB
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 
 def plain(hidden, weight, labels):
-    return reference.multi_hot_cross_entropy(hidden @ weight.T, labels)
+    return torch.nn.functional.cross_entropy(hidden @ weight.T, labels[:, 0])
 
 loss = {"fused": linear_multi_hot_cross_entropy, "plain": plain}[sys.argv[1]]
 options = {"memory_budget": int(sys.argv[3])} if len(sys.argv) > 3 else {}
