@@ -40,8 +40,8 @@ bench: $(VENV)/peers
 	$(BIN)/python -m pytest benchmarks -q $(BENCH) --benchmark-json=$(RESULTS)
 	$(BIN)/python benchmarks/report.py $(RESULTS)
 
-# The study of docs/evidence.md, some 90 minutes on 4 cores, and from its results the page's tables and figures. Interrupted, it
-# continues. The runs with more validations come first: the study finds them done.
+# The study of docs/evidence.md, some 90 minutes on 4 cores, and from its results the page's tables and figures. It goes on
+# where it was interrupted. The runs with more validations come first: the study finds them done.
 evidence: $(INSTALLED)
 	$(BIN)/tst sweep benchmarks/evidence/curves.toml --out runs/evidence
 	$(BIN)/tst sweep benchmarks/evidence/study.toml --out runs/evidence

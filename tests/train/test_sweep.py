@@ -207,7 +207,7 @@ class TestRuns:
             in capsys.readouterr().err
         )
         shutil.rmtree(out / "runs" / broken[0])
-        for name in broken:
+        for name in broken:  # as if they had ended
             shutil.copytree(run, out / "runs" / name, dirs_exist_ok=True)
             save_config(load_sweep(path).runs[name], out / "runs" / name / "config.json")
         assert sweep(path, "--out", out) == 1

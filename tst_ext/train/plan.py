@@ -43,9 +43,9 @@ def plan(
     Returns:
         parameters; phases, each with steps, bag_size, latent_tokens, data_tokens, flops and hours; their total; the
         baseline of equal steps; break_even (None without superposition), slowdowns as shares of a baseline step;
-        recommended, as `recommend` returns it;
-        memory_gib of a GPU, an estimate, and whether it fits. Hours are of training steps alone, without validation
-        and checkpoints; with scale "batch", whose attention is cheaper, they are an upper bound.
+        recommended, as `recommend` returns it; memory_gib of a GPU, an estimate, and whether it fits. Hours are of
+        training steps alone, without validation and checkpoints; with scale "batch", whose attention is cheaper, they
+        are an upper bound.
 
     Raises:
         UserError: a number outside its range, or a batch that the trainer could not share out.
@@ -111,26 +111,29 @@ def recommend(config: TrainConfig) -> dict[str, Any]:
 
     Returns:
         bag_size, ratio (0: train the baseline), position_weights, tokens_per_parameter (positions of the model over
-        the whole run), and evidence: what they rest on, in a sentence.
+        the whole run), and evidence: what they rest on, in a sentence, with losses in nats.
+
+    Source: docs/evidence.md, and arXiv 2605.06546 for its sizes.
     """
     size = parameters(config.model, config.data.vocabulary)
     length = config.steps * config.batch * config.latent_tokens / size
     if length < GAINS_FROM:
         s, r = 1, 0.0
         evidence = """that is little for TST: at 0.9 a model of 1.1 M parameters loses by 0.015 with s = 2 and by 0.090
-            with s = 4 (docs/evidence.md)"""
+            with s = 4 (nats, docs/evidence.md)"""
     elif size < LARGE:
         s, r = 2, 0.3
         evidence = """at 1.8 a model of 1.1 M parameters gains 0.040 with s = 2 and r = 0.2, at 3.7 it gains 0.139, and
-            0.153 with r = 0.4; larger bags need longer runs and gain no more (docs/evidence.md)"""
+            0.153 with r = 0.4; larger bags need longer runs and gain no more (nats,
+            docs/evidence.md)"""
     elif length < MEASURED_FROM:
         s, r = 2, 0.3
         evidence = """no run as short was measured at that size, the paper's have 12.6 and more; what did best in small
             models is the careful choice (docs/evidence.md)"""
     else:
         s, r = 6, 0.3
-        evidence = """at 12.6 to 785 the paper has these gain 0.04 to 0.13, with 267 M to 3.3 B parameters; at 600 M
-            s = 4 to 8 and r = 0.2 to 0.4 are within 0.01 of the best. For 10 B with 1 B active it took s = 16 and
+        evidence = """at 12.6 to 785 the paper has these gain 0.04 to 0.13 nats, with 267 M to 3.3 B parameters; at
+            600 M s = 4 to 8 and r = 0.2 to 0.4 are within 0.01 of the best. For 10 B with 1 B active it took s = 16 and
             r = 0.25"""
     return {
         "bag_size": s,

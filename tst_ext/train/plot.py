@@ -138,9 +138,8 @@ def _baselines(axes: Any, lines: dict[str, Any], all_rows: dict[str, Any], rest:
 def _points(axes: Any, rows: dict[Any, list[dict[str, Any]]], color: str, style: str, label: str) -> None:
     losses = {place: [row["val_loss"] for row in group] for place, group in sorted(rows.items())}
     means = [statistics.mean(values) for values in losses.values()]
-    deviations = [
-        statistics.stdev(values) if len(values) > 1 else math.nan for values in losses.values()
-    ]  # nan: no bar
+    # NaN: no bar, where one of no length would say that there is no spread
+    deviations = [statistics.stdev(values) if len(values) > 1 else math.nan for values in losses.values()]
     look: dict[str, Any] = {"color": color, "label": _plain(label), "capsize": 3, "markersize": 4, "linewidth": 1}
     axes.errorbar([*losses], means, deviations, fmt=style, **look)
 

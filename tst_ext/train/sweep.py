@@ -6,7 +6,6 @@ of seeds. Every run's baseline (ratio 0, otherwise the same) belongs to the grid
 run once.
 """
 
-import copy
 import csv
 import dataclasses
 import io
@@ -167,7 +166,7 @@ def _values(config: TrainConfig) -> dict[str, Any]:
 
 
 def _with_options(base: TrainConfig, options: dict[str, Any], where: str) -> TrainConfig:
-    values = copy.deepcopy(config_dict(base))
+    values = config_dict(base)
     for option, value in options.items():
         section = OPTIONS.get(option, "")  # none: the seed
         (values[section] if section else values)[option] = value
@@ -221,8 +220,8 @@ def run_sweep(
         results.write()
         _run(sweep, folder, to_do, jobs, results, progress)
         for grid in sweep.grids:
-            plot_grid(results.json["runs"], grid.name, grid.options, folder / f"{grid.name}.png")
-        return results.json
+            plot_grid(results.contents["runs"], grid.name, grid.options, folder / f"{grid.name}.png")
+        return results.contents
     finally:
         os.close(claim)
 
@@ -306,7 +305,7 @@ def _work(config: TrainConfig) -> int:
 
 
 class _Results:
-    """results.json, as `json`, and results.csv, of what is done by now.
+    """results.json, its contents, and results.csv, of what is done by now.
 
     Attributes:
         data: checksums of the text that a finished run has read and was validated on.
@@ -333,7 +332,7 @@ class _Results:
                 self._add(name)
 
     @property
-    def json(self) -> dict[str, Any]:
+    def contents(self) -> dict[str, Any]:
         return {"environments": self.environments, "runs": list(self.rows.values())}
 
     def ended(self, name: str, failed: str | None = None) -> dict[str, Any]:
@@ -369,7 +368,7 @@ class _Results:
                     row["difference"] = row["val_loss"] - baseline["val_loss"]
                 else:
                     row["status"] = f"is done, but has read other data than {baseline['name']}: no difference"
-        write_text(self.folder / "results.json", json.dumps(self.json, indent=1) + "\n")
+        write_text(self.folder / "results.json", json.dumps(self.contents, indent=1) + "\n")
         lines = io.StringIO()
         rows = list(self.rows.values())
         columns = ["name", "grids", *rows[0]["options"], "seed", "status", "parameters", *RESULT, "baseline",
