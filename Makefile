@@ -7,20 +7,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+WORKERS ?= 2
 COMPARE ?=
 BENCH ?=
 RESULTS ?= benchmarks/results/latest.json
 STEPS ?=
 KILLS ?= 20
 
-.PHONY: train test test-slow test-kill mutation bench evidence lint format docs wheel dist-check cpp-test cpp-test-baseline \
+.PHONY: train test test-all test-slow test-kill mutation bench evidence lint format docs wheel dist-check cpp-test cpp-test-baseline \
   cuda-compile gpu-check clean
 
 train: $(INSTALLED)
 	$(BIN)/tst compare $(COMPARE)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal
+
+# Also what takes other people's programs, many processes or a compiler.
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal -m "not slow"
 
 # Tensors of more than 2^31 elements.
 test-slow: test-kill
@@ -89,7 +95,7 @@ cpp-test:
 	for sanitizer in none address,undefined thread; do \
 	  folder=build/cmake-$$sanitizer && \
 	  cmake -S . -B $$folder -DTST_SANITIZE=$${sanitizer#none} -DTST_REQUIRE_TESTS=ON && \
-	  cmake --build $$folder --parallel && ctest --test-dir $$folder --output-on-failure || exit 1; \
+	  cmake --build $$folder --parallel $(JOBS) && ctest --test-dir $$folder --parallel $(JOBS) --output-on-failure || exit 1; \
 	done
 
 # The baseline instruction set on an emulated processor without AVX: no kernel but the chosen one may use more.
@@ -98,7 +104,7 @@ cpp-test-baseline: cpp-test
 
 cuda-compile: $(INSTALLED)
 	cmake -S . -B build/cmake-cuda -DTST_CUDA=ON -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
-	cmake --build build/cmake-cuda --parallel --target tst_cuda
+	cmake --build build/cmake-cuda --parallel $(JOBS) --target tst_cuda
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(STEPS)

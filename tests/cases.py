@@ -3,15 +3,37 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from allpairspy import AllPairs
 from numerics import assert_accurate
 
-from tst_ext import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy, position_weights, reference
+from tst_ext import (
+    _C,
+    bag_embedding,
+    linear_multi_hot_cross_entropy,
+    multi_hot_cross_entropy,
+    position_weights,
+    reference,
+)
 from tst_ext.arguments import position_scale_of
 
+KERNELS, CAPABILITIES = ["compiled", "plain_torch"], _C.cpu_capabilities()  # of the fixtures of conftest.py
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 IGNORE = -100
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 DEVICES = ["cpu", CUDA] if torch.cuda.is_available() else ["cpu"]
+
+
+def pairwise(**values):
+    """Parametrizes by the fewest cases in which any value of one name meets any value of another. A list in `fixtures`
+    names those of them that are fixtures."""
+    fixtures, cases = values.pop("fixtures", []), AllPairs(list(values.values()))
+    return pytest.mark.parametrize(tuple(values), [tuple(case) for case in cases], indirect=fixtures, ids=_name)
+
+
+def _name(value):
+    return getattr(value, "__name__", str(value))
+
+
 each_device = pytest.mark.parametrize("device", DEVICES)  # where Hypothesis draws: it refuses fixtures
 
 

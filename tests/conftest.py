@@ -1,10 +1,15 @@
 """Fixtures shared by all tests: every op test runs on CPU, and on CUDA where there is a device."""
 
+import os
 import warnings
+
+# One thread, here and in processes of the tests: results are those of any machine, and two workers do not get in each
+# other's way. What several threads share out is tested by name: test_*thread*.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from cases import DEVICES
+from cases import CAPABILITIES, DEVICES, KERNELS
 from hypothesis import settings
 
 from tst_ext import _C, fallback
@@ -29,7 +34,7 @@ def default_device(device: torch.device):
     torch.set_default_device(None)
 
 
-@pytest.fixture(params=_C.cpu_capabilities())
+@pytest.fixture(params=CAPABILITIES)
 def capability(request):
     """Each instruction set in turn."""
     before = _C.cpu_capability()
@@ -60,7 +65,7 @@ def without_kernels():
     library._destroy()
 
 
-@pytest.fixture(params=["compiled", "plain_torch"])
+@pytest.fixture(params=KERNELS)
 def kernels(request):
     """The compiled kernels, then none."""
     if request.param == "plain_torch":

@@ -3,7 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, check_embedding, each_device, embedding_and_gradient, embedding_case, generator
+from cases import (
+    CAPABILITIES,
+    DTYPES,
+    KERNELS,
+    check_embedding,
+    each_device,
+    embedding_and_gradient,
+    embedding_case,
+    generator,
+    pairwise,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from numerics import relative_error
@@ -14,8 +24,7 @@ PADDING = -100
 
 
 class TestBagEmbedding:
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("mode", ["mean", "sum"])
+    @pairwise(dtype=DTYPES, capability=CAPABILITIES, mode=["mean", "sum"], fixtures=["capability"])
     def test_forward_and_gradient(self, device, dtype, mode, capability):
         check_embedding(*embedding_case((3, 5, 4), 23, 70, dtype, device), mode=mode)
 
@@ -122,10 +131,14 @@ class TestBagEmbedding:
 
 
 class TestPaddingAndWeights:
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("mode", ["mean", "sum"])
-    @pytest.mark.parametrize("weights", [None, "power_law", torch.tensor([0.5, 0, 3, 0.125])])
-    @pytest.mark.parametrize("padding_idx", [PADDING, 0, None])
+    @pairwise(
+        dtype=DTYPES,
+        weights=[None, "power_law", torch.tensor([0.5, 0, 3, 0.125])],
+        padding_idx=[PADDING, 0, None],
+        mode=["mean", "sum"],
+        kernels=KERNELS,
+        fixtures=["kernels"],
+    )
     def test_forward_and_gradient(self, device, dtype, mode, weights, padding_idx, kernels):
         ids, weight, grad = embedding_case((4, 5, 4), 23, 35, dtype, device)
         if padding_idx is not None:

@@ -39,6 +39,7 @@ def test_every_example_is_tested():
     assert names == {"ops.py", "plain_loop.py", "hf_trainer.py", "tst.ipynb"}
 
 
+@pytest.mark.extended
 def test_ops():
     output = run("ops.py", "--vocabulary", "2048")
     differences = [float(d) for d in re.findall(r"relative difference (\S+)", output)]
@@ -48,6 +49,7 @@ def test_ops():
     assert "[4, 256, 6]" in output and "[2048, 256]" in output
 
 
+@pytest.mark.extended
 def test_plain_loop():
     output = run("plain_loop.py", "--steps", "40", "--held-out-tokens", "8192")
     held_out = {int(step): float(loss) for step, loss in re.findall(r"step +(\d+)  held-out .* (\S+)", output)}
@@ -55,6 +57,7 @@ def test_plain_loop():
     assert held_out[40] < held_out[12] < 1.1 * math.log(VOCABULARY)
 
 
+@pytest.mark.extended
 def test_hf_trainer(tmp_path):
     output = run("hf_trainer.py", "--steps", "5", "--out", str(tmp_path))
     assert math.isfinite(float(re.search(r"held-out next-token loss: (\S+)", output)[1]))
@@ -68,6 +71,7 @@ class TestNotebook:
         nbformat.validate(notebook)  # 4.5 demands an id of each cell
         assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
 
+    @pytest.mark.extended
     def test_it_runs(self):
         notebook = nbformat.read(EXAMPLES / "tst.ipynb", as_version=4)
         NotebookClient(notebook, timeout=300, kernel_name="python3").execute()

@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
+    CAPABILITIES,
     DTYPES,
     FUNCTIONS,
     IGNORE,
+    KERNELS,
     check_loss,
     each_device,
     fused,
@@ -14,6 +16,7 @@ from cases import (
     loss_and_gradients,
     loss_case,
     on_logits,
+    pairwise,
     plain,
 )
 from hypothesis import given
@@ -24,10 +27,10 @@ from tst_ext import _C, multi_hot_cross_entropy
 
 
 class TestShapes:
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("reduction", ["mean", "sum"])
-    @pytest.mark.parametrize("upstream", [1.0, -2.7])
-    @pytest.mark.parametrize("function", FUNCTIONS)
+    @pairwise(
+        dtype=DTYPES, capability=CAPABILITIES, function=FUNCTIONS, reduction=["mean", "sum"], upstream=[1.0, -2.7],
+        fixtures=["capability"],
+    )  # fmt: skip
     def test_loss_and_gradients(self, device, dtype, reduction, upstream, function, capability):
         case = loss_case(37, 24, 101, 4, dtype, device)
         check_loss(*case, upstream, function, reduction=reduction, chunk_size=10)
@@ -36,9 +39,7 @@ class TestShapes:
     def test_every_tail(self, device, vocabulary, capability):
         check_loss(*loss_case(5, 8, vocabulary, 3, torch.float32, device, bias=True))
 
-    @pytest.mark.parametrize("bag_size", [1, 2, 6, 16, 64])
-    @pytest.mark.parametrize("objective", ["mce", "mce_alt"])
-    @pytest.mark.parametrize("vocabulary", [1, 50])
+    @pairwise(bag_size=[1, 2, 6, 16, 64], objective=["mce", "mce_alt"], vocabulary=[1, 50])
     def test_bag_sizes(self, device, bag_size, objective, vocabulary):
         check_loss(*loss_case(11, 8, vocabulary, bag_size, torch.float32, device), objective=objective)
 
@@ -80,9 +81,10 @@ class TestShapes:
         assert relative_error(loss, expected[0]) < 1e-14
         assert relative_error(logits.grad.T @ hidden, expected[2]) < 1e-14
 
-    @pytest.mark.parametrize("shape", [(0,), (2, 0)])
-    @pytest.mark.parametrize("function", FUNCTIONS)
-    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    @pairwise(
+        function=FUNCTIONS, reduction=["mean", "sum", "none"], shape=[(0,), (2, 0)], kernels=KERNELS,
+        fixtures=["kernels"],
+    )  # fmt: skip
     def test_no_rows(self, device, shape, function, reduction, kernels):
         _, weight, bias, _ = loss_case(1, 8, 50, 4, torch.float32, device, bias=True)
         hidden, labels = torch.empty(*shape, 8, device=device), torch.empty(*shape, 4, dtype=torch.long, device=device)
@@ -132,10 +134,10 @@ class TestLabels:
         labels[:, 1:] = IGNORE
         check_loss(hidden, weight, bias, labels)
 
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-    @pytest.mark.parametrize("objective", ["mce", "mce_alt"])
-    @pytest.mark.parametrize("function", FUNCTIONS)
+    @pairwise(
+        dtype=DTYPES, function=FUNCTIONS, reduction=["mean", "sum", "none"], objective=["mce", "mce_alt"],
+        kernels=KERNELS, fixtures=["kernels"],
+    )  # fmt: skip
     def test_all_ignored(self, device, dtype, reduction, objective, function, kernels):
         hidden, weight, bias, labels = loss_case(6, 8, 50, 4, dtype, device, bias=True)
         labels[:] = IGNORE
@@ -170,9 +172,7 @@ class TestLabels:
 
 
 class TestNumerics:
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("function", FUNCTIONS)
-    @pytest.mark.parametrize("objective", ["mce", "mce_alt"])
+    @pairwise(dtype=DTYPES, function=FUNCTIONS, objective=["mce", "mce_alt"], kernels=KERNELS, fixtures=["kernels"])
     def test_confident_rows_keep_their_gradient(self, device, dtype, function, objective, kernels):
         # p of the label is about 1 - 1e-3: in bfloat16 it rounds to 1, and p - 1 must not be formed from that.
         vocabulary = 16
@@ -189,9 +189,10 @@ class TestNumerics:
         allowed = 2 * torch.finfo(dtype).eps + 2 * torch.finfo(torch.float32).eps / 1.1e-3
         assert relative_error(dh, exact) < allowed
 
-    @pytest.mark.parametrize("offset", [1e4, -1e4])
-    @pytest.mark.parametrize("options", [{}, {"objective": "mce_alt"}, {"label_smoothing": 0.1}, {"z_loss": 1e-4}])
-    @pytest.mark.parametrize("function", FUNCTIONS)
+    @pairwise(
+        options=[{}, {"objective": "mce_alt"}, {"label_smoothing": 0.1}, {"z_loss": 1e-4}], function=FUNCTIONS,
+        offset=[1e4, -1e4],
+    )  # fmt: skip
     def test_large_logits(self, device, offset, options, function):
         # 1e4 more on every logit changes no gradient but z_loss's. Entries in sixteenths, so that float32 holds the
         # logits exactly and errors are the loss's alone. (In bfloat16 such logits are 64 apart, in torch as here.)
@@ -246,18 +247,18 @@ class TestNumerics:
         ):
             assert relative_error(a, b) < 2 * torch.finfo(torch.bfloat16).eps
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("function", [fused, on_logits])
-    @pytest.mark.parametrize("objective", ["mce", "mce_alt"])
-    @pytest.mark.parametrize(("reduction", "upstream"), [("none", None), ("mean", -0.25), ("mean", 0.7)])
+    @pairwise(
+        dtype=[torch.float32, torch.bfloat16, torch.float16], upstream=[None, -0.25, 0.7], function=[fused, on_logits],
+        objective=["mce", "mce_alt"],
+    )  # fmt: skip
     @pytest.mark.parametrize("gemm", ["blas"], indirect=True)  # plain torch's own: oneDNN adds in another order
-    def test_no_less_exact_than_plain_torch(self, device, dtype, function, objective, reduction, upstream, gemm):
+    def test_no_less_exact_than_plain_torch(self, device, dtype, function, objective, upstream, gemm):
         # A case so large that luck averages out: 1.1 times plain torch's error with nothing allowed besides. But where
         # the fused gradient, rounded when it was computed, is multiplied by no power of two, it is rounded again.
         hidden, weight, bias, labels = loss_case(600, 64, 3000, 4, dtype, device, bias=True)
         again = torch.finfo(dtype).eps / 2 if upstream == 0.7 and function == fused else 0
+        options = dict(objective=objective, reduction="none" if upstream is None else "mean")
         upstream = torch.randn(600, generator=generator()).to(device) if upstream is None else upstream
-        options = dict(objective=objective, reduction=reduction)
         case = hidden, weight, bias, labels
         mine = loss_and_gradients(function, *case, upstream, **options)
         beside = loss_and_gradients(plain, *case, upstream, **options)
@@ -353,8 +354,7 @@ class TestGemm:
 
 
 class TestDeterminism:
-    @pytest.mark.parametrize("function", FUNCTIONS)
-    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    @pairwise(function=FUNCTIONS, reduction=["mean", "none"], kernels=KERNELS, fixtures=["kernels"])
     def test_repeats_are_bitwise_equal(self, device, function, reduction, kernels):
         case = loss_case(200, 32, 1000, 4, torch.float32, device, bias=True)
         first = loss_and_gradients(function, *case, chunk_size=48, reduction=reduction)
@@ -448,10 +448,8 @@ class TestGradients:
             gradient.fill_(7)
         assert torch.equal(hidden, before[0]) and torch.equal(weight, before[1])
 
-    @pytest.mark.parametrize("function", [fused, on_logits])
-    @pytest.mark.parametrize(
-        "options",
-        [
+    @pairwise(
+        options=[
             {},
             {"reduction": "sum", "position_weights": "power_law"},
             {"reduction": "none"},
@@ -459,7 +457,9 @@ class TestGradients:
             {"logit_softcap": 2.0, "z_loss": 0.1, "label_smoothing": 0.2},
             {"reduction": "none", "objective": "mce_alt", "logit_softcap": 2.0, "label_smoothing": 0.2},
         ],
-        ids=str,
+        function=[fused, on_logits],
+        kernels=KERNELS,
+        fixtures=["kernels"],
     )
     def test_gradcheck(self, device, function, options, kernels):
         hidden, weight, bias, labels = loss_case(5, 4, 9, 3, torch.float64, device, bias=True)

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
+    CAPABILITIES,
     DTYPES,
     FUNCTIONS,
     IGNORE,
+    KERNELS,
     check_loss,
     each_device,
     fused,
@@ -16,6 +18,7 @@ from cases import (
     loss_and_gradients,
     loss_case,
     on_logits,
+    pairwise,
     plain,
 )
 from hypothesis import given
@@ -38,7 +41,6 @@ OPTIONS = {
     "all": dict(position_weights="fitted", logit_softcap=2.0, z_loss=0.03, label_smoothing=0.2),
     "all of mce_alt": dict(objective="mce_alt", logit_softcap=2.0, z_loss=0.03, label_smoothing=0.2, normalizer=17),
 }
-all_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 functions = pytest.mark.parametrize("function", FUNCTIONS)
 
 
@@ -55,20 +57,19 @@ def upstream_of(rows, options, seed=1):
 
 
 class TestAgainstPlainTorch:
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @functions
-    @all_options
-    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    @pairwise(
+        options=list(OPTIONS), dtype=DTYPES, function=FUNCTIONS, reduction=["mean", "none"], kernels=KERNELS,
+        fixtures=["kernels"],
+    )  # fmt: skip
     def test_loss_and_gradients(self, device, dtype, function, options, reduction, kernels):
-        options = dict(for_reduction(options, reduction), chunk_size=10)
+        options = dict(for_reduction(OPTIONS[options], reduction), chunk_size=10)
         case = loss_case(23, 12, 51, 4, dtype, device, bias=True)
         check_loss(*case, upstream_of(23, options).to(device), function, **options)
 
-    @all_options
-    @pytest.mark.parametrize("vocabulary", [1, 3, 31, 33, 300])
+    @pairwise(options=list(OPTIONS), vocabulary=[1, 3, 31, 33, 300], capability=CAPABILITIES, fixtures=["capability"])
     def test_every_instruction_set(self, device, options, vocabulary, capability):
         case = loss_case(7, 6, vocabulary, 4, torch.float32, device, bias=True)
-        check_loss(*case, function=on_logits, **options)
+        check_loss(*case, function=on_logits, **OPTIONS[options])
 
     @each_device
     @given(
@@ -93,9 +94,9 @@ class TestAgainstPlainTorch:
 
 
 class TestReductionNone:
-    @functions
-    @all_options
+    @pairwise(options=list(OPTIONS), function=FUNCTIONS, kernels=KERNELS, fixtures=["kernels"])
     def test_its_sum_is_the_sum(self, device, function, options, kernels):
+        options = OPTIONS[options]
         case = loss_case(23, 12, 51, 4, torch.float32, device, bias=True)
         rows = loss_and_gradients(function, *case, **for_reduction(options, "none"), chunk_size=10)
         whole = loss_and_gradients(function, *case, **for_reduction(options, "sum"), chunk_size=10)
@@ -126,9 +127,7 @@ class TestReductionNone:
 
 
 class TestLse:
-    @functions
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("softcap", [None, 2.0])
+    @pairwise(dtype=DTYPES, function=FUNCTIONS, softcap=[None, 2.0], kernels=KERNELS, fixtures=["kernels"])
     def test_value(self, device, function, dtype, softcap, kernels):
         hidden, weight, bias, labels = loss_case(6, 8, 50, 4, dtype, device, bias=True)
         loss, lse = function(
@@ -151,11 +150,12 @@ class TestLse:
         loss.backward()
         assert not leaf.grad.any()
 
-    @functions
-    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-    @all_options
+    @pairwise(
+        options=list(OPTIONS), function=FUNCTIONS, reduction=["mean", "sum", "none"], kernels=KERNELS,
+        fixtures=["kernels"],
+    )  # fmt: skip
     def test_its_gradient_adds_to_that_of_the_loss(self, device, function, reduction, options, kernels):
-        options = for_reduction(options, reduction)
+        options = for_reduction(OPTIONS[options], reduction)
         hidden, weight, bias, labels = loss_case(11, 8, 50, 4, torch.float64, device, bias=True)
         leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
         w = torch.randn(11, generator=generator(), dtype=torch.float64).to(device)
@@ -189,9 +189,10 @@ class TestLse:
 
 
 class TestZLoss:
-    @functions
-    @pytest.mark.parametrize("objective", ["mce", "mce_alt"])
-    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    @pairwise(
+        function=FUNCTIONS, reduction=["mean", "sum", "none"], objective=["mce", "mce_alt"], kernels=KERNELS,
+        fixtures=["kernels"],
+    )  # fmt: skip
     def test_returned_apart(self, device, function, objective, reduction, kernels):
         case = loss_case(11, 8, 50, 4, torch.float64, device, bias=True)
         options = dict(objective=objective, reduction=reduction)
@@ -269,8 +270,7 @@ class TestPositionWeights:
 
 
 class TestObjectiveAlt:
-    @functions
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pairwise(dtype=DTYPES, function=FUNCTIONS, kernels=KERNELS, fixtures=["kernels"])
     def test_never_negative(self, device, function, dtype, kernels):
         # The labels are the whole vocabulary, or all of the probability: -log of 1, which rounding must not make less.
         for vocabulary in (1, 2, 3, 7, 16):
@@ -313,12 +313,12 @@ class TestObjectiveAlt:
 
 
 class TestBias:
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @functions
-    @pytest.mark.parametrize(
-        "options",
-        [{}, dict(z_loss=0.1), dict(label_smoothing=0.2), dict(objective="mce_alt"), dict(reduction="none")],
-        ids=str,
+    @pairwise(
+        options=[{}, dict(z_loss=0.1), dict(label_smoothing=0.2), dict(objective="mce_alt"), dict(reduction="none")],
+        dtype=DTYPES,
+        function=FUNCTIONS,
+        kernels=KERNELS,
+        fixtures=["kernels"],
     )
     def test_minus_infinity_leaves_the_entry_out(self, device, dtype, function, options, kernels):
         hidden, weight, bias, labels = loss_case(11, 8, 50, 4, dtype, device, bias=True)
@@ -342,8 +342,7 @@ class TestBias:
         labels = torch.zeros(2, dtype=torch.long, device=device)
         assert multi_hot_cross_entropy(logits, labels).isnan() and F.cross_entropy(logits, labels).isnan()
 
-    @pytest.mark.parametrize("rows", [1, 127, 128, 129, 1000])
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pairwise(rows=[1, 127, 128, 129, 1000], dtype=DTYPES)
     def test_gradient_over_many_rows(self, device, rows, dtype):
         check_loss(*loss_case(rows, 4, 70, 2, dtype, device, bias=True), chunk_size=300)
 

@@ -301,8 +301,11 @@ class TestExtensionThatDoesNotLoad:
         meaning, advice = diagnosis("_C.so: undefined symbol: aoti_torch_new_call", tmp_path)
         assert "torch 2.10.0 is too old" in meaning and "--upgrade 'torch>=2.11'" in advice
 
-    @pytest.mark.parametrize("broken", ["missing", "damaged"])
-    def test_every_way_in_says_it(self, tmp_path, broken):
+    @pytest.mark.parametrize(
+        ("broken", "code"),
+        [("missing", "import tst_ext"), ("damaged", "runpy.run_module('tst_ext', run_name='__main__')")],
+    )
+    def test_both_ways_in_say_it(self, tmp_path, broken, code):
         """A copy of the package whose extension is missing or damaged: `import tst_ext` and the command."""
         shutil.copytree(Path(tst_ext.__file__).parent, tmp_path / "tst_ext", ignore=shutil.ignore_patterns("*.so"))
         if broken == "damaged":
@@ -310,17 +313,16 @@ class TestExtensionThatDoesNotLoad:
         expected = {"missing": "a checkout that was not built", "damaged": "the file is damaged"}[broken]
         # An editable installation would find the extension of the checkout.
         leave = "import runpy, sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in f.__module__]; "
-        for code in ("import tst_ext", "runpy.run_module('tst_ext', run_name='__main__')"):
-            result = subprocess.run(
-                [sys.executable, "-c", leave + code, "info", "--check"],
-                cwd=tmp_path,
-                env={**os.environ, "PYTHONPATH": str(tmp_path)},
-                capture_output=True,
-                text=True,
-            )
-            assert result.returncode == 1
-            assert f"the compiled extension does not load: {tmp_path if broken == 'missing' else ''}" in result.stderr
-            assert expected in result.stderr and "what to do:" in result.stderr
+        result = subprocess.run(
+            [sys.executable, "-c", leave + code, "info", "--check"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 1
+        assert f"the compiled extension does not load: {tmp_path if broken == 'missing' else ''}" in result.stderr
+        assert expected in result.stderr and "what to do:" in result.stderr
 
 
 @pytest.mark.parametrize(

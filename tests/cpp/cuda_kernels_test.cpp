@@ -47,24 +47,38 @@ void run_loss_rows(const LossRows& in, int64_t begin, int64_t end) {
   std::copy(lse.begin(), lse.end(), in.lse + begin);
 }
 
-template <int blocks, bool cached>
-constexpr std::array<LossRowsFn, kDTypes> kCut = {
-    run_loss_rows<float, blocks, cached>, run_loss_rows<cuda::BFloat16, blocks, cached>,
-    run_loss_rows<cuda::Float16, blocks, cached>, run_loss_rows<double, blocks, cached>};
+// One way to cut a row has all dtypes, the others two, and under ThreadSanitizer one: each takes seconds to compile.
+template <int blocks, bool cached, bool all = false>
+std::array<LossRowsFn, kDTypes> cut() {
+  std::array<LossRowsFn, kDTypes> table{};
+  table[kFloat32] = run_loss_rows<float, blocks, cached>;
+#if !defined(__SANITIZE_THREAD__)
+  table[kBFloat16] = run_loss_rows<cuda::BFloat16, blocks, cached>;
+  if constexpr (all) {
+    table[kFloat16] = run_loss_rows<cuda::Float16, blocks, cached>;
+    table[kFloat64] = run_loss_rows<double, blocks, cached>;
+  }
+#endif
+  return table;
+}
 
 const std::map<std::string, std::array<LossRowsFn, kDTypes>> kEmulations = {
-    {"cuda_read_twice", kCut<1, false>},
-    {"cuda_cached", kCut<1, true>},
-    {"cuda_cluster_of_4_cached", kCut<4, true>},
-    {"cuda_cluster_of_2_read_twice", kCut<2, false>},
+    {"cuda_read_twice", cut<1, false>()},
+    {"cuda_cached", cut<1, true, true>()},
+    {"cuda_cluster_of_4_cached", cut<4, true>()},
+    {"cuda_cluster_of_2_read_twice", cut<2, false>()},
 };
 
 }  // namespace
 
-std::vector<std::string> emulations() {
-  std::vector<std::string> names;
-  for (const auto& [name, _] : kEmulations) names.push_back(name);
-  return names;
+std::vector<std::tuple<std::string, DType>> emulations() {
+  std::vector<std::tuple<std::string, DType>> found;
+  for (const auto& [name, table] : kEmulations) {
+    for (size_t dtype = 0; dtype < table.size(); ++dtype) {
+      if (table[dtype]) found.emplace_back(name, static_cast<DType>(dtype));
+    }
+  }
+  return found;
 }
 bool is_emulated(const std::string& name) { return kEmulations.count(name) > 0; }
 LossRowsFn emulated_loss_rows(const std::string& name, DType dtype) { return kEmulations.at(name)[dtype]; }
@@ -204,6 +218,7 @@ TEST_P(CudaBagTest, ForwardAndBackward) {
                                                {40, 16, 3}}) {
       for (const int64_t dim : {1, 8, 72, 520}) {
         if (dim == 520 && (bags != 130 || options % 3)) continue;  // two slabs
+        if (once() && (options % 7 || dim == 8 || (bags != 65 && bags != 130))) continue;
         const bool vectors = dim % 8 == 0;
         SCOPED_TRACE("options " + std::to_string(options) + ", " + std::to_string(bags) + "x" +
                      std::to_string(bag_size) + " ids, " + std::to_string(rows) + "x" + std::to_string(dim));

@@ -2,12 +2,23 @@
 #pragma once
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
 #include "cpu/kernels.h"
 
 namespace tst::cpu {
+
+// Where each kernel runs on a few sizes instead of all: under a sanitizer, which takes 20 times as long, and on an
+// emulated processor (TST_ONCE), for a wrong address, a race or an instruction of another set shows at any size.
+inline bool once() {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  return true;
+#else
+  return std::getenv("TST_ONCE") != nullptr;
+#endif
+}
 
 // Storage formats as the tests see them: bit patterns converted one at a time, by rules written independently of the
 // kernels' (round half to even by remainder).

@@ -429,7 +429,7 @@ class TestTrainer:
             ({}, dict(bag_size=0), "^bag_size: expected"),
             ({}, dict(ratio=1.5), "^ratio: expected"),
         ],
-        ids=str,
+        ids=lambda value: value if isinstance(value, str) else "",
     )
     def test_what_cannot_work_is_refused_at_once(self, tmp_path, options, changes, message):
         given = dict(model=build("llama"), train_dataset=Rows(), bag_size=3, ratio=0.5) | changes

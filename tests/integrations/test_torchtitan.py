@@ -52,6 +52,7 @@ def run(count, which, folder):
     return done.stdout.splitlines()
 
 
+@pytest.mark.extended
 @needs_gloo
 def test_trainer(folder):
     """One process, then two, which start from a checkpoint of the one."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tst_ext.train.config import DataConfig, ModelConfig, RunConfig, SuperpositionConfig, TrainConfig
+from tst_ext.train.loop import train
 
 VOCABULARY = 64
 
@@ -39,10 +40,10 @@ def write_split(folder, split, tokens):
     (folder / f"{split}.json").write_text(json.dumps(header))
 
 
-@pytest.fixture
-def shards(tmp_path):
+@pytest.fixture(scope="session")
+def shared_shards(tmp_path_factory):
     """A prepared folder with a sequence that can be learnt: each token is the one before it plus 1, 2 or 3."""
-    folder = tmp_path / "shards"
+    folder = tmp_path_factory.mktemp("data") / "shards"
     folder.mkdir()
     steps = np.random.Generator(np.random.Philox(key=1)).choice([1, 1, 1, 2, 3], size=22_000)
     tokens = np.cumsum(steps) % VOCABULARY
@@ -52,11 +53,23 @@ def shards(tmp_path):
 
 
 @pytest.fixture
-def tiny(shards):
+def shards(shared_shards):
+    """The same folder for a test that may spoil it."""
+    before = {path: path.read_bytes() for path in shared_shards.iterdir()}
+    yield shared_shards
+    for path in shared_shards.iterdir():
+        if path not in before:
+            path.unlink()
+        elif path.read_bytes() != before[path]:
+            path.write_bytes(before[path])
+
+
+@pytest.fixture(scope="session")
+def tiny(shared_shards):
     """A run of 30 steps that crosses the phase switch at step 12."""
     return TrainConfig(
         model=ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, ffn_dim=64),
-        data=DataConfig(data=(shards,)),
+        data=DataConfig(data=(shared_shards,)),
         superposition=SuperpositionConfig(bag_size=4, ratio=0.4),
         run=RunConfig(device="cpu", threads=1, log_every=1, eval_every=10),
         steps=30,
@@ -64,3 +77,11 @@ def tiny(shards):
         latent_tokens=16,
         eval_tokens=1024,
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny, tmp_path_factory):
+    """The folder of that run, for tests that only read it."""
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    train(tiny, folder, progress=False)
+    return folder

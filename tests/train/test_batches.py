@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -152,20 +151,20 @@ class TestAhead:
             assert list(items) == [i * i for i in range(3, 20)]
 
     def test_reads_while_the_loop_works(self):
-        read = []
+        taken, leads, all_that_may_wait = 0, [], threading.Event()
 
-        def slow(i):
-            read.append(i)
+        def read(i):
+            leads.append(i - taken)
+            if i == 7:
+                all_that_may_wait.set()
             return i
 
-        with ahead(slow, 0, 100) as items:
-            next(items)
-            for _ in range(1000):
-                if len(read) >= 8:
-                    break
-                time.sleep(0.001)
-            time.sleep(0.05)
-            assert len(read) == 8, "as many as may wait"
+        with ahead(read, 0, 100) as items:
+            assert next(items) == 0 and all_that_may_wait.wait(60)
+            for item in items:
+                taken += 1
+                assert item == taken
+        assert len(leads) == 100 and max(leads) <= 8
 
     def test_an_error_comes_where_its_item_would(self):
         def read(i):

@@ -6,13 +6,12 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from runs import assert_same_run, lines, run, tensors
+from runs import assert_same_run, lines, run, start, tensors
 
 from tst_ext.__main__ import main
 from tst_ext.train import checkpoint, loop
@@ -30,16 +29,23 @@ def with_run(config, **changes):
     return dataclasses.replace(config, run=dataclasses.replace(config.run, **changes))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def often(tiny):
     """30 steps, a checkpoint after every fourth; the switch is at 12."""
     return with_run(tiny, checkpoint_every=4, keep=2)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(often, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    train(often, folder, progress=False)
+    return folder
+
+
 @pytest.fixture
-def straight(often, tmp_path):
-    train(often, tmp_path / "straight", progress=False)
-    return tmp_path / "straight"
+def straight(uninterrupted, tmp_path):
+    """A copy of it that a test may spoil."""
+    return shutil.copytree(uninterrupted, tmp_path / "straight")
 
 
 def die_at(monkeypatch, step):
@@ -68,14 +74,12 @@ class TestResume:
         assert_same_run(straight, tmp_path / "run")
         assert result["data_tokens"] == json.loads((straight / "result.json").read_text())["data_tokens"]
 
-    def test_200_steps_are_100_and_kill_9_and_100(self, tiny, tmp_path):
-        config = with_run(dataclasses.replace(tiny, steps=200), checkpoint_every=100, log_every=20, eval_every=100)
-        assert run(config, tmp_path / "a").returncode == 0
-        killed = run(config, tmp_path / "b", action=("kill", 120))
+    def test_kill_9_between_two_checkpoints(self, often, straight, tmp_path):
+        killed = run(often, tmp_path / "b", action=("kill", 23))
         assert killed.returncode == -signal.SIGKILL
-        assert read_metrics(tmp_path / "b")[-1]["step"] == 120  # 20 steps that the checkpoint does not have
-        assert "step-00000100" in run(config, tmp_path / "b").stderr
-        assert_same_run(tmp_path / "a", tmp_path / "b")
+        assert read_metrics(tmp_path / "b")[-1]["step"] == 23  # 3 steps that the checkpoint does not have
+        assert "step-00000020" in run(often, tmp_path / "b").stderr
+        assert_same_run(straight, tmp_path / "b")
 
     def test_random_numbers_go_on(self, often, tmp_path, monkeypatch):
         """The loop draws none; what a user adds to it might."""
@@ -183,16 +187,15 @@ class TestResume:
 
     def test_a_folder_in_which_another_process_trains(self, often, tmp_path):
         config = dataclasses.replace(often, steps=10**6)
-        save_config(config, tmp_path / "c.json")
-        command = [sys.executable, "-m", "tst_ext", "train", "--config", tmp_path / "c.json", "--out", tmp_path / "run"]
-        with subprocess.Popen([*command, "--no-progress"], stderr=subprocess.DEVNULL) as other:
+        other = start(config, tmp_path / "run")
+        try:
             while not checkpoint.checkpoints(tmp_path / "run"):
-                assert other.poll() is None
-            try:
-                with pytest.raises(UserError, match="another process trains in this folder"):
-                    train(config, tmp_path / "run", progress=False)
-            finally:
-                other.kill()
+                assert other.is_alive()
+            with pytest.raises(UserError, match="another process trains in this folder"):
+                train(config, tmp_path / "run", progress=False)
+        finally:
+            other.kill()
+            other.join()
 
 
 class TestWriting:

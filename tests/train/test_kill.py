@@ -3,51 +3,47 @@
 import dataclasses
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from runs import assert_same_run, lines, run
+from runs import assert_same_run, lines, start
 
 from tst_ext.train import checkpoint
-from tst_ext.train.config import save_config
+from tst_ext.train.loop import train
 
 
 @pytest.mark.slow
 def test_kill_9_at_random_moments(tiny, tmp_path, kills):
-    config = dataclasses.replace(tiny, steps=2400, run=dataclasses.replace(tiny.run, checkpoint_every=6, keep=2))
-    save_config(config, tmp_path / "c.json")
+    config = dataclasses.replace(tiny, steps=300, run=dataclasses.replace(tiny.run, checkpoint_every=6, keep=2))
     straight, rng = tmp_path / "straight", random.Random(0)
-    assert run(config, straight, timeout=300).returncode == 0
+    train(config, straight, progress=False)
     expected = lines(straight)
-    done = in_checkpoint = restarts = 0
-    while done < kills:
-        out, reached = tmp_path / f"run{restarts}", 0
-        restarts += 1
-        while True:
+    done = in_checkpoint = runs = 0
+    while done < kills or in_checkpoint < kills // 2:
+        out, reached, alive = tmp_path / f"run{runs}", 0, True
+        runs += 1
 
-            def unfinished(folder=out / "checkpoints"):
-                return set(folder.glob(".unfinished-*"))
+        def unfinished(folder=out / "checkpoints"):
+            return set(folder.glob(".unfinished-*"))
 
-            left = unfinished()
-            command = [sys.executable, "-m", "tst_ext", "train", "--config", tmp_path / "c.json", "--out", out]
-            process = subprocess.Popen([*command, "--no-progress"], stderr=subprocess.PIPE, text=True)
-            # Every second one while a checkpoint is written, others anywhere, some while the process starts.
-            in_start = done % 2 == 0 and rng.random() < 0.3
-            while not in_start and process.poll() is None and len(lines(out)) <= reached:
-                time.sleep(0.01)
-            if done % 2 == 0:
-                time.sleep(rng.uniform(0, 3 if in_start else 1))
+        while alive and (done < kills or in_checkpoint < kills // 2):
+            left, moment = unfinished(), rng.choice(["start", "anywhere", "checkpoint", "checkpoint"])
+            process = start(config, out)
+            if moment == "start":
+                time.sleep(rng.uniform(0, 0.5))
+            elif moment == "anywhere":
+                steps = reached + rng.randint(1, 60)
+                while process.is_alive() and len(lines(out)) < steps:
+                    time.sleep(0.001)
             else:
-                while process.poll() is None and not unfinished() - left:
+                while process.is_alive() and not unfinished() - left:
                     pass
-                time.sleep(rng.uniform(0, 0.003) if done > 1 else 0)
-            alive = process.poll() is None
+                time.sleep(rng.choice([0, rng.uniform(0, 0.003)]))
+            alive = process.is_alive()
             process.kill()
-            error = process.communicate()[1]
-            assert process.returncode in (0, -signal.SIGKILL), error
-            if not alive:
+            process.join()
+            assert process.exitcode in (0, -signal.SIGKILL), open(process.output[1]).read()
+            if not alive:  # it came to its end before
                 break
             done += 1
             in_checkpoint += bool(unfinished() - left)
@@ -59,9 +55,6 @@ def test_kill_9_at_random_moments(tiny, tmp_path, kills):
             for earlier in found[:-1]:
                 checkpoint.verify(earlier)
             reached = step
-            if done == kills:
-                assert run(config, out, timeout=300).returncode == 0
-                break
+        train(config, out, progress=False)
         assert_same_run(straight, out)
-    print(f"{done} kills, {in_checkpoint} of them while a checkpoint was written or removed, {restarts} runs")
-    assert in_checkpoint >= max(1, kills // 8)
+    print(f"{done} kills, {in_checkpoint} of them while a checkpoint was written or removed, {runs} runs")

@@ -172,6 +172,7 @@ class TestRun:
         train(with_run(tiny, activation_checkpointing=True), tmp_path / "run", progress=False)
         assert calls == 30 * 2  # steps, blocks; validation keeps nothing anyway
 
+    @pytest.mark.extended
     def test_compiled(self, tiny, tmp_path):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()

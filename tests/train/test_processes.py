@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from runs import assert_same_run, lines, run, tensors
 
 from tst_ext.train import checkpoint
 from tst_ext.train.batches import check_batches
-from tst_ext.train.config import SuperpositionConfig, UserError
+from tst_ext.train.config import SuperpositionConfig, UserError, save_config
 from tst_ext.train.data import Shard
 from tst_ext.train.loop import train
 
@@ -36,6 +39,16 @@ def assert_close_runs(a, b, rtol):
             assert y[name] == expected, (x["step"], name)
 
 
+@pytest.fixture(scope="module")
+def pair(tiny, tmp_path_factory):
+    """The folder of the run `tiny` of two processes, for tests that only read it."""
+    folder = tmp_path_factory.mktemp("pair") / "run"
+    result = run(tiny, folder, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("held-out loss") == 1  # only the first process speaks
+    return folder
+
+
 @pytest.fixture
 def documents_shards(tmp_path):
     """As `shards`, cut into documents of 1 to 20 tokens by the token 0: bags that are short or empty."""
@@ -56,14 +69,22 @@ class TestEquality:
     # written; a share that counts twice, or a mean of unequal shares' means, moves them by more than 1e-3.
     RTOL = 1e-4
 
-    @pytest.mark.parametrize(("parallel", "micro_batch"), [("fsdp", 0), ("fsdp", 1), ("ddp", 1)])
-    def test_two_processes_are_one(self, tiny, tmp_path, parallel, micro_batch):
-        train(tiny, tmp_path / "one", progress=False)
-        two = run(with_run(tiny, parallel=parallel, micro_batch=micro_batch), tmp_path / "two", processes=2)
-        assert two.returncode == 0, two.stderr
-        assert two.stdout.count("held-out loss") == 1  # only the first process speaks
-        assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
-        assert_close_runs(tmp_path / "one", tmp_path / "two", self.RTOL)
+    def test_two_processes_are_one(self, tiny_run, pair):
+        assert json.loads((pair / "environment.json").read_text())["processes"] == 2
+        assert_close_runs(tiny_run, pair, self.RTOL)
+
+    def test_as_torchrun_starts_them(self, tiny, pair, tmp_path):
+        save_config(tiny, tmp_path / "c.json")
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        arguments = ["-m", "tst_ext", "train", "--config", tmp_path / "c.json", "--out", tmp_path / "two"]
+        subprocess.run([*torchrun, *arguments, "--no-progress"], check=True, timeout=240)
+        assert_same_run(pair, tmp_path / "two")
+
+    @pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+    def test_micro_batches(self, tiny, tiny_run, tmp_path, parallel):
+        config = with_run(tiny, parallel=parallel, micro_batch=1)
+        assert run(config, tmp_path / "two", processes=2).returncode == 0
+        assert_close_runs(tiny_run, tmp_path / "two", self.RTOL)
 
     @pytest.mark.parametrize(
         "options",
@@ -82,13 +103,12 @@ class TestEquality:
         assert_close_runs(tmp_path / "one", tmp_path / "parts", self.RTOL)
         assert_close_runs(tmp_path / "one", tmp_path / "two", self.RTOL)
 
-    def test_bfloat16(self, tiny, tmp_path):
+    def test_bfloat16(self, tiny, tiny_run, tmp_path):
         """FSDP2's mixed precision keeps activations in bfloat16 where autocast keeps them in float32: not equal."""
         config = dataclasses.replace(tiny, dtype="bfloat16")
         train(config, tmp_path / "one", progress=False)
-        train(tiny, tmp_path / "float32", progress=False)
         assert run(config, tmp_path / "two", processes=2).returncode == 0
-        exact = [m["loss"] for m in lines(tmp_path / "float32") if "loss" in m]
+        exact = [m["loss"] for m in lines(tiny_run) if "loss" in m]
         for name in ("one", "two"):
             loss = [m["loss"] for m in lines(tmp_path / name) if "loss" in m]
             assert loss != exact
@@ -104,22 +124,15 @@ def runs(tmp_path_factory):
 
 
 class TestResume:
-    # 200 steps, the switch at 100: in superposition and across, at the switch, in recovery.
-    @pytest.mark.parametrize("at", [50, 100, 150])
-    def test_kill_9_bit_for_bit(self, tiny, runs, at, shards):
-        if not (runs / "shards").exists():  # one reference for all three, so one place for its data
-            shards.rename(runs / "shards")
-        config = dataclasses.replace(
-            tiny,
-            steps=200,
-            data=dataclasses.replace(tiny.data, data=(runs / "shards",)),
-            superposition=SuperpositionConfig(bag_size=4, ratio=0.5),
-        )
-        config = with_run(config, checkpoint_every=50, eval_every=50, log_every=10)
+    # 48 steps, the switch at 24: in superposition and across, at the switch, in recovery.
+    @pytest.mark.parametrize("at", [12, 24, 36])
+    def test_kill_9_bit_for_bit(self, tiny, runs, at):
+        config = dataclasses.replace(tiny, steps=48, superposition=SuperpositionConfig(bag_size=4, ratio=0.5))
+        config = with_run(config, checkpoint_every=12, eval_every=12, log_every=6)
         if not (runs / "straight").exists():
             assert run(config, runs / "straight", processes=2).returncode == 0
         out = runs / f"killed{at}"
-        assert run(config, out, processes=2, action=("kill", at + 20)).returncode != 0
+        assert run(config, out, processes=2, action=("kill", at + 8)).returncode != 0
         assert checkpoint.checkpoints(out)[-1].name == f"step-{at:08}"
         resumed = run(config, out, processes=2)
         assert f"goes on from {out / 'checkpoints' / f'step-{at:08}'}" in resumed.stderr
@@ -135,16 +148,15 @@ class TestResume:
         assert run(config, tmp_path / "b", processes=2).returncode == 0
         assert_close_runs(tmp_path / "straight", tmp_path / "b", TestEquality.RTOL)
 
-    def test_a_signal_to_one_process_stops_both(self, tiny, tmp_path):
+    def test_a_signal_stops_both(self, tiny, pair, tmp_path):
         stopped = run(tiny, tmp_path / "a", processes=2, action=("terminate", 9))
         assert stopped.returncode != 0 and signal.Signals.SIGTERM.name in stopped.stderr
         assert checkpoint.checkpoints(tmp_path / "a")[-1].name == "step-00000011"
         assert run(tiny, tmp_path / "a", processes=2).returncode == 0
-        assert run(tiny, tmp_path / "b", processes=2).returncode == 0
-        assert_same_run(tmp_path / "a", tmp_path / "b")
+        assert_same_run(pair, tmp_path / "a")
 
-    def test_damage_is_named(self, tiny, tmp_path):
-        assert run(tiny, tmp_path / "a", processes=2).returncode == 0
+    def test_damage_is_named(self, tiny, pair, tmp_path):
+        shutil.copytree(pair, tmp_path / "a")
         path = checkpoint.checkpoints(tmp_path / "a")[-1]
         file = sorted(path.glob("*.safetensors"))[1]
         file.write_bytes(file.read_bytes()[:-1] + b"x")

@@ -142,6 +142,7 @@ def results(out):
 
 
 class TestRuns:
+    @pytest.mark.extended
     def test_one_that_fails_does_not_stop_the_others(self, write, tmp_path, capsys):
         path, out = write("[[grid]]\nname='rate'\nclip=[1e30]\nlearning_rate=[1e30, 1e-2]"), tmp_path / "out"
         assert sweep(path, "--out", out) == 1
@@ -215,6 +216,7 @@ class TestRuns:
         assert wrong["name"] == tst["name"] and "difference" not in wrong
         assert f"{tst['name']} is done, but has read other data than {baseline['name']}" in capsys.readouterr().err
 
+    @pytest.mark.extended
     def test_an_interrupted_sweep_goes_on(self, write, tmp_path, monkeypatch):
         path, out = write("[[grid]]\nratio=[0.4]", steps=400), tmp_path / "out"
         command = [sys.executable, "-m", "tst_ext", "sweep", path, "--out", out, "--jobs", "1"]
