@@ -405,7 +405,9 @@ class PythonTree(Tree):
         command = [sys.executable, "-m", "pytest", "tests", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
         status, output = self.run(command + [f"--ignore=tests/{name}" for name in self.ignored], PYTEST_SECONDS)
         failing = re.findall(r"^(?:FAILED|ERROR) tests/([^\s\[]+)", output, re.MULTILINE)
-        return Outcome("killed", failing[0] if failing else f"status {status}", output) if status else Outcome("survived")
+        return (
+            Outcome("killed", failing[0] if failing else f"status {status}", output) if status else Outcome("survived")
+        )
 
 
 TREES: dict[type[CppTree | PythonTree], dict[str, list[Mutant]]] = {CppTree: CPP, PythonTree: PYTHON}

@@ -48,12 +48,15 @@ class TestPeakMemory:
         # 64 MiB for a chunk of logits; the rest is the GEMM's packing buffers.
         assert extra_mebibytes("fused", 1.0) < 80
 
+    @pytest.mark.extended
     def test_with_a_scaled_loss(self):
         # Another factor than 1 multiplies the gradients in place.
         assert extra_mebibytes("fused", 0.5) < 80
 
+    @pytest.mark.extended
     def test_within_a_budget(self):
         assert extra_mebibytes("fused", 1.0, 32 << 20) < 50
 
+    @pytest.mark.extended
     def test_the_measurement_sees_the_full_logits(self):
         assert extra_mebibytes("plain", 1.0) > 512

@@ -251,7 +251,7 @@ TEST_P(LossTest, LossRowsExtremes) {
 
 TEST_P(LossTest, MaximumInEveryColumn) {
   // Differences that exp cannot bridge: with any other maximum the loss is infinite or NaN.
-  const int64_t n = 130;
+  const int64_t n = once() ? 34 : 130;
   Stored logits(dtype(), n * n);
   for (int64_t i = 0; i < n * n; ++i) logits.set(i, i % (n + 1) == 0 ? 32768.0 : -32768.0);
   std::vector<int64_t> labels(n);

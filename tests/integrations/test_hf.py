@@ -458,6 +458,7 @@ class TestTrainer:
         assert steps == [4, 8]
 
 
+@pytest.mark.extended
 def test_two_processes_are_one(tmp_path):
     """DDP by accelerate: the same losses at the same global batch. Run as users do."""
     alone, both = tmp_path / "alone.json", tmp_path / "both.json"
@@ -499,6 +500,7 @@ def check_fsdp(rank):
         assert (parameter.grad.full_tensor() - g).norm() <= 2e-6 * g.norm().clamp_min(1e-3), name
 
 
+@pytest.mark.extended
 @needs_gloo
 def test_fsdp(tmp_path):
     in_processes(2, check_fsdp, tmp_path)

@@ -3,10 +3,14 @@
 import hashlib
 import json
 import random
+import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from runs import Fork
 
+from tst_ext.train import launch
 from tst_ext.train.config import DataConfig, ModelConfig, RunConfig, SuperpositionConfig, TrainConfig
 from tst_ext.train.loop import train
 
@@ -17,6 +21,12 @@ VOCABULARY = 64
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def forked_runs(monkeypatch):
+    """compare and sweep fork their runs."""
+    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(Popen=Fork, STDOUT=subprocess.STDOUT))
 
 
 @pytest.fixture

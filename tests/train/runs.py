@@ -1,10 +1,14 @@
-"""Runs in processes of their own, and what they left."""
+"""The command `tst` in processes of its own, forked, and what runs left."""
 
+import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
+from multiprocessing.reduction import DupFd
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -14,7 +18,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from tst_ext.__main__ import entry
-from tst_ext.train import checkpoint, loop
+from tst_ext.train import checkpoint, launch, loop
 from tst_ext.train.config import save_config
 from tst_ext.train.metrics import read_metrics
 
@@ -28,13 +32,18 @@ ACTIONS = {
 }
 
 
-def command(environment, output, arguments, action, at):
-    """`tst` with these arguments, in a process of its own: with `action` before the step `at`, counted from 0."""
+def run_command(environment, outputs, close, arguments, action, at):
+    """The command `tst` in this process, with an action before the step `at`, counted from 0."""
     os.environ.clear()
     os.environ.update(environment)
-    for path, descriptor in zip(output, (1, 2), strict=True):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    for number, output in enumerate(outputs, 1):
+        os.dup2(output.descriptor, number)
+    if close:  # what a fork alone keeps open: locks of the process it came from
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the background jobs of a shell ignore
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the one of a command that forked it
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
+    launch.subprocess = SimpleNamespace(Popen=Fork, STDOUT=subprocess.STDOUT)
     original = loop.learning_rate
 
     def learning_rate(config, steps, step):
@@ -47,43 +56,85 @@ def command(environment, output, arguments, action, at):
     entry()
 
 
-def start(config, out, *options, environment=None, action=("nothing", 0)):
-    """Begins `tst train`; the process, which has `.output`: the paths of what it prints."""
-    path = out.with_suffix(".config.json")
-    save_config(config, path)
-    arguments = ["train", "--config", path, "--out", out, "--no-progress", *options]
-    rank = (environment or {}).get("RANK", "0")
-    output = [str(out.with_suffix(f".{name}{rank}")) for name in ("stdout", "stderr")]
-    for name in output:
-        open(name, "w").close()
-    environment = {**os.environ, **(environment or {})}
-    process = FORKS.Process(target=command, args=(environment, output, [*map(str, arguments)], *action))
-    process.output = output
-    process.start()
+class Output:
+    """An open file that goes to a process with its arguments."""
+
+    def __init__(self, descriptor):
+        self.descriptor = descriptor
+
+    def __reduce__(self):
+        return _receive, (DupFd(self.descriptor),)
+
+
+def _receive(duplicate):
+    return Output(duplicate.detach())
+
+
+class Fork:
+    """What subprocess.Popen is for `python -m tst_ext`, forked."""
+
+    def __init__(self, command, stdout, stderr, env, action=("nothing", 0)):
+        assert list(command[:3]) == [sys.executable, "-m", "tst_ext"]
+        outputs = [Output(file.fileno()) for file in (stdout, stdout if stderr == subprocess.STDOUT else stderr)]
+        # A process that was forked itself has no threads yet, so that it can fork.
+        forked = multiprocessing.parent_process() is not None
+        context = multiprocessing.get_context("fork") if forked else FORKS
+        arguments = [str(argument) for argument in command[3:]]
+        self.process = context.Process(target=run_command, args=(dict(env), outputs, forked, arguments, *action))
+        self.process.start()
+        self.terminate, self.kill = self.process.terminate, self.process.kill
+
+    def poll(self):
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.kill()
+            raise subprocess.TimeoutExpired("tst", timeout)
+        return self.poll()
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+
+def tst(*arguments, output, environment=None, action=("nothing", 0)):
+    """Begins `tst` with these arguments; the process, whose `.stdout()` and `.stderr()` are read from files that begin
+    with `output`."""
+    names = [f"{output}.stdout", f"{output}.stderr"]
+    with open(names[0], "w") as stdout, open(names[1], "w") as stderr:
+        command = [sys.executable, "-m", "tst_ext", *arguments]
+        process = Fork(command, stdout, stderr, {**os.environ, **(environment or {})}, action)
+    process.stdout, process.stderr = (Path(name).read_text for name in names)
     return process
 
 
+def start(config, out, *options, action=("nothing", 0), environment=None):
+    """Begins `tst train`."""
+    path, rank = out.with_suffix(".config.json"), (environment or {}).get("RANK", "")
+    save_config(config, path)
+    arguments = ["train", "--config", path, "--out", out, "--no-progress", *options]
+    return tst(*arguments, output=f"{out}{rank}", action=action, environment=environment)
+
+
 def run(config, out, *options, processes=1, action=("nothing", 0), timeout=120):
-    """Runs `tst train` to its end in so many processes, which find each other as those of torchrun do: `returncode`,
-    of the first that failed, `stdout` and `stderr`."""
+    """Runs `tst train` to its end in so many processes, which find each other as those of torchrun do. `returncode` is
+    that of the first that failed."""
     environments = [{}]
     if processes > 1:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
-        group |= {"TORCHELASTIC_RESTART_COUNT": 0, "WORLD_SIZE": processes}
-        environments = [{**group, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
-    begun = [
-        start(config, out, *options, environment={k: str(v) for k, v in e.items()}, action=action) for e in environments
-    ]
-    for process in begun:
-        process.join(timeout)
-    hanging = [process for process in begun if process.is_alive()]
-    for process in hanging:
-        process.kill()
-    assert not hanging, "a process did not end"
-    texts = ["".join(open(process.output[i]).read() for process in begun) for i in (0, 1)]
-    status = next((process.exitcode for process in begun if process.exitcode), 0)
-    return SimpleNamespace(returncode=status, stdout=texts[0], stderr=texts[1])
+        group = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), WORLD_SIZE=str(processes))
+        group |= dict(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+        environments = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    begun = [start(config, out, *options, action=action, environment=each) for each in environments]
+    statuses = [process.wait(timeout) for process in begun]
+    return SimpleNamespace(
+        returncode=next(filter(None, statuses), 0),
+        stdout="".join(process.stdout() for process in begun),
+        stderr="".join(process.stderr() for process in begun),
+    )
 
 
 def lines(folder):

@@ -190,12 +190,12 @@ class TestResume:
         other = start(config, tmp_path / "run")
         try:
             while not checkpoint.checkpoints(tmp_path / "run"):
-                assert other.is_alive()
+                assert other.poll() is None
             with pytest.raises(UserError, match="another process trains in this folder"):
                 train(config, tmp_path / "run", progress=False)
         finally:
             other.kill()
-            other.join()
+            other.wait()
 
 
 class TestWriting:

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from runs import lines, tst
 
 from tst_ext.__main__ import main
 from tst_ext.train import cli, compare
@@ -18,7 +19,7 @@ from tst_ext.train.folder import load_run
 from tst_ext.train.launch import is_running
 
 
-def tst(*arguments, **options):
+def run(*arguments, **options):
     command = [sys.executable, "-m", "tst_ext", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
@@ -196,12 +197,10 @@ class TestUseOfARun:
             main([command, "--nonsense"])
 
 
-@pytest.mark.extended
 class TestCompare:
-    def test_end_to_end(self, config_file, tmp_path):
+    def test_end_to_end(self, config_file, tmp_path, forked_runs, capsys):
         out = tmp_path / "out"
-        result = tst("compare", "--config", config_file, "--seeds", 0, 1, "--out", out)
-        assert result.returncode == 0, result.stderr
+        assert main(["compare", "--config", str(config_file), "--seeds", "0", "1", "--out", str(out)]) == 0
         summary = json.loads((out / "compare.json").read_text())
         assert [row["seed"] for row in summary["seeds"]] == [0, 1]
         for row in summary["seeds"]:
@@ -210,11 +209,12 @@ class TestCompare:
             assert row["baseline"]["switch_step"] == 0 and row["tst"]["switch_step"] == 12
             assert row["tst"]["val_loss"] != row["baseline"]["val_loss"]
         table = (out / "compare.md").read_text()
-        assert table in result.stdout + "\n" and f"{summary['mean_difference']:+.3f}" in table
+        assert table in capsys.readouterr().out + "\n" and f"{summary['mean_difference']:+.3f}" in table
         assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
+    @pytest.mark.extended
     def test_a_failing_run_stops_the_other_and_is_named(self, config_file, tmp_path):
-        result = tst(
+        result = run(
             "compare", "--config", config_file, "--steps", 10**6, "--learning-rate", 1e30, "--clip", 1e30,
             "--out", tmp_path / "out",
         )  # fmt: skip  # and not after the hours that the other run would take
@@ -223,22 +223,17 @@ class TestCompare:
 
     @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     def test_a_signal_leaves_no_process_behind(self, config_file, tmp_path, sent, status):
-        command = [sys.executable, "-m", "tst_ext", "compare", "--config", config_file, "--steps", "1000000"]
-        # A shell's background job ignores SIGINT and hands that on; the command is to see what a terminal would send.
-        process = subprocess.Popen(
-            [*command, "--out", tmp_path / "out"],
-            stderr=subprocess.DEVNULL,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        arguments = ["--config", config_file, "--steps", "1000000", "--out", tmp_path / "out"]
+        process = tst("compare", *arguments, output=tmp_path / "compare")
         runs = [tmp_path / "out" / f"{arm}-seed0" for arm in ("tst", "baseline")]
-        while not all((run / "metrics.jsonl").exists() for run in runs):
+        while not all(lines(run) for run in runs):
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(sent)
         assert process.wait(timeout=60) == status
         assert not any(is_running(run) for run in runs)
 
-    def test_a_killed_run_is_the_one_named(self, tiny, tmp_path, monkeypatch):
+    def test_a_killed_run_is_the_one_named(self, tiny, tmp_path, forked_runs, monkeypatch):
         def follow(processes, arms, folders):
             processes["tst"].kill()
             processes["tst"].wait()
@@ -293,9 +288,9 @@ class TestUserErrors:
     def test_missing_packages_are_named(self, tmp_path):
         (tmp_path / "tyro.py").write_text("raise ModuleNotFoundError(\"No module named 'tyro'\", name='tyro')")
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        result = tst("train", env=environment)
+        result = run("train", env=environment)
         assert result.returncode == 2 and "tyro is missing: pip install 'tst-ext[train]'" in result.stderr
-        assert tst("info", env=environment).returncode == 0
+        assert run("info", env=environment).returncode == 0
 
     def test_help(self, capsys):
         assert main(["--help"]) == 0

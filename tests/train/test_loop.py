@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from runs import assert_same_run
 
 from tst_ext.train import loop
 from tst_ext.train.config import OptimizerConfig, UserError
@@ -17,7 +17,6 @@ from tst_ext.train.metrics import read_metrics
 from tst_ext.train.model import Transformer
 from tst_ext.train.processes import Processes
 
-TIMES = ("seconds", "tokens_per_s", "mfu", "waited_for_data_s")
 GOLDEN = Path(__file__).with_name("golden.json")
 
 
@@ -49,39 +48,30 @@ def test_weight_decay_reaches_matrices_only(tiny):
 
 
 class TestRun:
-    def test_golden_curve(self, tiny, tmp_path):
+    def test_golden_curve(self, tiny_run):
         """The first 30 losses, across the switch at step 12, are those recorded.
 
         Float32 sums in another order (SSE2 for AVX2, three threads for one) changed no loss at all at float32's
         resolution, 1.2e-7; 1e-5 leaves room for other GEMM libraries.
         """
-        train(tiny, tmp_path / "run", progress=False)
         golden = json.loads(GOLDEN.read_text())
-        assert losses(tmp_path / "run") == pytest.approx(golden["loss"], rel=1e-5)
-        held_out = [m["val_loss"] for m in read_metrics(tmp_path / "run") if "val_loss" in m]
+        assert losses(tiny_run) == pytest.approx(golden["loss"], rel=1e-5)
+        held_out = [m["val_loss"] for m in read_metrics(tiny_run) if "val_loss" in m]
         assert held_out == pytest.approx(golden["val_loss"], rel=1e-5)
 
-    def test_repeats_bit_for_bit(self, tiny, tmp_path):
-        for name in ("a", "b"):
-            train(tiny, tmp_path / name, progress=False)
-        a, b = (read_metrics(tmp_path / name) for name in ("a", "b"))
-        for line in a + b:
-            for name in TIMES:
-                line.pop(name, None)
-        assert a == b
-        a, b = (load_file(next((tmp_path / name).rglob("*.safetensors"))) for name in ("a", "b"))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    def test_repeats_bit_for_bit(self, tiny, tiny_run, tmp_path):
+        train(tiny, tmp_path / "run", progress=False)
+        assert_same_run(tiny_run, tmp_path / "run")
 
-    def test_seed_changes_the_run(self, tiny, tmp_path):
-        train(tiny, tmp_path / "a", progress=False)
-        train(dataclasses.replace(tiny, seed=1), tmp_path / "b", progress=False)
-        assert losses(tmp_path / "a")[0] != losses(tmp_path / "b")[0]
+    def test_seed_changes_the_run(self, tiny, tiny_run, tmp_path):
+        train(dataclasses.replace(tiny, steps=1, seed=1), tmp_path / "run", progress=False)
+        assert losses(tmp_path / "run")[0] != losses(tiny_run)[0]
 
-    def test_equal_flops(self, tiny, tmp_path):
+    def test_equal_flops(self, tiny, tiny_run):
         # 12 steps of 4 x 16 bags of 4 tokens, then 18 of 4 x 16 tokens
-        result = train(tiny, tmp_path / "run", progress=False)
+        result = json.loads((tiny_run / "result.json").read_text())
         assert result["data_tokens"] == 12 * 4 * 16 * 4 + 18 * 4 * 16
-        metrics = [m for m in read_metrics(tmp_path / "run") if "loss" in m]
+        metrics = [m for m in read_metrics(tiny_run) if "loss" in m]
         assert [m["phase"] for m in metrics] == ["superposition"] * 12 + ["recovery"] * 18
         assert [m["lr"] for m in metrics] == [learning_rate(tiny.optimizer, 30, step) for step in range(30)]
 
@@ -121,16 +111,16 @@ class TestRun:
         # The source has 0.95 nats of entropy a token, a model that knows nothing log 64 = 4.16.
         assert 0.9 < result["val_loss"] < 2.0
 
-    def test_files_of_a_run(self, tiny, tmp_path):
-        train(tiny, tmp_path / "run", progress=False)
-        names = {p.name for p in (tmp_path / "run").iterdir()}
+    def test_files_of_a_run(self, tiny_run):
+        names = {p.name for p in tiny_run.iterdir()}
         assert names == {"checkpoints", "config.json", "environment.json", "loss.png", "metrics.jsonl", "result.json"}
-        assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+        assert (tiny_run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
     def test_little_held_out_text_is_said(self, tiny, tmp_path, capsys):
-        train(tiny, tmp_path / "a", progress=False)
+        short = dataclasses.replace(tiny, steps=2)
+        train(short, tmp_path / "a", progress=False)
         assert "held-out" not in capsys.readouterr().err
-        train(dataclasses.replace(tiny, eval_tokens=5000), tmp_path / "b", progress=False)
+        train(dataclasses.replace(short, eval_tokens=5000), tmp_path / "b", progress=False)
         assert "only 2,000 of the 5,000 tokens" in capsys.readouterr().err
 
     def test_does_not_touch_a_folder_in_use(self, tiny, tmp_path):

@@ -52,13 +52,12 @@ class TestSuperposition:
         ],
         ids=lambda options: "-".join(map(str, options.values())),
     )
-    def test_trains_and_differs_from_the_default(self, tiny, tmp_path, options):
-        train(tiny, tmp_path / "default", progress=False)
+    def test_trains_and_differs_from_the_default(self, tiny, tiny_run, tmp_path, options):
         result = train(with_options(tiny, **options), tmp_path / "run", progress=False)
         assert result["switch_step"] == 12
         # log 64 = 4.16 is what a model knows that knows nothing; the default reaches 2.77 after these 30 steps.
         assert result["val_loss"] < 3.5
-        assert held_out(tmp_path / "run") != held_out(tmp_path / "default")
+        assert held_out(tmp_path / "run") != held_out(tiny_run)
 
     def test_power_law_as_fitted_is_power_law(self, tiny, tmp_path):
         fitted = with_options(tiny, position_weights="fitted", fitted=(0.0, 1.0, -1.0))
@@ -90,10 +89,9 @@ class TestSuperposition:
         train(with_options(tiny, position_weights="first"), tmp_path / "b", progress=False)
         assert training_losses(tmp_path / "a") == pytest.approx(training_losses(tmp_path / "b"), rel=1e-6)
 
-    def test_reinitialised_at_the_switch(self, tiny, tmp_path):
-        train(tiny, tmp_path / "a", progress=False)
-        train(with_options(tiny, reinitialise=True), tmp_path / "b", progress=False)
-        a, b = (training_losses(tmp_path / name) for name in "ab")
+    def test_reinitialised_at_the_switch(self, tiny, tiny_run, tmp_path):
+        train(with_options(tiny, reinitialise=True), tmp_path / "run", progress=False)
+        a, b = (training_losses(run) for run in (tiny_run, tmp_path / "run"))
         assert a[:12] == b[:12]
         assert b[12] > a[12] + 0.3 and abs(b[12] - math.log(64)) < 0.2  # a model that knows nothing
 
@@ -154,10 +152,9 @@ class TestLossOptions:
 
 class TestRun:
     @pytest.mark.parametrize("changes", [dict(micro_batch=1), dict(micro_batch=2), dict(activation_checkpointing=True)])
-    def test_how_it_runs_does_not_change_what_it_computes(self, tiny, tmp_path, changes):
-        train(tiny, tmp_path / "a", progress=False)
-        train(with_run(tiny, **changes), tmp_path / "b", progress=False)
-        a, b = (training_losses(tmp_path / name) for name in "ab")
+    def test_how_it_runs_does_not_change_what_it_computes(self, tiny, tiny_run, tmp_path, changes):
+        train(with_run(tiny, **changes), tmp_path / "run", progress=False)
+        a, b = (training_losses(run) for run in (tiny_run, tmp_path / "run"))
         assert a == b if "activation_checkpointing" in changes else a == pytest.approx(b, rel=1e-5)
 
     def test_activation_checkpointing_recomputes(self, tiny, tmp_path, monkeypatch):
@@ -173,10 +170,9 @@ class TestRun:
         assert calls == 30 * 2  # steps, blocks; validation keeps nothing anyway
 
     @pytest.mark.extended
-    def test_compiled(self, tiny, tmp_path):
+    def test_compiled(self, tiny, tiny_run, tmp_path):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        train(tiny, tmp_path / "a", progress=False)
         # 20 steps after the switch nothing has been compiled again: the blocks' shapes do not change.
         train(with_run(tiny, compile=True), tmp_path / "b", progress=False)
         counters = torch._dynamo.utils.counters
@@ -184,12 +180,11 @@ class TestRun:
         # One graph for training and one for validation, which keeps nothing; not one a block or a phase.
         assert counters["stats"]["unique_graphs"] == 2
         # Fused float32 arithmetic rounds at other places.
-        assert training_losses(tmp_path / "a") == pytest.approx(training_losses(tmp_path / "b"), rel=1e-4)
+        assert training_losses(tiny_run) == pytest.approx(training_losses(tmp_path / "b"), rel=1e-4)
 
-    def test_bfloat16(self, tiny, tmp_path):
-        train(tiny, tmp_path / "a", progress=False)
-        train(dataclasses.replace(tiny, dtype="bfloat16"), tmp_path / "b", progress=False)
-        a, b = (training_losses(tmp_path / name) for name in "ab")
+    def test_bfloat16(self, tiny, tiny_run, tmp_path):
+        train(dataclasses.replace(tiny, dtype="bfloat16"), tmp_path / "run", progress=False)
+        a, b = (training_losses(run) for run in (tiny_run, tmp_path / "run"))
         assert a != b and a == pytest.approx(b, rel=0.008)  # eps of bfloat16
 
 

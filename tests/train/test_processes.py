@@ -73,6 +73,7 @@ class TestEquality:
         assert json.loads((pair / "environment.json").read_text())["processes"] == 2
         assert_close_runs(tiny_run, pair, self.RTOL)
 
+    @pytest.mark.extended
     def test_as_torchrun_starts_them(self, tiny, pair, tmp_path):
         save_config(tiny, tmp_path / "c.json")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -80,12 +81,14 @@ class TestEquality:
         subprocess.run([*torchrun, *arguments, "--no-progress"], check=True, timeout=240)
         assert_same_run(pair, tmp_path / "two")
 
+    @pytest.mark.extended
     @pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
     def test_micro_batches(self, tiny, tiny_run, tmp_path, parallel):
         config = with_run(tiny, parallel=parallel, micro_batch=1)
         assert run(config, tmp_path / "two", processes=2).returncode == 0
         assert_close_runs(tiny_run, tmp_path / "two", self.RTOL)
 
+    @pytest.mark.extended
     @pytest.mark.parametrize(
         "options",
         [dict(straddle=False, position_weights="power_law"), dict(straddle=False, objective="mce_alt")],
@@ -103,6 +106,7 @@ class TestEquality:
         assert_close_runs(tmp_path / "one", tmp_path / "parts", self.RTOL)
         assert_close_runs(tmp_path / "one", tmp_path / "two", self.RTOL)
 
+    @pytest.mark.extended
     def test_bfloat16(self, tiny, tiny_run, tmp_path):
         """FSDP2's mixed precision keeps activations in bfloat16 where autocast keeps them in float32: not equal."""
         config = dataclasses.replace(tiny, dtype="bfloat16")
@@ -123,6 +127,7 @@ def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
+@pytest.mark.extended
 class TestResume:
     # 48 steps, the switch at 24: in superposition and across, at the switch, in recovery.
     @pytest.mark.parametrize("at", [12, 24, 36])

@@ -6,11 +6,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from runs import lines
+from runs import lines, tst
 
 from tst_ext.__main__ import main
 from tst_ext.train import launch, plot
@@ -142,8 +141,7 @@ def results(out):
 
 
 class TestRuns:
-    @pytest.mark.extended
-    def test_one_that_fails_does_not_stop_the_others(self, write, tmp_path, capsys):
+    def test_one_that_fails_does_not_stop_the_others(self, write, tmp_path, forked_runs, capsys):
         path, out = write("[[grid]]\nname='rate'\nclip=[1e30]\nlearning_rate=[1e30, 1e-2]"), tmp_path / "out"
         assert sweep(path, "--out", out) == 1
         rows = {row["name"]: row for row in results(out)["runs"]}
@@ -217,12 +215,11 @@ class TestRuns:
         assert f"{tst['name']} is done, but has read other data than {baseline['name']}" in capsys.readouterr().err
 
     @pytest.mark.extended
-    def test_an_interrupted_sweep_goes_on(self, write, tmp_path, monkeypatch):
+    def test_an_interrupted_sweep_goes_on(self, write, tmp_path, forked_runs, monkeypatch):
         path, out = write("[[grid]]\nratio=[0.4]", steps=400), tmp_path / "out"
-        command = [sys.executable, "-m", "tst_ext", "sweep", path, "--out", out, "--jobs", "1"]
         runs = [out / "runs" / name for name in ("seed=0", "ratio=0.0,seed=0")]
         for number, steps in ((signal.SIGTERM, 50), (signal.SIGKILL, 200)):
-            process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+            process = tst("sweep", path, "--out", out, "--jobs", "1", output=tmp_path / "sweep")
             while process.poll() is None and not any(len(lines(run)) > steps for run in runs):
                 time.sleep(0.02)
             process.send_signal(number)
