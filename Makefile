@@ -9,14 +9,16 @@ INSTALLED := $(VENV)/installed
 CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 WORKERS ?= 2
+SANITIZERS := none address,undefined thread
 COMPARE ?=
 BENCH ?=
 RESULTS ?= benchmarks/results/latest.json
 STEPS ?=
 KILLS ?= 20
+CUDA_ARCHITECTURES ?=
 
-.PHONY: train test test-all test-slow test-kill mutation bench evidence lint format docs wheel dist-check cpp-test cpp-test-baseline \
-  cuda-compile gpu-check clean
+.PHONY: train test test-all test-slow test-kill mutation bench evidence lint format docs wheel dist-check gpu-check clean \
+  cpp-test $(SANITIZERS:%=cpp-test-%) cpp-test-baseline cuda-compile
 
 train: $(INSTALLED)
 	$(BIN)/tst compare $(COMPARE)
@@ -91,19 +93,21 @@ dist-check: $(INSTALLED)
 	cd $$folder && bin/tst --help && bin/tst info --check
 
 # The raw kernels without torch: plain, under AddressSanitizer and UBSan, under ThreadSanitizer.
-cpp-test:
-	for sanitizer in none address,undefined thread; do \
-	  folder=build/cmake-$$sanitizer && \
-	  cmake -S . -B $$folder -DTST_SANITIZE=$${sanitizer#none} -DTST_REQUIRE_TESTS=ON && \
-	  cmake --build $$folder --parallel $(JOBS) && ctest --test-dir $$folder --parallel $(JOBS) --output-on-failure || exit 1; \
-	done
+cpp-test: $(SANITIZERS:%=cpp-test-%)
+$(SANITIZERS:%=cpp-test-%): cpp-test-%:
+	cmake -S . -B build/cmake-$* -DTST_SANITIZE=$(filter-out none,$*) -DTST_REQUIRE_TESTS=ON
+	cmake --build build/cmake-$* --parallel $(JOBS)
+	ctest --test-dir build/cmake-$* --parallel $(JOBS) --output-on-failure
 
 # The baseline instruction set on an emulated processor without AVX: no kernel but the chosen one may use more.
-cpp-test-baseline: cpp-test
-	qemu-x86_64 -cpu qemu64 build/cmake-none/tst_tests --gtest_brief=1 --gtest_filter='-Emulated/*:*Cuda*:Emulator.*'
+cpp-test-baseline: cpp-test-none
+	TST_ONCE=1 qemu-x86_64 -cpu qemu64 build/cmake-none/tst_tests --gtest_brief=1 \
+	  --gtest_filter='-Emulated/*:*Cuda*:Emulator.*'
 
+# For all architectures, or those of CUDA_ARCHITECTURES, such as 90a-real.
 cuda-compile: $(INSTALLED)
-	cmake -S . -B build/cmake-cuda -DTST_CUDA=ON -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
+	cmake -S . -B build/cmake-cuda -DTST_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" \
+	  -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
 	cmake --build build/cmake-cuda --parallel $(JOBS) --target tst_cuda
 
 gpu-check:

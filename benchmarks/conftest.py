@@ -152,6 +152,9 @@ def race(benchmark, request, evict):
     ) -> None:
         quick = request.config.getoption("quick")
         rounds, patience = (max(2, rounds // 5), 2.0) if quick else (rounds, 5.0)
+        if quick and DEVICE.type == "cpu":
+            why = "left out by --quick: it compiles for longer than all the others run"
+            peers = {name: why if name in COMPILED else peer for name, peer in peers.items()}
         runners = {OURS: ours, **peers, **floors}
         table = {name: {"unavailable": f} for name, f in peers.items() if isinstance(f, str)}
         times: dict[str, list[float]] = {}

@@ -34,7 +34,12 @@ SMALLEST = ModelConfig()  # the default, whose steps are the shortest anyone run
 LARGER = ModelConfig(dim=256, layers=6, heads=4, kv_heads=4, ffn_dim=688)  # 7 M parameters
 
 
-@pytest.mark.parametrize(("s", "size", "rounds"), [(4, SMALLEST, 20), (1, SMALLEST, 20), (4, LARGER, 10)])
+def pytest_generate_tests(metafunc):
+    cases = [(4, SMALLEST, 20), (1, SMALLEST, 20), (4, LARGER, 10)]
+    cases = cases[:1] if metafunc.config.getoption("quick") else cases
+    metafunc.parametrize(("s", "size", "rounds"), cases, ids=["smallest-s4", "smallest-s1", "larger-s4"][: len(cases)])
+
+
 def test_overhead_of_the_loop(benchmark, request, monkeypatch, shards, s, size, rounds):
     rounds = 2 if request.config.getoption("quick") else rounds
     config = TrainConfig(
