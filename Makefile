@@ -26,7 +26,7 @@ train: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal
 
-# Also what takes other people's programs, many processes or a compiler.
+# The same, and tests that take other people's programs, many processes or a compiler.
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal -m "not slow"
 
@@ -96,7 +96,7 @@ dist-check: $(INSTALLED)
 cpp-test: $(SANITIZERS:%=cpp-test-%)
 $(SANITIZERS:%=cpp-test-%): cpp-test-%:
 	cmake -S . -B build/cmake-$* -DTST_SANITIZE=$(filter-out none,$*) -DTST_REQUIRE_TESTS=ON
-	cmake --build build/cmake-$* --parallel $(JOBS)
+	MAKEFLAGS= cmake --build build/cmake-$* --parallel $(JOBS)
 	ctest --test-dir build/cmake-$* --parallel $(JOBS) --output-on-failure
 
 # The baseline instruction set on an emulated processor without AVX: no kernel but the chosen one may use more.
@@ -108,7 +108,7 @@ cpp-test-baseline: cpp-test-none
 cuda-compile: $(INSTALLED)
 	cmake -S . -B build/cmake-cuda -DTST_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" \
 	  -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
-	cmake --build build/cmake-cuda --parallel $(JOBS) --target tst_cuda
+	MAKEFLAGS= cmake --build build/cmake-cuda --parallel $(JOBS) --target tst_cuda
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(STEPS)
@@ -116,8 +116,8 @@ gpu-check:
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -c 'import sys; sys.exit("tst-ext needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools pybind11 ninja numpy torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt setuptools pybind11 ninja numpy torch
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
 $(VENV)/peers: $(INSTALLED)

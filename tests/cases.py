@@ -1,9 +1,10 @@
 """Random cases for the ops, and their results beside float64 and plain torch: shared by the tests of the ops."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from allpairspy import AllPairs
 from numerics import assert_accurate
 
 from tst_ext import (
@@ -16,7 +17,7 @@ from tst_ext import (
 )
 from tst_ext.arguments import position_scale_of
 
-KERNELS, CAPABILITIES = ["compiled", "plain_torch"], _C.cpu_capabilities()  # of the fixtures of conftest.py
+KERNELS, CAPABILITIES = ["compiled", "plain_torch"], _C.cpu_capabilities()  # values of fixtures in conftest.py
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 IGNORE = -100
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
@@ -24,10 +25,17 @@ DEVICES = ["cpu", CUDA] if torch.cuda.is_available() else ["cpu"]
 
 
 def pairwise(**values):
-    """Parametrizes by the fewest cases in which any value of one name meets any value of another. A list in `fixtures`
-    names those of them that are fixtures."""
-    fixtures, cases = values.pop("fixtures", []), AllPairs(list(values.values()))
-    return pytest.mark.parametrize(tuple(values), [tuple(case) for case in cases], indirect=fixtures, ids=_name)
+    """Parametrize by few cases, in which any value of one name meets any value of another: each case is the one that
+    brings most new pairs. A list in `fixtures` names those of them that are fixtures."""
+    fixtures = values.pop("fixtures", [])
+    every = list(itertools.product(*(range(len(v)) for v in values.values())))
+    pairs = {case: set(itertools.combinations(enumerate(case), 2)) for case in every}
+    left, cases = set().union(*pairs.values()), []
+    while left:
+        best = max(every, key=lambda case: len(pairs[case] & left))
+        left -= pairs[best]
+        cases.append(tuple(v[i] for v, i in zip(values.values(), best, strict=True)))
+    return pytest.mark.parametrize(tuple(values), cases, indirect=fixtures, ids=_name)
 
 
 def _name(value):

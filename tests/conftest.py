@@ -3,8 +3,8 @@
 import os
 import warnings
 
-# One thread, here and in processes of the tests: results are those of any machine, and two workers do not get in each
-# other's way. What several threads share out is tested by name: test_*thread*.
+# One thread, here and in processes of the tests: results are the same on any machine, and workers do not compete for
+# its cores. Tests named test_*thread* set other numbers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

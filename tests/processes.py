@@ -12,7 +12,8 @@ import torch.distributed as dist
 needs_gloo = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed and gloo"
 )
-FORKS = multiprocessing.get_context("forkserver")
+METHOD = "spawn" if sys.platform == "darwin" else "forkserver"  # its libraries do not survive a fork
+FORKS = multiprocessing.get_context(METHOD)
 # FSDP2 imports torch._dynamo, which takes longest.
 FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor", "tst_ext.train.cli"])
 
@@ -38,6 +39,6 @@ def leave():
 
 
 def in_processes(world, function, tmp_path):
-    """`function(rank)` in `world` processes of one group; raises what it raises."""
+    """Call `function(rank)` in `world` processes of one group, and raise what it raises."""
     arguments = world, str(tmp_path / "rendezvous"), function
-    torch.multiprocessing.start_processes(in_process_group, arguments, nprocs=world, start_method="forkserver")
+    torch.multiprocessing.start_processes(in_process_group, arguments, nprocs=world, start_method=METHOD)

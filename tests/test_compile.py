@@ -118,7 +118,8 @@ class TestCompile:
     @pytest.mark.parametrize(
         ("options", "dynamic"),
         [
-            ("everything", False),
+            ("everything", True),
+            ("lse", False),
             ("none", False),
             ("mce_alt", True),
             ("lse_and_z_loss", True),
@@ -180,11 +181,12 @@ class TestCompile:
         # A cache of its own: code that was generated for other vector instructions is reused, and wrong, after a change
         # of ATEN_CPU_CAPABILITY (torch 2.13).
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-        model, arguments = Model(bias=True, z_loss=1e-2), batch()
+        model, arguments = Model(bias=True, z_loss=1e-2, return_lse=True), batch()
         model.body = nn.Identity()  # each kernel that inductor writes takes seconds to compile
 
         def step(model, ids, labels):
-            return 2 * model(ids, labels)
+            loss, lse = model(ids, labels)
+            return 2 * loss + lse.sum()
 
         compiled = torch.compile(step, fullgraph=True)
         expected = loss_and_gradients(step, model, *arguments)

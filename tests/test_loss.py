@@ -365,9 +365,10 @@ class TestDeterminism:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_our_reductions_do_not_depend_on_the_number_of_threads(self, dtype):
         # On logits that exist, where no GEMM library has a say; and the bias gradient, which sums over rows.
-        hidden, weight, bias, labels = loss_case(3000, 8, 700, 4, dtype, "cpu", bias=True)
+        # A thread has at least 1024 columns of the bias gradient.
+        hidden, weight, bias, labels = loss_case(600, 8, 2500, 4, dtype, "cpu", bias=True)
         logits = F.linear(hidden, weight, bias)
-        zero = torch.zeros(700, 1, dtype=dtype)
+        zero = torch.zeros(2500, 1, dtype=dtype)
         threads, results = torch.get_num_threads(), []
         try:
             for count in (1, 2, 3, 4):
@@ -375,12 +376,25 @@ class TestDeterminism:
                 leaf, b = logits.clone().requires_grad_(), bias.clone().requires_grad_()
                 loss = multi_hot_cross_entropy(leaf, labels, z_loss=0.1)
                 # All logits are the bias: d = 1 and a weight of zeros.
-                other = fused(torch.zeros(3000, 1, dtype=dtype), zero, b, labels)
+                other = fused(torch.zeros(600, 1, dtype=dtype), zero, b, labels, chunk_size=250)
                 results.append([loss, *torch.autograd.grad(loss, leaf), other, *torch.autograd.grad(other, b)])
         finally:
             torch.set_num_threads(threads)
         for result in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+    @pytest.mark.parametrize("threads", [2, 3])
+    def test_several_threads_add_up_bfloat16_gradients(self, threads):
+        # 160,000 numbers of the weight's gradient, of which a thread adds at least 16,384 to the float32 sum.
+        case = loss_case(90, 64, 2500, 4, torch.bfloat16, "cpu", bias=True)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            check_loss(*case, chunk_size=30)
+            first, again = (loss_and_gradients(fused, *case, chunk_size=30) for _ in range(2))
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("chunk_size", [1, 7, 16, 37, 1000])

@@ -46,7 +46,7 @@ class TestPeakMemory:
 
     def test_beyond_inputs_and_gradients_it_is_an_eighth_of_the_logits(self):
         # 64 MiB for a chunk of logits; the rest is the GEMM's packing buffers.
-        assert extra_mebibytes("fused", 1.0) < 80
+        assert 32 < extra_mebibytes("fused", 1.0) < 80
 
     @pytest.mark.extended
     def test_with_a_scaled_loss(self):

@@ -303,7 +303,11 @@ class TestExtensionThatDoesNotLoad:
 
     @pytest.mark.parametrize(
         ("broken", "code"),
-        [("missing", "import tst_ext"), ("damaged", "runpy.run_module('tst_ext', run_name='__main__')")],
+        [
+            ("missing", "import tst_ext"),
+            ("missing", "runpy.run_module('tst_ext', run_name='__main__')"),
+            ("damaged", "import tst_ext"),
+        ],
     )
     def test_both_ways_in_say_it(self, tmp_path, broken, code):
         """A copy of the package whose extension is missing or damaged: `import tst_ext` and the command."""

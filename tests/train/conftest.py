@@ -3,12 +3,14 @@
 import hashlib
 import json
 import random
+import signal
 import subprocess
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from runs import Fork
+import torch
+from runs import Fork, end_forks
 
 from tst_ext.train import launch
 from tst_ext.train.config import DataConfig, ModelConfig, RunConfig, SuperpositionConfig, TrainConfig
@@ -23,9 +25,20 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+@pytest.fixture(autouse=True)
+def as_before():
+    """Undo what a run does to this process, and end the processes that a failed test has left."""
+    terminate, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    yield
+    signal.signal(signal.SIGTERM, terminate)
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+    end_forks()
+
+
 @pytest.fixture
 def forked_runs(monkeypatch):
-    """compare and sweep fork their runs."""
+    """Let compare and sweep fork their runs."""
     monkeypatch.setattr(launch, "subprocess", SimpleNamespace(Popen=Fork, STDOUT=subprocess.STDOUT))
 
 
@@ -64,14 +77,14 @@ def shared_shards(tmp_path_factory):
 
 @pytest.fixture
 def shards(shared_shards):
-    """The same folder for a test that may spoil it."""
+    """Lend the same folder to a test that may spoil it."""
     before = {path: path.read_bytes() for path in shared_shards.iterdir()}
     yield shared_shards
-    for path in shared_shards.iterdir():
-        if path not in before:
-            path.unlink()
-        elif path.read_bytes() != before[path]:
-            path.write_bytes(before[path])
+    for path in set(shared_shards.iterdir()) - before.keys():
+        path.unlink()
+    for path, content in before.items():
+        if not path.exists() or path.read_bytes() != content:
+            path.write_bytes(content)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The command `tst` in processes of its own, forked, and what runs left."""
 
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -7,13 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from processes import FORKS
+from processes import FORKS, METHOD
 from safetensors import safe_open
 from tqdm import tqdm
 
@@ -23,6 +25,8 @@ from tst_ext.train.config import save_config
 from tst_ext.train.metrics import read_metrics
 
 TIMES = {"seconds", "tokens_per_s", "mfu", "waited_for_data_s"}  # of a line of metrics: what no two runs share
+STOPS = {signal.SIGINT, signal.SIGTERM}
+begun = []  # every Fork since the last `end_forks`
 ACTIONS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
@@ -32,16 +36,22 @@ ACTIONS = {
 }
 
 
-def run_command(environment, outputs, close, arguments, action, at):
-    """The command `tst` in this process, with an action before the step `at`, counted from 0."""
+def run_command(environment, outputs, nested, arguments, action, at):
+    """Run `tst` in this process, with an action before the step `at`, counted from 0."""
     os.environ.clear()
     os.environ.update(environment)
     for number, output in enumerate(outputs, 1):
         os.dup2(output.descriptor, number)
-    if close:  # what a fork alone keeps open: locks of the process it came from
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the background jobs of a shell ignore
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the one of a command that forked it
+    if nested:  # or this process would hold its parent's locks
+        for name in os.listdir("/dev/fd"):
+            if int(name) > 2:
+                with contextlib.suppress(OSError):
+                    os.close(int(name))
+    else:
+        os.setsid()  # a group of its own, with what it starts, for `end_forks`
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the command that forked this has a handler
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
     launch.subprocess = SimpleNamespace(Popen=Fork, STDOUT=subprocess.STDOUT)
     original = loop.learning_rate
@@ -71,17 +81,20 @@ def _receive(duplicate):
 
 
 class Fork:
-    """What subprocess.Popen is for `python -m tst_ext`, forked."""
+    """Stand in for subprocess.Popen where the command is `python -m tst_ext`: fork it."""
 
     def __init__(self, command, stdout, stderr, env, action=("nothing", 0)):
         assert list(command[:3]) == [sys.executable, "-m", "tst_ext"]
         outputs = [Output(file.fileno()) for file in (stdout, stdout if stderr == subprocess.STDOUT else stderr)]
-        # A process that was forked itself has no threads yet, so that it can fork.
-        forked = multiprocessing.parent_process() is not None
-        context = multiprocessing.get_context("fork") if forked else FORKS
+        # A forked process can fork again: it has no threads.
+        nested = METHOD == "forkserver" and multiprocessing.parent_process() is not None
+        context = multiprocessing.get_context("fork") if nested else FORKS
         arguments = [str(argument) for argument in command[3:]]
-        self.process = context.Process(target=run_command, args=(dict(env), outputs, forked, arguments, *action))
+        self.process = context.Process(target=run_command, args=(dict(env), outputs, nested, arguments, *action))
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until its own handlers are there
         self.process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        begun.append(self)
         self.terminate, self.kill = self.process.terminate, self.process.kill
 
     def poll(self):
@@ -92,17 +105,35 @@ class Fork:
     def wait(self, timeout=None):
         self.process.join(timeout)
         if self.process.is_alive():
-            self.kill()
             raise subprocess.TimeoutExpired("tst", timeout)
         return self.poll()
 
     def send_signal(self, number):
-        os.kill(self.process.pid, number)
+        if self.poll() is None:
+            os.kill(self.process.pid, number)
+
+
+def end_forks():
+    """End all that was forked since the last call, with what it started."""
+    for fork in begun:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(fork.process.pid, signal.SIGKILL)
+        fork.kill()  # which may have no group yet
+        fork.process.join()
+    begun.clear()
+
+
+def wait_for(condition, process, seconds=120):
+    """Return as soon as `condition()` is true; fail where the process ends before, or so many seconds pass."""
+    late = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < late
+        time.sleep(0.01)
 
 
 def tst(*arguments, output, environment=None, action=("nothing", 0)):
-    """Begins `tst` with these arguments; the process, whose `.stdout()` and `.stderr()` are read from files that begin
-    with `output`."""
+    """Begin `tst` with these arguments and return the process. Its `stdout()` and `stderr()` read what it printed, from
+    files whose names begin with `output`."""
     names = [f"{output}.stdout", f"{output}.stderr"]
     with open(names[0], "w") as stdout, open(names[1], "w") as stderr:
         command = [sys.executable, "-m", "tst_ext", *arguments]
@@ -112,7 +143,7 @@ def tst(*arguments, output, environment=None, action=("nothing", 0)):
 
 
 def start(config, out, *options, action=("nothing", 0), environment=None):
-    """Begins `tst train`."""
+    """Begin `tst train`."""
     path, rank = out.with_suffix(".config.json"), (environment or {}).get("RANK", "")
     save_config(config, path)
     arguments = ["train", "--config", path, "--out", out, "--no-progress", *options]
@@ -120,20 +151,20 @@ def start(config, out, *options, action=("nothing", 0), environment=None):
 
 
 def run(config, out, *options, processes=1, action=("nothing", 0), timeout=120):
-    """Runs `tst train` to its end in so many processes, which find each other as those of torchrun do. `returncode` is
-    that of the first that failed."""
+    """Run `tst train` to its end in so many processes, which find each other as under torchrun. The `returncode` is the
+    status of the first that failed."""
     environments = [{}]
     if processes > 1:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         group = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), WORLD_SIZE=str(processes))
         group |= dict(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
         environments = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    begun = [start(config, out, *options, action=action, environment=each) for each in environments]
-    statuses = [process.wait(timeout) for process in begun]
+    started = [start(config, out, *options, action=action, environment=each) for each in environments]
+    statuses = [process.wait(timeout) for process in started]
     return SimpleNamespace(
         returncode=next(filter(None, statuses), 0),
-        stdout="".join(process.stdout() for process in begun),
-        stderr="".join(process.stderr() for process in begun),
+        stdout="".join(process.stdout() for process in started),
+        stderr="".join(process.stderr() for process in started),
     )
 
 

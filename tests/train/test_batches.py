@@ -151,19 +151,20 @@ class TestAhead:
             assert list(items) == [i * i for i in range(3, 20)]
 
     def test_reads_while_the_loop_works(self):
-        taken, leads, all_that_may_wait = 0, [], threading.Event()
+        taken, leads, all_that_may_wait = 1, [], threading.Event()
 
         def read(i):
             leads.append(i - taken)
-            if i == 7:
+            if i == 8:
                 all_that_may_wait.set()
             return i
 
         with ahead(read, 0, 100) as items:
-            assert next(items) == 0 and all_that_may_wait.wait(60)
-            for item in items:
-                taken += 1
-                assert item == taken
+            assert next(items) == 0
+            for taken in range(2, 101):  # counted before it is taken, so that 8 may wait at any time
+                if taken == 6:  # half of the first 8 are gone: the thread reads on by itself
+                    assert all_that_may_wait.wait(60)
+                assert next(items) == taken - 1
         assert len(leads) == 100 and max(leads) <= 8
 
     def test_an_error_comes_where_its_item_would(self):

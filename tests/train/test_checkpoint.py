@@ -11,7 +11,7 @@ import signal
 
 import pytest
 import torch
-from runs import assert_same_run, lines, run, start, tensors
+from runs import assert_same_run, lines, run, start, tensors, wait_for
 
 from tst_ext.__main__ import main
 from tst_ext.train import checkpoint, loop
@@ -188,14 +188,9 @@ class TestResume:
     def test_a_folder_in_which_another_process_trains(self, often, tmp_path):
         config = dataclasses.replace(often, steps=10**6)
         other = start(config, tmp_path / "run")
-        try:
-            while not checkpoint.checkpoints(tmp_path / "run"):
-                assert other.poll() is None
-            with pytest.raises(UserError, match="another process trains in this folder"):
-                train(config, tmp_path / "run", progress=False)
-        finally:
-            other.kill()
-            other.wait()
+        wait_for(lambda: checkpoint.checkpoints(tmp_path / "run"), other)
+        with pytest.raises(UserError, match="another process trains in this folder"):
+            train(config, tmp_path / "run", progress=False)
 
 
 class TestWriting:

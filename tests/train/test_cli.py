@@ -6,11 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from runs import lines, tst
+from runs import lines, tst, wait_for
 
 from tst_ext.__main__ import main
 from tst_ext.train import cli, compare
@@ -213,6 +212,12 @@ class TestCompare:
         assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
     @pytest.mark.extended
+    def test_as_a_shell_starts_it(self, config_file, tmp_path):
+        result = run("compare", "--config", config_file, "--steps", 3, "--out", tmp_path / "out")
+        assert (result.returncode, result.stderr.count("Traceback")) == (0, 0), result.stderr
+        assert (tmp_path / "out" / "compare.md").read_text().strip() in result.stdout
+
+    @pytest.mark.extended
     def test_a_failing_run_stops_the_other_and_is_named(self, config_file, tmp_path):
         result = run(
             "compare", "--config", config_file, "--steps", 10**6, "--learning-rate", 1e30, "--clip", 1e30,
@@ -226,9 +231,7 @@ class TestCompare:
         arguments = ["--config", config_file, "--steps", "1000000", "--out", tmp_path / "out"]
         process = tst("compare", *arguments, output=tmp_path / "compare")
         runs = [tmp_path / "out" / f"{arm}-seed0" for arm in ("tst", "baseline")]
-        while not all(lines(run) for run in runs):
-            assert process.poll() is None
-            time.sleep(0.01)
+        wait_for(lambda: all(lines(run) for run in runs), process)
         process.send_signal(sent)
         assert process.wait(timeout=60) == status
         assert not any(is_running(run) for run in runs)

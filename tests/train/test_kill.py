@@ -27,6 +27,7 @@ def test_kill_9_at_random_moments(tiny, tmp_path, kills):
             return set(folder.glob(".unfinished-*"))
 
         while alive and (done < kills or in_checkpoint < kills // 2):
+            assert done < 10 * kills, f"{in_checkpoint} of {done} kills in a save"
             left, moment = unfinished(), rng.choice(["start", "anywhere", "checkpoint", "checkpoint"])
             process = start(config, out)
             if moment == "start":

@@ -64,7 +64,7 @@ class TestRun:
         assert_same_run(tiny_run, tmp_path / "run")
 
     def test_seed_changes_the_run(self, tiny, tiny_run, tmp_path):
-        train(dataclasses.replace(tiny, steps=1, seed=1), tmp_path / "run", progress=False)
+        train(dataclasses.replace(tiny, steps=3, seed=1), tmp_path / "run", progress=False)
         assert losses(tmp_path / "run")[0] != losses(tiny_run)[0]
 
     def test_equal_flops(self, tiny, tiny_run):

@@ -6,10 +6,9 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 
 import pytest
-from runs import lines, tst
+from runs import lines, tst, wait_for
 
 from tst_ext.__main__ import main
 from tst_ext.train import launch, plot
@@ -220,8 +219,7 @@ class TestRuns:
         runs = [out / "runs" / name for name in ("seed=0", "ratio=0.0,seed=0")]
         for number, steps in ((signal.SIGTERM, 50), (signal.SIGKILL, 200)):
             process = tst("sweep", path, "--out", out, "--jobs", "1", output=tmp_path / "sweep")
-            while process.poll() is None and not any(len(lines(run)) > steps for run in runs):
-                time.sleep(0.02)
+            wait_for(lambda: any(len(lines(run)) > steps for run in runs), process)  # noqa: B023
             process.send_signal(number)
             assert process.wait(timeout=60) == (128 + number if number == signal.SIGTERM else -number)
             # The run it had going ends with a checkpoint; of a sweep that was killed it goes on by itself.
