@@ -116,7 +116,7 @@ CPP: dict[str, list[Mutant]] = {
                "duplicate labels count once"),
         Mutant("label-distinct", "while (target != targets.end() && target->label != labels[i]) ++target;",
                "target = targets.end();", "duplicate labels stand apart"),
-        Mutant("label-cap", "capped(Vec<A>{} + load_one(x + labels[i]), cap)", "Vec<A>{} + load_one(x + labels[i])",
+        Mutant("label-cap", "capped(Vec<A>{} + load_one(x + labels[i]), cap)", "(Vec<A>{} + load_one(x + labels[i]))",
                "label's logit without softcap"),
         Mutant("label-pull", "- g * (1 - smoothing) * t.pull;", "+ g * (1 - smoothing) * t.pull;", "labels repel"),
         Mutant("label-smoothed", "- g * (1 - smoothing) * t.pull;", "- g * t.pull;", "1 - label_smoothing forgotten"),
