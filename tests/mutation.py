@@ -307,8 +307,6 @@ PYTHON: dict[str, list[Mutant]] = {
         Mutant("chunk-upstream", "grad_loss_.data() + start", "grad_loss_.data()", "upstream of the first chunk"),
         Mutant("chunk-lse", "grad_lse_.data() + start", "grad_lse_.data()", "gradient of lse of the first chunk"),
         Mutant("block-rows", "partial_.data() + start", "partial_.data()", "sums of the first chunk"),
-        Mutant("block-row-labels", "label_logits_.data() + start * args.bag_size", "label_logits_.data()",
-               "label logits of the first chunk"),
     ],
     "csrc/cpu/linear_multi_hot_cross_entropy.cpp": [
         Mutant("threads-accumulate", "16384, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });",
