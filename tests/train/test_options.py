@@ -206,7 +206,6 @@ class TestReport:
             yield (passing(1.0, read)(step) for step in range(start, stop))
 
         monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
-        monkeypatch.setattr(loop, "gemm_flops_per_second", lambda *_: 1e9)
         monkeypatch.setattr(loop, "ahead", ahead)
         monkeypatch.setattr(loop, "validate", passing(100.0, loop.validate))
         monkeypatch.setattr(loop.checkpoint, "save", passing(100.0, loop.checkpoint.save))
