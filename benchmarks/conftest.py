@@ -33,7 +33,9 @@ Contender = Callable[[], Tensor | None]  # returns what all must agree on
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="few shapes and rounds: two minutes on two cores")
+    parser.addoption(
+        "--quick", action="store_true", help="few shapes and rounds, no compiled peers"
+    )
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -4,7 +4,7 @@
 
 The kernels (csrc/cpu/kernels_impl.h, csrc/cpu/bags.cpp) are judged by the C++ tests (needs CMake and GoogleTest), what
 stands between them and the user by pytest (needs the installed development environment). All of it happens in a copy of
-the working tree: 20 minutes on two cores. The exit status is 1 if a mutant survives, does not apply or does not
+the working tree: 40 minutes on two cores. The exit status is 1 if a mutant survives, does not apply or does not
 compile. A mutant that survives is a missing test, or equivalent to what it replaces: then it has no place here.
 """
 
