@@ -42,7 +42,7 @@ test-kill: $(INSTALLED)
 mutation: $(INSTALLED)
 	$(BIN)/python tests/mutation.py
 
-# Beside peers and floors: an hour on two cores, 2 minutes with BENCH=--quick. On a machine that does nothing else.
+# Beside peers and floors: an hour on two cores, 1 or 2 minutes with BENCH=--quick. On a machine that does nothing else.
 bench: $(VENV)/peers
 	mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks -q $(BENCH) --benchmark-json=$(RESULTS)

@@ -33,9 +33,7 @@ Contender = Callable[[], Tensor | None]  # returns what all must agree on
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--quick", action="store_true", help="few shapes and rounds, no compiled peers"
-    )
+    parser.addoption("--quick", action="store_true", help="few shapes and rounds, no compiled peers")
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
