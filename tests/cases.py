@@ -25,8 +25,10 @@ DEVICES = ["cpu", CUDA] if torch.cuda.is_available() else ["cpu"]
 
 
 def pairwise(**values):
-    """Parametrize by few cases, in which any value of one name meets any value of another: each case is the one that
-    brings most new pairs. A list in `fixtures` names those of them that are fixtures."""
+    """Parametrize by few cases, in which any value of one name meets any value of another.
+
+    Each case is the one that brings most new pairs. The list `fixtures` has the names that are fixtures.
+    """
     fixtures = values.pop("fixtures", [])
     every = list(itertools.product(*(range(len(v)) for v in values.values())))
     pairs = {case: set(itertools.combinations(enumerate(case), 2)) for case in every}
