@@ -235,6 +235,14 @@ CPP: dict[str, list[Mutant]] = {
         Mutant("cuda-offset", "if (keys[middle] < v)", "if (keys[middle] <= v)", "hits of the row before"),
         Mutant("cuda-tail", "rows[b] = k + b < end ? row(k + b) : -1;", "rows[b] = row(k + b);", "rows past the end"),
     ],
+    "csrc/cuda/shape.h": [
+        Mutant("cuda-shape-blocks", "device.clusters && blocks < 8", "blocks < 8", "clusters where there are none"),
+        Mutant("cuda-shape-cluster", "blocks < 8 && slice", "blocks < 16 && slice", "clusters larger than portable"),
+        Mutant("cuda-shape-memory", "fixed + slice <= (device", "slice <= (device", "labels' memory not counted"),
+        Mutant("cuda-shape-bags", "bag_size > longest_bag)", "bag_size > longest_bag + 1)",
+               "a bag of one label too many"),
+        Mutant("cuda-shape-loss", "gradient && fixed", "fixed", "a loss without gradient keeps its row"),
+    ],
 }
 
 PYTHON: dict[str, list[Mutant]] = {

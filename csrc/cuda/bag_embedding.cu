@@ -100,8 +100,7 @@ Tensor bag_embedding(const Tensor& input_ids, const Tensor& weight, const std::s
     using T = decltype(type);
     const BagForward<T> a{
         data<int64_t>(c.ids), data<T>(table), mutable_data<T>(out), c.bags, table.size(0), dim, c.pooling};
-    bag_embedding_kernel<T, n(), weighted()><<<grid<n()>(c.bags, dim), kThreads, 0, current.stream>>>(a);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    current.launch(bag_embedding_kernel<T, n(), weighted()>, {grid<n()>(c.bags, dim), kThreads}, a);
   });
   return out;
 }
@@ -131,8 +130,7 @@ Tensor bag_embedding_backward(const Tensor& grad, const Tensor& input_ids, int64
                      mutable_data<uint32_t>(places),
                      mutable_data<double>(scales)};
   with_flag(c.weighted, [&](auto weighted) {
-    bag_hits_kernel<weighted()><<<blocks_for(c.bags, kThreads), kThreads, 0, current.stream>>>(hits);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    current.launch(bag_hits_kernel<weighted()>, {blocks_for(c.bags, kThreads), kThreads}, hits);
   });
 
   int bits = 1;  // of a key, num_embeddings included
@@ -147,9 +145,8 @@ Tensor bag_embedding_backward(const Tensor& grad, const Tensor& input_ids, int64
   const Tensor scratch =
       torch::stable::new_empty(grad, {std::max<int64_t>(1, static_cast<int64_t>(bytes))}, ScalarType::Byte);
   sort(scratch.mutable_data_ptr());
-  bag_offsets_kernel<<<blocks_for(num_embeddings + 1, kThreads), kThreads, 0, current.stream>>>(
-      data<uint32_t>(sorted_keys), static_cast<int>(count), num_embeddings, mutable_data<int>(offsets));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  current.launch(bag_offsets_kernel, {blocks_for(num_embeddings + 1, kThreads), kThreads}, data<uint32_t>(sorted_keys),
+                 static_cast<int>(count), num_embeddings, mutable_data<int>(offsets));
 
   const int64_t windows = (count + kWindow - 1) / kWindow;
   const Tensor pieces =
@@ -167,13 +164,10 @@ Tensor bag_embedding_backward(const Tensor& grad, const Tensor& input_ids, int64
                            dim,
                            static_cast<int>(count),
                            c.pooling};
-    bag_rows_kernel<T, n(), weighted()><<<grid<n()>(num_embeddings, dim), kThreads, 0, current.stream>>>(a);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    current.launch(bag_rows_kernel<T, n(), weighted()>, {grid<n()>(num_embeddings, dim), kThreads}, a);
     if (count <= kWindow) return;  // no row can be long
-    bag_pieces_kernel<T, n(), weighted()><<<grid<n()>(2 * windows, dim), kThreads, 0, current.stream>>>(a);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    bag_join_kernel<T, n(), weighted()><<<grid<n()>(windows, dim), kThreads, 0, current.stream>>>(a);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    current.launch(bag_pieces_kernel<T, n(), weighted()>, {grid<n()>(2 * windows, dim), kThreads}, a);
+    current.launch(bag_join_kernel<T, n(), weighted()>, {grid<n()>(windows, dim), kThreads}, a);
   });
   return out;
 }

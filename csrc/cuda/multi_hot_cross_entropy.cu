@@ -2,66 +2,24 @@
 // linear_multi_hot_cross_entropy.
 #include <tuple>
 
-#include "loss_rows.h"
 #include "op.h"
+#include "shape.h"
 
 namespace tst::cuda {
 namespace {
 
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
-  return value;
+// Clusters need code compiled for sm_90: all kernels of this file are compiled for the same architectures.
+DeviceFacts device_facts() {
+  cudaFuncAttributes compiled{};
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(loss_rows_kernel<float, true, false>)));
+  return {compiled.ptxVersion >= 90 && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9,
+          device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
 }
-
-// How a row is cut: into as few slices as leave room for several blocks of 40 KiB on a multiprocessor. Clusters of up
-// to 8 blocks are portable; they need sm_90, and code compiled for it.
-struct Shape {
-  int blocks, threads, cache_bytes, shared_bytes;
-};
 
 template <typename T>
-Shape shape_of(const void* kernel, const LossRows<T>& a, bool gradient) {
-  cudaFuncAttributes facts{};
-  STD_CUDA_CHECK(cudaFuncGetAttributes(&facts, kernel));
-  const bool clusters = facts.ptxVersion >= 90 && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
-  constexpr int64_t kComfortable = 40 << 10;
-  int64_t blocks = 1;
-  while (clusters && blocks < 8 && slice_bytes<T>(a.vocabulary, blocks) > kComfortable) blocks *= 2;
-  const int64_t fixed = loss_rows_memory<T>(a.bag_size), slice = slice_bytes<T>(a.vocabulary, blocks);
-  const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  STD_TORCH_CHECK(fixed <= most, "labels: bags of at most ", (most - loss_rows_memory<T>(0)) / sizeof(Target),
-                  " labels on this device, got ", a.bag_size);
-  // Without clusters a long row would leave room for one block: it is read a second time, mostly out of the cache.
-  const bool cached = gradient && fixed + slice <= (clusters ? most : 2 * kComfortable);
-  const int64_t packs = slice / 16;
-  const int threads = packs > 4096 ? kMaxThreads : packs > 256 ? 256 : 64;
-  const int64_t cache = cached ? slice : 0;
-  return {static_cast<int>(blocks), threads, static_cast<int>(cache), static_cast<int>(fixed + cache)};
-}
-
-template <typename T, bool plain, bool gradient>
-void launch_as(LossRows<T> a, int64_t rows, cudaStream_t stream) {
-  const auto kernel = loss_rows_kernel<T, plain, gradient>;
-  const Shape shape = shape_of(reinterpret_cast<const void*>(kernel), a, gradient);
-  a.cache_bytes = shape.cache_bytes;
-  if (shape.shared_bytes > 48 << 10) {  // what a kernel may have without asking; all there is, so that no thread takes
-    const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);  // back what another asked for
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
-  }
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(shape.blocks);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks_for(rows * shape.blocks, 1));
-  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = shape.blocks > 1 ? 1 : 0;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a));
+auto kernel_of(bool plain, bool gradient) {
+  if (gradient) return plain ? loss_rows_kernel<T, true, true> : loss_rows_kernel<T, false, true>;
+  return plain ? loss_rows_kernel<T, true, false> : loss_rows_kernel<T, false, false>;
 }
 
 struct Options {
@@ -130,11 +88,12 @@ void loss_rows(const Tensor& logits, const Tensor& labels, const Tensor& positio
     a.grad_lse = u ? data<A>(*u) : nullptr;
     a.loss = mutable_data<A>(loss);
     a.lse = mutable_data<A>(lse);
-    const bool plain = a.logit_softcap == 0 && a.label_smoothing == 0;
-    if (plain && gradient) return launch_as<T, true, true>(a, rows, current.stream);
-    if (plain) return launch_as<T, true, false>(a, rows, current.stream);
-    if (gradient) return launch_as<T, false, true>(a, rows, current.stream);
-    launch_as<T, false, false>(a, rows, current.stream);
+    const Shape shape = shape_of<T>(vocabulary, bag_size, gradient, device_facts());
+    a.cache_bytes = shape.cache_bytes;
+    current.launch(kernel_of<T>(a.logit_softcap == 0 && a.label_smoothing == 0, gradient),
+                   {blocks_for(rows * shape.blocks, 1), static_cast<unsigned>(shape.threads),
+                    static_cast<unsigned>(shape.blocks), static_cast<size_t>(shape.shared_bytes)},
+                   a);
   });
 }
 

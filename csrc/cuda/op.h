@@ -1,4 +1,4 @@
-// What the CUDA ops share: the current stream, and torch's dtypes in the terms of the raw kernels.
+// What the CUDA ops share: the current stream, launches, and torch's dtypes in the terms of the raw kernels.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../checks.h"
@@ -16,7 +17,21 @@
 
 namespace tst::cuda {
 
-// Makes the tensor's device current, and knows its current stream.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+struct Extent {  // of a launch
+  dim3 grid;
+  unsigned threads;      // of a block
+  unsigned cluster = 1;  // blocks, along the grid's x
+  size_t shared_bytes = 0;
+};
+
+// Makes the tensor's device current, and launches on its current stream.
 struct Current {
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
@@ -25,6 +40,28 @@ struct Current {
     void* handle = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &handle));
     stream = static_cast<cudaStream_t>(handle);
+  }
+
+  template <typename... Parameters, typename... Args>
+  void launch(void (*kernel)(Parameters...), const Extent& extent, Args&&... args) const {
+    constexpr size_t kUnasked = 48 << 10;  // bytes of shared memory that every kernel may have
+    if (extent.shared_bytes > kUnasked) {  // asks for all there is, so that no thread takes back what another asked for
+      const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+      STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+    }
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = extent.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = extent.grid;
+    config.blockDim = dim3(extent.threads);
+    config.dynamicSmemBytes = extent.shared_bytes;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = extent.cluster > 1 ? 1 : 0;  // devices without clusters refuse the attribute
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
   }
 };
 

@@ -1,0 +1,46 @@
+// How a row of the loss is cut into blocks: a function of sizes and of what the device has. No torch, no CUDA runtime,
+// so that the C++ tests can sweep it.
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "loss_rows.h"
+
+namespace tst::cuda {
+
+struct DeviceFacts {
+  bool clusters;          // sm_90 and later, running code that was compiled for it
+  int64_t shared_memory;  // bytes that a block can ask for: 99 KiB on sm_89 and sm_120, 163 on sm_80, 227 on sm_90
+};
+
+struct Shape {
+  int blocks;  // of a row, and of the cluster
+  int threads;
+  int cache_bytes;   // of a block's slice of the row; 0: the gradient reads the row a second time
+  int shared_bytes;  // in all
+};
+
+// As few slices as leave room for several blocks of 40 KiB on a multiprocessor. Clusters of 8 blocks run everywhere
+// that has clusters, larger ones do not.
+template <typename T>
+Shape shape_of(int64_t vocabulary, int64_t bag_size, bool gradient, const DeviceFacts& device) {
+  constexpr int64_t kComfortable = 40 << 10;
+  int64_t blocks = 1;
+  while (device.clusters && blocks < 8 && slice_bytes<T>(vocabulary, blocks) > kComfortable) blocks *= 2;
+  const int64_t most = device.shared_memory, empty = loss_rows_memory<T>(0);
+  const int64_t longest_bag = (most - empty) / static_cast<int64_t>(sizeof(Target));
+  if (bag_size > longest_bag) {
+    throw std::runtime_error("labels: expected bags of at most " + std::to_string(longest_bag) +
+                             " labels on this device, got " + std::to_string(bag_size));
+  }
+  const int64_t fixed = loss_rows_memory<T>(bag_size), slice = slice_bytes<T>(vocabulary, blocks);
+  // Without clusters a long row would leave room for one block: it is read a second time, mostly out of the cache.
+  const bool cached = gradient && fixed + slice <= (device.clusters ? most : std::min(most, 2 * kComfortable));
+  const int64_t packs = slice / 16, cache = cached ? slice : 0;
+  const int threads = packs > 4096 ? kMaxThreads : packs > 256 ? 256 : 64;
+  return {static_cast<int>(blocks), threads, static_cast<int>(cache), static_cast<int>(fixed + cache)};
+}
+
+}  // namespace tst::cuda
