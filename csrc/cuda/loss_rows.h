@@ -2,6 +2,7 @@
 // torch header. The formulas are those of cpu/kernels.h.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "device.h"
@@ -11,8 +12,9 @@ namespace tst::cuda {
 enum class Objective : int { kMce, kMceAlt };
 
 constexpr int kMaxThreads = 512;  // 1024 would leave 64 registers, which softcap and smoothing exceed
-template <bool plain>
-constexpr int kBatch = plain ? 8 : 2;  // loads in flight a thread; tanh takes longer than they do
+// Loads in flight a thread. tanh and float64 take longer than they do, and long to compile.
+template <typename T, bool plain>
+constexpr int kBatch = plain && sizeof(T) < 8 ? 8 : 1;
 
 template <typename T>
 struct LossRows {
@@ -58,7 +60,7 @@ __device__ inline Acc<T> exponential(Acc<T> z, Acc<T> base) {
 
 // Of the columns seen so far; kernels.h has the same for the CPU.
 template <typename A>
-struct alignas(4 * sizeof(A)) RowSums {
+struct alignas(16) RowSums {
   A base;    // max_v z_v, in kUnits
   A exps;    // sum_v exp(z_v) relative to the base
   A logits;  // sum of kUnits z_v - base where z_v > -inf, and the number of those, for smoothing only
@@ -171,12 +173,19 @@ template <typename T, bool plain, int n, typename There>
 __device__ inline void add_packs(RowSums<Acc<T>>& sums, const Pack<T, kPack<T>> (&packs)[n], Acc<T> cap, There there) {
   using A = Acc<T>;
   constexpr A kLowest = -static_cast<A>(INFINITY);
-  const auto z = [&](int b, int i) { return plain ? packs[b][i] : capped(packs[b][i], cap); };
+  A capped_values[plain ? 1 : n][kPack<T>];  // of 64 plain ones, widened again for nothing, the registers are dear
+  const auto z = [&](int b, int i) {
+    if constexpr (plain)
+      return packs[b][i];
+    else
+      return capped_values[b][i];
+  };
   A best = kLowest;
 #pragma unroll
   for (int b = 0; b < n; ++b) {
 #pragma unroll
     for (int i = 0; i < kPack<T>; ++i) {
+      if constexpr (!plain) capped_values[b][i] = capped(packs[b][i], cap);
       if (there(b, i)) best = larger(best, z(b, i));
     }
   }
@@ -275,18 +284,16 @@ __device__ inline RowResult<Acc<T>> finish_row(const LossRows<T>& a, int64_t r, 
   using A = Acc<T>;
   const bool set = a.objective == Objective::kMceAlt;
   const A log_sum = log(sums.exps), smoothing = static_cast<A>(a.label_smoothing);
-  // lse - z - log_share. Differences from the base rather than from lse: lse near 1e4 would cost three digits
-  // in float32. The labels are part of the vocabulary: below 0 only by rounding.
-  const auto nll = [&](A z, A log_share) {
-    const A below = fma(-z, kUnits<T>, sums.base) / kUnits<T> + log_sum - log_share;
-    return below < 0 ? A(0) : below;
-  };
+  // What is above 0 but for rounding: the labels are part of the vocabulary, and a mean is no maximum.
+  const auto positive = [](A x) { return x < 0 ? A(0) : x; };
+  // lse - z, from the base rather than from lse: lse near 1e4 would cost three digits in float32.
+  const auto below = [&](A z) { return fma(-z, kUnits<T>, sums.base) / kUnits<T> + log_sum; };
   A scale = 0, fit = 0, best = -static_cast<A>(INFINITY);
   for (int i = threadIdx.x; i < a.bag_size; i += kWarp) {
     const Target<A>& t = targets[i];
     if (t.label < 0) continue;
     scale += set ? A(1) : t.weight;
-    if (t.leads && !set) fit += t.pull * nll(t.logit, 0);
+    if (t.leads && !set) fit += t.pull * positive(below(t.logit));
     best = larger(best, t.logit);
   }
   scale = warp_sum(scale);
@@ -300,14 +307,14 @@ __device__ inline RowResult<Acc<T>> finish_row(const LossRows<T>& a, int64_t r, 
     }
     total = warp_sum(total);
     for (int i = threadIdx.x; i < a.bag_size; i += kWarp) targets[i].pull *= scale / total;
-    fit = scale * nll(best, log(total));
+    fit = scale * positive(below(best) - log(total));
   } else {
     fit = warp_sum(fit);
   }
   const double lse = static_cast<double>(sums.base) / kUnits<T> + log_sum;
   if (write && threadIdx.x == 0) {
     A loss = (1 - smoothing) * fit + static_cast<A>(a.z_loss * scale * lse * lse);
-    if (smoothing != 0) loss += smoothing * scale * (log_sum - sums.logits / sums.columns / kUnits<T>);
+    if (smoothing != 0) loss += smoothing * scale * positive(log_sum - sums.logits / sums.columns / kUnits<T>);
     a.loss[r] = scale == 0 ? A(0) : loss;
     a.lse[r] = static_cast<A>(lse);
   }
@@ -359,16 +366,16 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T
   const A cap = static_cast<A>(a.logit_softcap);
 
   RowSums<A> mine{-static_cast<A>(INFINITY), 0, 0, 0};
-  slice.batches<kBatch<plain>>([&](int p, int step) {
-    P batch[kBatch<plain>];
+  slice.batches<kBatch<T, plain>>([&](int p, int step) {
+    P batch[kBatch<T, plain>];
 #pragma unroll
-    for (int b = 0; b < kBatch<plain>; ++b) {
+    for (int b = 0; b < kBatch<T, plain>; ++b) {
       if (p + b * step < slice.end) batch[b] = row.template load<true>(p + b * step);
     }
     add_packs<T, plain>(mine, batch, cap, [&](int b, int) { return p + b * step < slice.end; });
     if constexpr (cached) {
 #pragma unroll
-      for (int b = 0; b < kBatch<plain>; ++b) {
+      for (int b = 0; b < kBatch<T, plain>; ++b) {
         if (p + b * step < slice.end) cache[p + b * step - slice.first] = batch[b].four(0);
       }
     }
@@ -391,7 +398,7 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T
   if constexpr (gradient) {
     __syncthreads();
     const RowResult<A> result = memory.result;
-    constexpr int kTogether = cached ? 2 : kBatch<plain>;  // shared memory answers at once
+    constexpr int kTogether = cached ? std::min(2, kBatch<T, plain>) : kBatch<T, plain>;  // shared memory is quick
     slice.batches<kTogether>([&](int p, int step) {
       P batch[kTogether];
 #pragma unroll
