@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 WORKERS ?= 2
 SANITIZERS := none address,undefined thread
@@ -18,7 +18,7 @@ KILLS ?= 20
 CUDA_ARCHITECTURES ?=
 
 .PHONY: train test test-all test-slow test-kill mutation bench evidence lint format docs wheel dist-check gpu-check clean \
-  cpp-test $(SANITIZERS:%=cpp-test-%) cpp-test-baseline cuda-compile
+  cpp-test $(SANITIZERS:%=cpp-test-%) cpp-test-baseline cuda-compile cuda-host-test
 
 train: $(INSTALLED)
 	$(BIN)/tst compare $(COMPARE)
@@ -109,6 +109,18 @@ cuda-compile: $(INSTALLED)
 	cmake -S . -B build/cmake-cuda -DTST_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" \
 	  -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
 	MAKEFLAGS= cmake --build build/cmake-cuda --parallel $(JOBS) --target tst_cuda
+
+# The CUDA ops without a GPU: compiled by the host's compiler, launches run by an emulator, under AddressSanitizer and UBSan.
+# libstdc++ is preloaded for AddressSanitizer, which looks for its exceptions before Python loads it. What Python itself
+# never frees is no leak.
+cuda-host-test: $(INSTALLED)
+	cmake -S . -B build/cmake-cuda-host -DTST_CUDA_HOST=ON -DTST_SANITIZE=address,undefined \
+	  -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
+	MAKEFLAGS= cmake --build build/cmake-cuda-host --parallel $(JOBS) --target tst_cuda_host
+	TST_CUDA_HOST=$(abspath build/cmake-cuda-host/libtst_cuda_host.so) ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	$(BIN)/python -m pytest tests/test_cuda_host.py tests/test_loss.py tests/test_loss_options.py tests/test_bag_embedding.py \
+	  -k "test_cuda_host or (emulated_cuda and not gradcheck)"
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(STEPS)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import emulated
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,9 @@ from tst_ext import (
 )
 from tst_ext.arguments import position_scale_of
 
-KERNELS, CAPABILITIES = ["compiled", "plain_torch"], _C.cpu_capabilities()  # values of fixtures in conftest.py
+# Values of fixtures in conftest.py.
+KERNELS = ["compiled", "plain_torch", *(["emulated_cuda"] if emulated.LIBRARY else [])]
+CAPABILITIES = _C.cpu_capabilities()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 IGNORE = -100
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)

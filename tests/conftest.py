@@ -7,6 +7,7 @@ import warnings
 # its cores. Tests named test_*thread* set other numbers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import emulated
 import pytest
 import torch
 from cases import CAPABILITIES, DEVICES, KERNELS
@@ -65,11 +66,18 @@ def without_kernels():
     library._destroy()
 
 
+@pytest.fixture
+def emulated_cuda():
+    """The ops of a CUDA build, on the host."""
+    with emulated.ops_for_cuda():
+        yield
+
+
 @pytest.fixture(params=KERNELS)
 def kernels(request):
-    """The compiled kernels, then none."""
-    if request.param == "plain_torch":
-        request.getfixturevalue("without_kernels")
+    """The compiled kernels, then none; in `make cuda-host-test` those for CUDA too."""
+    if request.param != "compiled":
+        request.getfixturevalue({"plain_torch": "without_kernels"}.get(request.param, request.param))
     return request.param
 
 

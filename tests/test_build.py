@@ -1,13 +1,16 @@
 """The built extension and what setup.py says when it cannot build."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
+from torch.utils import cpp_extension
 
 from tst_ext import _C
 
@@ -50,3 +53,65 @@ class TestSetup:
 
     def test_cuda_can_be_left_out(self):
         assert self.run(TST_CUDA="0").returncode == 0
+
+
+class TestSetupForCuda:
+    """Its decisions, in a process without a CUDA toolkit: setup() is left out."""
+
+    @pytest.fixture
+    def run(self, monkeypatch):
+        given = {}
+        monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")  # what setup.py changes is put back afterwards
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+        monkeypatch.setattr(cpp_extension, "CUDA_HOME", cpp_extension.CUDA_HOME)
+        return lambda: runpy.run_path(str(ROOT / "setup.py")) | given
+
+    @staticmethod
+    def toolkit(folder, release, runtime="lib64"):
+        """What setup.py sees of a CUDA toolkit; with `runtime` None only of its nvcc."""
+        (folder / "bin").mkdir(parents=True)
+        script = f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n"
+        (folder / "bin/nvcc").write_text(script)
+        (folder / "bin/nvcc").chmod(0o755)
+        if runtime:
+            (folder / runtime).mkdir()
+            (folder / runtime / "libcudart.so").touch()
+        return str(folder)
+
+    @pytest.mark.parametrize(
+        ("release", "wanted"),
+        [
+            ("12.6", "8.0;9.0+PTX"),
+            ("12.8", "8.0;9.0a;10.0+PTX"),
+            ("13.0", "8.0;9.0a;10.0+PTX"),
+            ("12.10", "8.0;9.0a;10.0+PTX"),
+        ],
+    )
+    def test_architectures(self, run, monkeypatch, tmp_path, release, wanted):
+        monkeypatch.setattr(torch.version, "cuda", release)
+        monkeypatch.setattr(cpp_extension, "CUDA_HOME", self.toolkit(tmp_path, release))
+        monkeypatch.setenv("TST_CUDA", "1")
+        (extension,) = run()["ext_modules"]
+        assert os.environ["TORCH_CUDA_ARCH_LIST"] == wanted
+        assert any(source.endswith(".cu") for source in extension.sources)
+        assert str(tmp_path / "lib64") in extension.library_dirs
+
+    def test_architectures_of_the_user(self, run, monkeypatch, tmp_path):
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(cpp_extension, "CUDA_HOME", self.toolkit(tmp_path, "13.0"))
+        monkeypatch.setenv("TST_CUDA", "1")
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+        run()
+        assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.6"
+
+    def test_toolkit_behind_a_script(self, run, tmp_path):
+        cuda_home = run()["cuda_home"]
+        script = self.toolkit(tmp_path / "local", "13.0", runtime=None)
+        standard = self.toolkit(tmp_path / "local/cuda", "13.0")
+        conda = self.toolkit(tmp_path / "conda", "13.0", runtime="lib")
+        assert cuda_home(script, False, standard) == standard
+        assert cuda_home(script, True, standard) == script, "named by the user"
+        assert cuda_home(script, False, str(tmp_path / "absent")) == script
+        assert cuda_home(conda, False, standard) == conda
+        assert cuda_home(None, False, standard) is None

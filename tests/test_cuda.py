@@ -61,7 +61,7 @@ class TestSmall:
 
 class TestLargeVocabularies:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("vocabulary", [1, 7, 4097, 49152, 50257, 128256, 151936, 1_000_003])
+    @pytest.mark.parametrize("vocabulary", [1, 7, 4097, 49152, 50257, 128256, 151936, 300_000, 600_000, 1_000_003])
     def test_rows_of_every_length(self, vocabulary, dtype):
         check_loss(*loss_case(37, 32, vocabulary, 6, dtype, "cuda"))
 

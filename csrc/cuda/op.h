@@ -54,13 +54,9 @@ struct Current {
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = extent.cluster;
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = extent.grid;
-    config.blockDim = dim3(extent.threads);
-    config.dynamicSmemBytes = extent.shared_bytes;
-    config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = extent.cluster > 1 ? 1 : 0;  // devices without clusters refuse the attribute
+    const unsigned attributes = extent.cluster > 1 ? 1 : 0;  // devices without clusters refuse the attribute
+    const cudaLaunchConfig_t config{extent.grid, dim3(extent.threads), extent.shared_bytes, stream, &cluster,
+                                    attributes};
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
   }
 };

@@ -1,0 +1,221 @@
+"""The CUDA ops without a GPU: which launches they make, at which sizes and addresses, and what they refuse.
+
+`make cuda-host-test` builds them for the host under AddressSanitizer; elsewhere this file is skipped. It runs the tests
+with the fixture `kernels` too.
+"""
+
+import emulated
+import pytest
+import torch
+from cases import FUNCTIONS, IGNORE, check_embedding, check_loss, embedding_case, fused, loss_case, on_logits
+from numerics import relative_error
+
+from tst_ext import bag_embedding, fallback, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
+
+pytestmark = [
+    pytest.mark.skipif(not emulated.LIBRARY, reason="runs in make cuda-host-test"),
+    pytest.mark.usefixtures("emulated_cuda"),
+]
+
+
+def op_for_cuda(name, *args, **kwargs):
+    """The op whatever the tensors' device, behind the checks of the public function."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    return getattr(torch.ops.tst_ext, name).default.redispatch(keys, *args, **kwargs)
+
+
+class TestRows:
+    @pytest.mark.parametrize(
+        ("device", "dtype", "vocabulary", "cluster", "threads", "cached"),
+        [
+            ("sm_80", torch.float32, 33, 1, 64, True),
+            ("sm_80", torch.float32, 19_000, 1, 512, True),
+            ("sm_80", torch.float32, 25_000, 1, 512, False),
+            ("sm_89", torch.bfloat16, 39_000, 1, 512, True),
+            ("sm_90", torch.float64, 3_000, 1, 256, True),
+            ("sm_90", torch.float32, 25_000, 4, 256, True),
+            ("sm_90", torch.float32, 300_000, 8, 512, True),
+            ("sm_90", torch.bfloat16, 600_000, 8, 512, True),
+            ("sm_90", torch.float32, 500_000, 8, 512, False),
+            ("sm_90 with code for sm_80", torch.float32, 25_000, 1, 512, False),
+            ("sm_120", torch.float32, 300_000, 8, 512, False),
+        ],
+    )
+    def test_cut(self, device, dtype, vocabulary, cluster, threads, cached):
+        emulated.set_device(device)
+        rows = 3 if vocabulary < 30_000 else 1
+        check_loss(*loss_case(rows, 2, vocabulary, 3, dtype, "cpu", ignored=0))
+        (launch,) = emulated.launches()
+        assert (launch.grid, launch.cluster, launch.threads) == ((rows * cluster, 1), cluster, threads)
+        slice_bytes = vocabulary * dtype.itemsize // cluster
+        assert (slice_bytes <= launch.shared_bytes) == cached
+        assert launch.shared_bytes <= min(emulated.DEVICES[device].shared_memory << 10, slice_bytes + 4096)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+    @pytest.mark.parametrize("vocabulary", [1, 9, 70])
+    def test_any_address_and_stride(self, dtype, vocabulary):
+        eps = torch.finfo(dtype).eps
+        _, _, _, labels = loss_case(3, 1, vocabulary, 4, dtype, "cpu")
+        scale = torch.full((4,), 0.25, dtype=torch.promote_types(dtype, torch.float32))
+        for first in range(16 // dtype.itemsize):
+            for stride in (vocabulary, vocabulary + 1, vocabulary + 8):
+                memory = torch.full((first + 3 * stride + 8,), 77, dtype=dtype)  # beside the rows it stays
+                z = memory.as_strided((3, vocabulary), (stride, 1), first)
+                z.copy_(torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(0)))
+                wanted = fallback._rows(z.double(), labels, scale.double(), None, None, True)
+                loss, lse = torch.full((2, 3), torch.nan, dtype=scale.dtype)
+                op_for_cuda("multi_hot_cross_entropy_rows_", z, labels, scale, loss, lse, gradient=True)
+                for mine, exact in zip((loss, lse, z), wanted, strict=True):
+                    assert relative_error(mine, exact) < 8 * (eps if mine is z else torch.finfo(scale.dtype).eps)
+                z.fill_(77)
+                assert (memory == 77).all()
+
+    @pytest.mark.parametrize("function", FUNCTIONS)
+    def test_no_rows(self, function):
+        loss = function(torch.empty(0, 8), torch.ones(50, 8), None, torch.empty(0, 4, dtype=torch.long))
+        assert loss == 0 and emulated.launches() == []
+
+    def test_strides(self):
+        hidden, weight, bias, labels = loss_case(6, 8, 50, 4, torch.float32, "cpu", bias=True)
+        hidden, weight, labels = (t.T.contiguous().T for t in (hidden, weight, labels.int()))
+        check_loss(hidden, weight, torch.stack((bias, bias), 1)[:, 0], labels)
+        logits = (hidden @ weight.T).T.contiguous().T
+        assert torch.equal(
+            multi_hot_cross_entropy(logits, labels), multi_hot_cross_entropy(logits.contiguous(), labels)
+        )
+
+    def test_a_row_of_labels_that_asks_for_memory(self):  # 1600 labels: 50 KiB, more than a kernel has unasked
+        check_loss(*loss_case(1, 2, 40, 1600, torch.float32, "cpu"))
+        (launch,) = emulated.launches()
+        assert launch.shared_bytes > 48 << 10
+
+
+class TestChunks:
+    @pytest.mark.parametrize(
+        ("chunk_size", "chunks"), [(1, 10 * [1]), (3, [3, 3, 3, 1]), (4, [4, 4, 2]), (9, [5, 5]), (99, [10])]
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_launches(self, chunk_size, chunks, dtype):
+        case = loss_case(10, 8, 101, 3, dtype, "cpu", bias=True)  # rows of 101 columns in 128
+        check_loss(*case, chunk_size=chunk_size)
+        assert [launch.grid for launch in emulated.launches()] == [(rows, 1) for rows in chunks]
+        upstream = torch.randn(10, generator=torch.Generator().manual_seed(0))
+        check_loss(*case, upstream, chunk_size=chunk_size, reduction="none", z_loss=0.1, logit_softcap=3.0)
+        assert [launch.grid for launch in emulated.launches()] == 2 * [(rows, 1) for rows in chunks]
+
+
+class TestBags:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("options", [{}, {"padding_idx": 0, "position_weights": "exponential"}], ids=str)
+    @pytest.mark.parametrize(("dim", "slabs"), [(1, 1), (5, 1), (24, 1), (520, 2)])
+    def test_launches(self, dtype, options, dim, slabs):
+        ids, weight, grad = embedding_case((300, 3), 41, dim, dtype, "cpu")
+        assert int(torch.bincount(ids[ids > 0]).max()) > 64  # pieces of a row, also without id 0
+        check_embedding(ids, weight, grad, **options)
+        forward, hits, offsets, rows, pieces, join = emulated.launches()
+        slabs = slabs if dtype == torch.bfloat16 else -(-dim // 256)
+        assert (hits.grid, offsets.grid) == ((3, 1), (1, 1))  # a thread a bag, a thread a row and one more
+        # A warp a bag; a row; two pieces of 64 hits; and the rows that begin in them.
+        assert [launch.grid for launch in (forward, rows, pieces, join)] == [(n, slabs) for n in (75, 11, 8, 4)]
+
+    @pytest.mark.parametrize("vocabulary", [127, 128, 129])
+    def test_around_the_rows_of_a_block(self, vocabulary):  # 128 threads a block, one for each row and one more
+        ids, weight, grad = embedding_case((5, 3), vocabulary, 4, torch.float32, "cpu")
+        ids[0] = vocabulary - 1
+        check_embedding(ids, weight, grad)
+        assert emulated.launches()[2].grid == (1 + (vocabulary >= 128), 1)
+
+    @pytest.mark.parametrize("count", [1, 64, 65])
+    def test_no_pieces_where_no_row_can_be_long(self, count):
+        ids, weight, grad = embedding_case((count, 1), 3, 8, torch.float32, "cpu")
+        check_embedding(ids, weight, grad)
+        assert len(emulated.launches()) == (6 if count > 64 else 4)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_any_address(self, dtype):
+        ids, weight, grad = embedding_case((9, 3), 7, 16, dtype, "cpu")
+        apart = torch.empty(7 * 16 + 1, dtype=dtype)[1:].view(7, 16).copy_(weight)
+        assert apart.data_ptr() % 16 and torch.equal(bag_embedding(ids, apart), bag_embedding(ids, weight))
+        grad_apart = torch.empty(9 * 16 + 1, dtype=dtype)[1:].view(9, 16).copy_(grad)
+        backward = [op_for_cuda("bag_embedding_backward", g, ids, 7, "mean") for g in (grad, grad_apart)]
+        assert torch.equal(*backward)
+
+    def test_strides(self):
+        ids, weight, grad = embedding_case((9, 3), 7, 16, torch.float32, "cpu")
+        check_embedding(ids.int().T.contiguous().T, weight.T.contiguous().T, grad.T.contiguous().T)
+
+    def test_empty(self):
+        for ids, weight in (((0, 4), (5, 3)), ((4, 2), (5, 0))):
+            weight = torch.ones(weight, requires_grad=True)
+            bag_embedding(torch.zeros(ids, dtype=torch.long), weight).sum().backward()
+            assert torch.equal(weight.grad, torch.zeros_like(weight)) and emulated.launches() == []
+
+
+class TestErrors:
+    def test_ids_out_of_range_stop_the_kernel(self):
+        ids = torch.full((4, 2), 9)
+        for function in (fused, on_logits):
+            with pytest.raises(IndexError, match="labels: out of range"):
+                function(torch.ones(4, 8), torch.ones(9, 8), None, ids)
+        with pytest.raises(IndexError, match="input_ids: out of range"):
+            bag_embedding(ids, torch.ones(9, 8))
+        with pytest.raises(IndexError, match="input_ids: out of range"):
+            op_for_cuda("bag_embedding_backward", torch.ones(4, 8), ids, 9, "mean")
+
+    @pytest.mark.parametrize("device", emulated.DEVICES)
+    def test_bags_of_too_many_labels(self, device):
+        emulated.set_device(device)
+        labels = torch.full((1, 100_000), IGNORE)
+        with pytest.raises(RuntimeError, match=r"labels: .* at most \d{4} labels on this device, got 100000"):
+            linear_multi_hot_cross_entropy(torch.ones(1, 2), torch.ones(3, 2), labels)
+        assert emulated.launches() == []
+
+    ONES, LABELS = torch.ones(4, 9), torch.zeros(4, 2, dtype=torch.long)
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            (dict(logits=ONES.long()), "logits: expected float32, bfloat16, float16 or float64"),
+            (dict(logits=ONES.T.contiguous().T), "logits: expected .* adjacent columns"),
+            (dict(logits=torch.empty(0, 2**30), labels=LABELS[:0]), f"logits: .* fewer than 2\\^30 .* got {2**30}"),
+            (dict(labels=LABELS.to("meta")), "logits, labels: expected tensors on one CUDA device"),
+            (dict(labels=LABELS.float()), "labels: expected int64 or int32"),
+            (dict(labels=LABELS[:3]), "labels, position_scale: expected"),
+            (dict(position_scale=torch.ones(3)), "labels, position_scale: expected"),
+            (dict(loss=torch.ones(3)), "loss, lse: expected"),
+            (dict(lse=torch.ones(4).double()), "loss, lse: expected"),
+            (dict(grad_loss=torch.ones(3)), "grad_loss: expected"),
+            (dict(grad_lse=torch.ones(())), "grad_lse: expected"),
+            (dict(objective="mse"), "objective: .* 'mse'"),
+            (dict(logit_softcap=0.0), "logit_softcap: expected"),
+            (dict(z_loss=-1.0), "z_loss: expected"),
+            (dict(label_smoothing=1.5), "label_smoothing: expected"),
+        ],
+    )
+    def test_rows(self, changed, message):
+        arguments = dict(
+            logits=self.ONES, labels=self.LABELS, position_scale=torch.ones(2), loss=torch.ones(4), lse=torch.ones(4)
+        )
+        with pytest.raises(RuntimeError, match=message):
+            op_for_cuda("multi_hot_cross_entropy_rows_", **(arguments | changed))
+        assert emulated.launches() == []
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            (dict(mode="max"), "mode: .* 'max'"),
+            (dict(input_ids=torch.zeros(2, 0).long()), "input_ids: expected"),
+            (dict(input_ids=torch.zeros(2, 3)), "input_ids: expected int64 or int32"),
+            (dict(input_ids=torch.zeros(1, 1).long().expand(2**31, 1)), f"input_ids: .* 2\\^31, got {2**31}"),
+            (dict(weight=torch.ones(9)), "weight: expected"),
+            (dict(weight=torch.ones(9, 8).long()), "weight: expected float32"),
+            (dict(weight=torch.ones(9, 8, device="meta")), "input_ids, weight: .* one CUDA device"),
+            (dict(weight=torch.ones(1, 64 * 65535 + 1)), "weight: rows too long .* 4194241 columns"),
+            (dict(position_weights=torch.ones(4)), "position_weights: expected"),
+        ],
+    )
+    def test_bags(self, changed, message):
+        arguments = dict(input_ids=torch.zeros(2, 3).long(), weight=torch.ones(9, 8), mode="mean")
+        with pytest.raises(RuntimeError, match=message):
+            op_for_cuda("bag_embedding", **(arguments | changed))
+        assert emulated.launches() == []
