@@ -18,7 +18,7 @@ KILLS ?= 20
 CUDA_ARCHITECTURES ?=
 
 .PHONY: train test test-all test-slow test-kill mutation bench evidence lint format docs wheel dist-check gpu-check clean \
-  cpp-test $(SANITIZERS:%=cpp-test-%) cpp-test-baseline cuda-compile
+  cpp-test $(SANITIZERS:%=cpp-test-%) cpp-test-baseline cuda-compile cuda-lint
 
 train: $(INSTALLED)
 	$(BIN)/tst compare $(COMPARE)
@@ -109,6 +109,10 @@ cuda-compile: $(INSTALLED)
 	cmake -S . -B build/cmake-cuda -DTST_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" \
 	  -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
 	MAKEFLAGS= cmake --build build/cmake-cuda --parallel $(JOBS) --target tst_cuda
+
+# The machine code of the hot kernels: 16-byte loads and stores, spills, instructions per logit. Needs nvcc, no GPU.
+cuda-lint: $(INSTALLED)
+	$(BIN)/python tests/machine_code.py
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(STEPS)
