@@ -18,7 +18,7 @@ KILLS ?= 20
 CUDA_ARCHITECTURES ?=
 
 .PHONY: train test test-all test-slow test-kill mutation bench evidence lint format docs wheel dist-check gpu-check clean \
-  cpp-test $(SANITIZERS:%=cpp-test-%) cpp-test-baseline cuda-compile cuda-host-test
+  cpp-test $(SANITIZERS:%=cpp-test-%) cpp-test-baseline cuda-compile cuda-host-test cuda-lint
 
 train: $(INSTALLED)
 	$(BIN)/tst compare $(COMPARE)
@@ -121,6 +121,10 @@ cuda-host-test: $(INSTALLED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	$(BIN)/python -m pytest tests/test_cuda_host.py tests/test_loss.py tests/test_loss_options.py tests/test_bag_embedding.py \
 	  -k "test_cuda_host or (emulated_cuda and not gradcheck)"
+
+# The machine code of the hot kernels: 16-byte loads and stores, spills, instructions per logit. Needs nvcc, no GPU.
+cuda-lint: $(INSTALLED)
+	$(BIN)/python tests/machine_code.py
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(STEPS)
