@@ -54,6 +54,8 @@ __device__ inline void as_words(double x, uint32_t& low, uint32_t& high) {
   low = __double2loint(x), high = __double2hiint(x);
 }
 
+__device__ inline void opaque(uint32_t& word) { asm volatile("" : "+r"(word)); }
+
 using Words4 = uint4;
 // 16 bytes of global memory in one store: nvcc 13 splits an assignment on sm_80 to sm_90.
 __device__ inline void store_global(Words4* to, Words4 four) {
@@ -134,6 +136,18 @@ struct Pack {
       return as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
     else
       return widen(T{static_cast<uint16_t>(i % 2 ? words[i / 2] >> 16 : words[i / 2])});
+  }
+  __device__ static Pack lowest() {  // -inf, of 16 bytes
+    constexpr uint32_t kHigh = sizeof(T) == 8                ? 0xfff00000u
+                               : sizeof(T) == 4              ? 0xff800000u
+                               : std::is_same_v<T, BFloat16> ? 0xff80ff80u
+                                                             : 0xfc00fc00u;
+    constexpr uint32_t kLow = sizeof(T) == 8 ? 0 : kHigh;
+    return {{kLow, kHigh, kLow, kHigh}};
+  }
+  __device__ void forget() {  // the compiler computes what it has computed from it again
+#pragma unroll
+    for (uint32_t& word : words) opaque(word);
   }
   __device__ Words4 four(int i) const {
     return Words4{words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]};

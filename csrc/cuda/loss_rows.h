@@ -14,7 +14,7 @@ enum class Objective : int { kMce, kMceAlt };
 constexpr int kMaxThreads = 512;  // 1024 would leave 64 registers, which softcap and smoothing exceed
 // Loads in flight a thread. tanh and float64 take longer than they do, and long to compile.
 template <typename T, bool plain>
-constexpr int kBatch = plain && sizeof(T) < 8 ? 8 : 1;
+constexpr int kBatch = plain && sizeof(T) < 8 ? 4 : 1;
 
 template <typename T>
 struct LossRows {
@@ -170,10 +170,10 @@ __device__ inline A above(A x, A base) {
 // Adds to a thread's sums the columns i of its packs b for which there(b, i). The base changes once for all of them,
 // and seldom after the first. A NaN is nobody's maximum, and shows in the sum.
 template <typename T, bool plain, int n, typename There>
-__device__ inline void add_packs(RowSums<Acc<T>>& sums, const Pack<T, kPack<T>> (&packs)[n], Acc<T> cap, There there) {
+__device__ inline void add_packs(RowSums<Acc<T>>& sums, Pack<T, kPack<T>> (&packs)[n], Acc<T> cap, There there) {
   using A = Acc<T>;
   constexpr A kLowest = -static_cast<A>(INFINITY);
-  A capped_values[plain ? 1 : n][kPack<T>];  // of 64 plain ones, widened again for nothing, the registers are dear
+  A capped_values[plain ? 1 : n][kPack<T>];
   const auto z = [&](int b, int i) {
     if constexpr (plain)
       return packs[b][i];
@@ -195,6 +195,9 @@ __device__ inline void add_packs(RowSums<Acc<T>>& sums, const Pack<T, kPack<T>> 
     if (!plain && sums.columns > 0) sums.logits += sums.columns * (sums.base - best);
     sums.base = best;
   }
+  // Widened a second time, 64 numbers of 16 bits do not take 64 registers in between.
+#pragma unroll
+  for (int b = 0; b < n; ++b) packs[b].forget();
   const A base = sums.base == kLowest ? A(0) : sums.base;  // exp(-inf - base) is 0 for any base but -inf
 #pragma unroll
   for (int b = 0; b < n; ++b) {
@@ -370,9 +373,9 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T
     P batch[kBatch<T, plain>];
 #pragma unroll
     for (int b = 0; b < kBatch<T, plain>; ++b) {
-      if (p + b * step < slice.end) batch[b] = row.template load<true>(p + b * step);
+      batch[b] = p + b * step < slice.end ? row.template load<true>(p + b * step) : P::lowest();  // which adds 0
     }
-    add_packs<T, plain>(mine, batch, cap, [&](int b, int) { return p + b * step < slice.end; });
+    add_packs<T, plain>(mine, batch, cap, [](int, int) { return true; });
     if constexpr (cached) {
 #pragma unroll
       for (int b = 0; b < kBatch<T, plain>; ++b) {
@@ -381,7 +384,7 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T
     }
   });
   slice.edges([&](int p) {
-    const P batch[1] = {row.template load<false>(p)};
+    P batch[1] = {row.template load<false>(p)};
     add_packs<T, plain>(mine, batch, cap, [&](int, int i) { return row.inside(p, i); });
   });
   mine = sums_of_warp<T, plain>(mine);

@@ -274,7 +274,7 @@ inline void launch(Dim grid, unsigned threads, unsigned cluster_size, size_t sha
 // What the kernels take from CUDA.
 #define __global__
 #define __device__
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 #define TST_SHARED_MEMORY(name) unsigned char* name = ::emulator::fiber().block->shared.get()->bytes
 #define threadIdx (::emulator::fiber().thread)
 #define blockIdx (::emulator::fiber().block_index)
@@ -352,6 +352,7 @@ inline void as_words(double x, uint32_t& low, uint32_t& high) {
 struct __attribute__((may_alias, aligned(16))) Words4 {
   uint32_t x, y, z, w;
 };
+inline void opaque(uint32_t&) {}
 inline void store_global(Words4* to, Words4 four) { *to = four; }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
