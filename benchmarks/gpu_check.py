@@ -7,7 +7,8 @@
 Every step is a command with a limit in seconds and a process group of its own. A step that fails or reaches its limit
 does not stop the next ones; only the build does. Each step appends its results to gpu_stageN.jsonl at once, one JSON
 object per line, and its output to gpu_stageN.log. Both are in the folder that the environment variable OUT names, else
-in benchmarks/results. `--steps NAME...` runs the named steps only. `--rehearse` runs everything on the CPU with tiny
+in benchmarks/results. `--steps NAME...` runs the named steps only, `--within SECONDS` leaves out what does not fit into
+that time. `--rehearse` runs everything on the CPU with tiny
 shapes, to find mistakes in these scripts; its numbers mean nothing.
 
 Needs torch with CUDA, nvcc, pybind11, ninja, pytest, pytest-xdist and hypothesis, and no network. A peer that cannot
@@ -16,6 +17,7 @@ be imported is named in the results with the reason.
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,17 @@ class Results:
         return found
 
 
+RUNNING: set[subprocess.Popen] = set()
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kill a step's process group, its children included."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
 def run(step: Step, results: Results, environment: dict[str, str]) -> str:
     """Run a step to its end or limit, record how it ended, and return that: "ok", "failed" or "limit"."""
     began = time.monotonic()
@@ -120,6 +133,7 @@ def run(step: Step, results: Results, environment: dict[str, str]) -> str:
             stderr=subprocess.STDOUT,
             process_group=0,
         )
+        RUNNING.add(process)
         status = None
         try:
             for seconds, sign in ((step.limit, signal.SIGINT), (GRACE, signal.SIGKILL)):
@@ -131,10 +145,8 @@ def run(step: Step, results: Results, environment: dict[str, str]) -> str:
                     os.killpg(process.pid, sign)
             process.wait()
         finally:  # also children that it left, and also where this program is told to stop
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+            kill(process)
+            RUNNING.discard(process)
     status = status or ("ok" if process.returncode == 0 else "failed")
     output = results.log.read_bytes()[place:].decode(errors="replace")
     line: dict[str, object] = {"step": step.name, "status": status, "seconds": round(time.monotonic() - began, 1)}
@@ -151,15 +163,23 @@ def run(step: Step, results: Results, environment: dict[str, str]) -> str:
     return status
 
 
-def run_all(groups: list[list[Step]], results: Results, environment: dict[str, str]) -> list[str]:
-    """Run the groups one after the other; a failed build ends it. Returns how each step ended."""
+def run_all(
+    groups: list[list[Step]], results: Results, environment: dict[str, str], deadline: float = math.inf
+) -> list[str]:
+    """Run the groups one after the other, up to a failed build or the deadline. Returns how each step ended."""
     ended: list[str] = []
     for group in groups:
+        left = deadline - time.monotonic() - GRACE
+        if left < 10:
+            results.add({"step": group[0].name, "status": "left out", "reason": "no time is left"})
+            ended.append("left out")
+            continue
+        first, *others = (replace(step, limit=min(step.limit, left)) for step in group)
         # Threads that are daemons: where this program is told to stop, it does not wait for them.
-        pool = [Background(step, results, environment) for step in group[1:]]
-        first = run(group[0], results, environment)
-        ended += [first, *(thread.status() for thread in pool)]
-        if group[0].name == "build" and first != "ok":
+        pool = [Background(step, results, environment) for step in others]
+        status = run(first, results, environment)
+        ended += [status, *(thread.status() for thread in pool)]
+        if first.name == "build" and status != "ok":
             print("gpu-check: without a build nothing else can run")
             break
     return ended
@@ -197,6 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=1)
     parser.add_argument("--steps", nargs="*", default=[], metavar="NAME", help="the steps to run; default: all")
+    parser.add_argument("--within", type=float, default=3600, metavar="SECONDS", help="for all steps; default: 3600")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny shapes")
     arguments = parser.parse_args(argv)
     groups = stages(arguments.rehearse)[arguments.stage]
@@ -219,10 +240,12 @@ def main(argv: list[str] | None = None) -> int:
     if facts is None:
         print("gpu-check: torch finds no CUDA device here, so nothing was built, tested or measured")
         return 1
-    environment.setdefault("TORCH_CUDA_ARCH_LIST", facts["architecture"])  # of this device alone
+    environment["TORCH_CUDA_ARCH_LIST"] = facts["architecture"]  # of this device alone
     try:
-        ended = run_all(groups, results, environment)
+        ended = run_all(groups, results, environment, time.monotonic() + arguments.within)
     finally:
+        for process in list(RUNNING):  # of a thread, where this program was told to stop
+            kill(process)
         print(f"\ngpu-check: results in {results.path}, output in {results.log}\n{table(results.lines())}", flush=True)
     return int(any(status != "ok" for status in ended))
 

@@ -49,6 +49,13 @@ def test_a_failed_step_stops_no_other_but_the_build_does(results):
     assert gpu_check.run_all([[build, good], [good]], results, {}) == ["failed", "ok"]
 
 
+def test_no_step_begins_when_no_time_is_left(results):
+    group = [step("good", RECORD)]
+    now = time.monotonic()
+    assert gpu_check.run_all([group], results, {}, now + 12) == ["left out"]
+    assert gpu_check.run_all([group], results, {}, now + 60) == ["ok"]
+
+
 def test_half_a_line_and_earlier_runs_are_left_out(results):
     results.add({"step": "a"})
     with open(results.path, "a") as file:
@@ -60,7 +67,8 @@ def test_half_a_line_and_earlier_runs_are_left_out(results):
 
 
 def test_summary_names_failed_tests_and_stays_short(results):
-    code = "print('FAILED tests/test_a.py::test_b - AssertionError'); print('1 failed, 3 passed in 0.1s'); raise SystemExit(1)"
+    lines = ["FAILED tests/test_a.py::test_b - AssertionError", "1 failed, 3 passed in 0.1s"]
+    code = f"print({lines[0]!r}); print({lines[1]!r}); raise SystemExit(1)"
     gpu_check.run(gpu_check.Step("tests", ["-c", code, "pytest"], 30.0), results, {})
     text = gpu_check.table([*results.lines(), {"step": "long", "value": "x" * 1000}])
     assert "1 failed, 3 passed" in text and "test_a.py::test_b" in text and max(map(len, text.splitlines())) < 240

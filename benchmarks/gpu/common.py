@@ -151,16 +151,18 @@ def best_three_gemms(hidden: Tensor, weight: Tensor) -> tuple[Callable[[], None]
     return runs[best], best
 
 
-def gpu_state() -> dict[str, str]:
-    """Clocks, temperature, power and why clocks are low, as nvidia-smi has them now. Nothing is changed."""
-    names = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_event_reasons.active")
-    for asked in (names, names[:-1]):  # old drivers call the last one otherwise
-        command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader,nounits"]
+STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_event_reasons.active")
+
+
+def gpu_state(names: tuple[str, ...] = STATE) -> dict[str, str]:
+    """What nvidia-smi says now, by its names, each asked alone: drivers do not know them all. Nothing is changed."""
+    found = {}
+    for name in names:
+        command = ["nvidia-smi", f"--query-gpu={name}", "--format=csv,noheader,nounits"]
         try:
-            result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            result = subprocess.run(command, capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired) as error:
-            return {"nvidia_smi": f"{type(error).__name__}: {error}"}
-        values = [value.strip() for value in result.stdout.partition("\n")[0].split(",")]
-        if result.returncode == 0 and len(values) == len(asked):
-            return dict(zip(asked, values, strict=True))
-    return {"nvidia_smi": (result.stdout + result.stderr).strip()[:200]}
+            return found | {"nvidia_smi": f"{type(error).__name__}: {error}"[:100]}
+        if result.returncode == 0:
+            found[name] = result.stdout.partition("\n")[0].strip()
+    return found

@@ -33,27 +33,19 @@ def main() -> int:
             "multiprocessors": p.multi_processor_count,
             "memory_gib": p.total_memory / 2**30,
             "l2_mib": getattr(p, "L2_cache_size", 0) / 2**20,
+            **gpu_state(("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")),
             **gpu_state(),
         }
     record(
         **values,
         torch=torch.__version__,
         cuda=torch.version.cuda,
-        driver=driver(),
         python=platform.python_version(),
         cores=len(os.sched_getaffinity(0)),
         kernel=platform.release(),
     )
     record(versions=" ".join(f"{name} {version(name)}" for name in (*PACKAGES, *OPTIONAL)))
     return 0
-
-
-def driver() -> str:
-    try:
-        with open("/proc/driver/nvidia/version") as file:
-            return file.readline().split("Kernel Module")[-1].split()[0]
-    except (OSError, IndexError):
-        return "unknown"
 
 
 if __name__ == "__main__":

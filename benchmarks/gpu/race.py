@@ -28,7 +28,9 @@ def compiled(**options: object) -> Loss:
     return torch.compile(peers.listing, dynamic=False, options=options or None)
 
 
-def liger(implementation: str) -> Loss | str:
+def liger(implementation: str, needs: str) -> Loss | str:
+    if isinstance(module := peers.imported(needs), str):
+        return module
     os.environ |= {"LIGER_KERNEL_IMPL": implementation, "LIGER_KERNEL_STRICT": "1"}  # else it may take another one
     return peers.liger(DEVICE)
 
@@ -47,8 +49,8 @@ def torch_linear() -> Loss | str:
 PEERS: dict[str, Callable[[], Loss | str]] = {
     "ours": lambda: linear_multi_hot_cross_entropy,
     "quack": quack,
-    "liger_cute": partial(liger, "nvidia-cutedsl"),
-    "liger": partial(liger, "nvidia-triton"),
+    "liger_cute": partial(liger, "nvidia-cutedsl", "cutlass.cute"),
+    "liger": partial(liger, "nvidia-triton", "triton"),
     "cce": partial(peers.cut_cross_entropy, DEVICE),
     "torch_linear": torch_linear,
     "auto_chunker": lambda: compiled(**{"auto_chunker.enable": True}),
@@ -108,7 +110,10 @@ def measure(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor, gemms: C
 
 def main() -> int:
     name = sys.argv[1]
-    loss = PEERS[name]()
+    try:
+        loss = PEERS[name]()
+    except Exception as error:  # a peer may fail in any way
+        loss = f"{type(error).__name__}: {error}".splitlines()[0]
     if isinstance(loss, str):
         record(peer=name, unavailable=loss)
         return 0
