@@ -55,6 +55,7 @@ def main() -> int:
         KEPT.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(extension, kept)
     if out := os.environ.get("OUT"):
+        Path(out).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(kept, Path(out) / kept.name)
     code = "from tst_ext import _C; print(_C.cuda_architectures() or 'none')"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
