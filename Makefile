@@ -112,7 +112,7 @@ cuda-compile: $(INSTALLED)
 
 # The CUDA ops without a GPU: compiled by the host's compiler, launches run by an emulator, under AddressSanitizer and UBSan.
 # libstdc++ is preloaded for AddressSanitizer, which looks for its exceptions before Python loads it. What Python itself
-# never frees is no leak.
+# never frees is no leak. pytest captures what Python prints, and leaves the sanitizers their stderr.
 cuda-host-test: $(INSTALLED)
 	cmake -S . -B build/cmake-cuda-host -DTST_CUDA_HOST=ON -DTST_SANITIZE=address,undefined \
 	  -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
@@ -120,7 +120,7 @@ cuda-host-test: $(INSTALLED)
 	TST_CUDA_HOST=$(abspath build/cmake-cuda-host/libtst_cuda_host.so) ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	$(BIN)/python -m pytest tests/test_cuda_host.py tests/test_loss.py tests/test_loss_options.py tests/test_bag_embedding.py \
-	  -k "test_cuda_host or (emulated_cuda and not gradcheck)"
+	  --capture=sys -k "test_cuda_host or (emulated_cuda and not gradcheck)"
 
 # The machine code of the hot kernels: 16-byte loads and stores, spills, instructions per logit. Needs nvcc, no GPU.
 cuda-lint: $(INSTALLED)

@@ -2,10 +2,11 @@
 
     python tests/mutation.py [--only NAME ...] [--table]
 
-The kernels (csrc/cpu/kernels_impl.h, csrc/cpu/bags.cpp) are judged by the C++ tests (needs CMake and GoogleTest), what
-stands between them and the user by pytest (needs the installed development environment). All of it happens in a copy of
-the working tree: 40 minutes on two cores. The exit status is 1 if a mutant survives, does not apply or does not
-compile. A mutant that survives is a missing test, or equivalent to what it replaces: then it has no place here.
+The raw kernels are judged by the C++ tests (needs CMake and GoogleTest), launches of the CUDA kernels by
+tests/test_cuda_host.py, what stands between the kernels and the user by pytest (needs the installed development
+environment). All of it happens in a copy of the working tree: 50 minutes on two cores. The exit status is 1 if a mutant
+survives, does not apply or does not compile. A mutant that survives is a missing test, or equivalent to what it
+replaces: then it has no place here.
 """
 
 import argparse
@@ -245,6 +246,41 @@ CPP: dict[str, list[Mutant]] = {
     ],
 }
 
+# What stands between the CUDA kernels and Python: launches, sizes of buffers, addresses.
+CUDA_HOST: dict[str, list[Mutant]] = {
+    "csrc/cuda/op.h": [
+        Mutant("launch-shared", "extent.shared_bytes > kUnasked", "extent.shared_bytes > 2 * kUnasked",
+               "more shared memory than a kernel has unasked"),
+        Mutant("launch-cluster", "extent.cluster > 1 ? 1 : 0;", "0;", "blocks of a row without a cluster"),
+        Mutant("launch-blocks", "(work + per_block - 1) / per_block;", "work / per_block;", "last block missing"),
+    ],
+    "csrc/cuda/multi_hot_cross_entropy.cu": [
+        Mutant("launch-code", "compiled.ptxVersion >= 90 && device_attribute", "device_attribute",
+               "clusters in code that was compiled without"),
+        Mutant("launch-rows", "blocks_for(rows * shape.blocks, 1)", "blocks_for(rows, 1)", "one block a row"),
+        Mutant("launch-stride", "a.stride = logits.stride(0);", "a.stride = vocabulary;", "padding between rows"),
+        Mutant("launch-upstream", "a.grad_loss_stride = g && g->dim() == 1;", "a.grad_loss_stride = 1;",
+               "one upstream gradient read as one a row"),
+    ],
+    "csrc/cuda/bag_embedding.cu": [
+        Mutant("launch-address", "&& address(a) % 16 == 0 && address(b) % 16 == 0;", ";",
+               "packs at addresses that are not theirs"),
+        Mutant("launch-scratch", "std::max<int64_t>(1, static_cast<int64_t>(bytes))", "1",
+               "less memory than the sort asks for"),
+        Mutant("launch-bits", "while (num_embeddings >> bits) ++bits;",
+               "while (num_embeddings >> (bits + 1)) ++bits;", "keys sorted without their highest bit"),
+        Mutant("launch-offsets", "offsets = integers(num_embeddings + 1);", "offsets = integers(num_embeddings);",
+               "no room for the end of the last row"),
+        Mutant("launch-offsets-grid", "{blocks_for(num_embeddings + 1, kThreads), kThreads}",
+               "{blocks_for(num_embeddings, kThreads), kThreads}", "end of the last row not written"),
+        Mutant("launch-pieces", "count > kWindow ? 2 * windows : 0, dim}", "count > kWindow ? windows : 0, dim}",
+               "room for one piece of a window"),
+        Mutant("launch-pieces-grid", "grid<n()>(2 * windows, dim)", "grid<n()>(windows, dim)", "late pieces missing"),
+        Mutant("launch-scales", "{c.weighted ? c.bags : 0}", "{0}", "no room for the bags' scales"),
+        Mutant("launch-slabs", "blocks_for(dim, kSlab<n>)", "blocks_for(dim, 2 * kSlab<n>)", "late columns missing"),
+    ],
+}
+
 PYTHON: dict[str, list[Mutant]] = {
     "csrc/cpu/kernels_impl.h": [  # what needs more rows than a C++ test has
         Mutant("column-compensation", "sum[c] - lost[c]", "sum[c]", "bias gradient drifts with the rows"),
@@ -407,6 +443,15 @@ class CppTree(Tree):
         return Outcome("killed", (begun[-1] if begun else f"status {status}") + late, output)
 
 
+PYTEST_OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "--capture=sys"]  # not what a sanitizer writes to stderr
+
+
+def outcome_of_pytest(status: int | str, output: str) -> Outcome:
+    failing = re.findall(r"^(?:FAILED|ERROR) tests/([^\s\[]+)", output, re.MULTILINE)
+    failing += re.findall(r"AddressSanitizer: [\w-]+|runtime error: [^,\n]+", output)  # which end the process
+    return Outcome("killed", failing[0] if failing else f"status {status}", output) if status else Outcome("survived")
+
+
 class PythonTree(Tree):
     # Training, packaging and processes of their own take minutes and judge other things.
     ignored = ["train", "integrations", "test_build.py", "test_memory.py", "test_compile.py", "test_distributed.py"]
@@ -422,18 +467,42 @@ class PythonTree(Tree):
         return self.run([sys.executable, *(parse if file.endswith(".py") else ["setup.py", "build_ext", "--inplace"])])
 
     def test(self, mutated: str) -> Outcome:
-        command = [sys.executable, "-m", "pytest", "tests", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "tests", "-m", "not slow", *PYTEST_OPTIONS]
         status, output = self.run(command + [f"--ignore=tests/{name}" for name in self.ignored], PYTEST_SECONDS)
-        failing = re.findall(r"^(?:FAILED|ERROR) tests/([^\s\[]+)", output, re.MULTILINE)
-        return (
-            Outcome("killed", failing[0] if failing else f"status {status}", output) if status else Outcome("survived")
-        )
+        return outcome_of_pytest(status, output)
 
 
-TREES: dict[type[CppTree | PythonTree], dict[str, list[Mutant]]] = {CppTree: CPP, PythonTree: PYTHON}
+class CudaHostTree(Tree):
+    """The CUDA ops, as `make cuda-host-test` builds them and runs their own tests."""
+
+    library = "build/cuda-host/libtst_cuda_host.so"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        options = ["-DTST_CUDA_HOST=ON", "-DTST_SANITIZE=address,undefined", f"-DPython3_EXECUTABLE={sys.executable}"]
+        status, output = self.run(["cmake", "-S", ".", "-B", "build/cuda-host", *options])
+        if status:
+            sys.exit(output)
+
+    def build(self, file: str) -> tuple[int | str, str]:
+        return self.run(["cmake", "--build", "build/cuda-host", "--parallel", JOBS, "--target", "tst_cuda_host"])
+
+    def test(self, mutated: str) -> Outcome:
+        preload = [self.run(["g++", f"-print-file-name={name}.so"])[1].strip() for name in ("libasan", "libstdc++")]
+        command = ["env", f"LD_PRELOAD={' '.join(preload)}", "ASAN_OPTIONS=detect_leaks=0"]
+        command += [f"TST_CUDA_HOST={self.folder / self.library}", sys.executable, "-m", "pytest"]
+        status, output = self.run([*command, "tests/test_cuda_host.py", *PYTEST_OPTIONS], PYTEST_SECONDS)
+        return outcome_of_pytest(status, output)
 
 
-def judge(tree: CppTree | PythonTree, file: str, old: str = "", new: str = "") -> Outcome:
+TREES: dict[type[CppTree | PythonTree | CudaHostTree], dict[str, list[Mutant]]] = {
+    CppTree: CPP,
+    CudaHostTree: CUDA_HOST,
+    PythonTree: PYTHON,
+}
+
+
+def judge(tree: CppTree | PythonTree | CudaHostTree, file: str, old: str = "", new: str = "") -> Outcome:
     path = tree.folder / file
     text = path.read_text()
     if old:

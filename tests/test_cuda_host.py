@@ -71,6 +71,12 @@ class TestRows:
                 assert (memory == 77).all()
 
     @pytest.mark.parametrize("function", FUNCTIONS)
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_upstream_gradients(self, function, reduction):  # one for all rows, and one a row
+        upstream = torch.tensor([0.5, -2, 3])[: None if reduction == "none" else 1].squeeze()
+        check_loss(*loss_case(3, 4, 50, 4, torch.float32, "cpu"), upstream, function, reduction=reduction)
+
+    @pytest.mark.parametrize("function", FUNCTIONS)
     def test_no_rows(self, function):
         loss = function(torch.empty(0, 8), torch.ones(50, 8), None, torch.empty(0, 4, dtype=torch.long))
         assert loss == 0 and emulated.launches() == []
@@ -111,6 +117,8 @@ class TestBags:
     def test_launches(self, dtype, options, dim, slabs):
         ids, weight, grad = embedding_case((300, 3), 41, dim, dtype, "cpu")
         assert int(torch.bincount(ids[ids > 0]).max()) > 64  # pieces of a row, also without id 0
+        check_embedding(40 - ids, weight, grad, **options)  # the long rows come last
+        emulated.launches()
         check_embedding(ids, weight, grad, **options)
         forward, hits, offsets, rows, pieces, join = emulated.launches()
         slabs = slabs if dtype == torch.bfloat16 else -(-dim // 256)
