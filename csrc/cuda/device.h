@@ -153,7 +153,12 @@ struct Pack {
     constexpr uint32_t kLow = sizeof(T) == 8 ? 0 : kHigh;
     return {{kLow, kHigh, kLow, kHigh}};
   }
-  __device__ Words4 four(int i) const {
+  __device__ static Pack of(Words4 four) {
+    Pack pack;
+    pack.set_four(0, four);
+    return pack;
+  }
+  __device__ Words4 four(int i = 0) const {
     return Words4{words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]};
   }
   __device__ void set_four(int i, Words4 four) {

@@ -105,28 +105,19 @@ struct RowPacks {
   __device__ int pack_of(int column) const { return (column + head) / kPack<T>; }
   __device__ bool whole(int p) const { return begin(p) >= 0 && begin(p) + kPack<T> <= vocabulary; }
   __device__ bool inside(int p, int i) const { return begin(p) + i >= 0 && begin(p) + i < vocabulary; }
-  template <bool whole>
-  __device__ Pack<T, kPack<T>> load(int p) const {
-    if constexpr (whole) {
-      return tst::cuda::load<T, kPack<T>>(x + begin(p));
-    } else {
-      Acc<T> values[kPack<T>] = {};
+  __device__ Words4* whole_packs() const { return reinterpret_cast<Words4*>(x - head); }
+  __device__ Pack<T, kPack<T>> load_edge(int p) const {
+    Acc<T> values[kPack<T>] = {};
 #pragma unroll
-      for (int i = 0; i < kPack<T>; ++i) {
-        if (inside(p, i)) values[i] = widen(x[begin(p) + i]);
-      }
-      return narrowed<T>(values);
+    for (int i = 0; i < kPack<T>; ++i) {
+      if (inside(p, i)) values[i] = widen(x[begin(p) + i]);
     }
+    return narrowed<T>(values);
   }
-  template <bool whole>
-  __device__ void store(int p, const Pack<T, kPack<T>>& pack) const {
-    if constexpr (whole) {
-      tst::cuda::store(x + begin(p), pack);
-    } else {
+  __device__ void store_edge(int p, const Pack<T, kPack<T>>& pack) const {
 #pragma unroll
-      for (int i = 0; i < kPack<T>; ++i) {
-        if (inside(p, i)) narrow(pack[i], x[begin(p) + i]);
-      }
+    for (int i = 0; i < kPack<T>; ++i) {
+      if (inside(p, i)) narrow(pack[i], x[begin(p) + i]);
     }
   }
 };
@@ -143,13 +134,9 @@ struct Slice {
     begin = first + (first == 0 && !row.whole(0));
     end = last - (last == row.count && !row.whole(row.count - 1));
   }
-  // Calls f(p, step) for n whole packs of this thread at a time: p, p + step, ... that are below `end`.
-  template <int n, typename F>
-  __device__ void batches(F f) const {
-    const int step = static_cast<int>(blockDim.x) - kWarp;
-    for (int p = begin + static_cast<int>(threadIdx.x); p < end; p += n * step) f(p, step);
-  }
-  // Calls f with the others, which the first thread has.
+  // The first whole pack of a thread; the next ones are `step` apart.
+  __device__ int mine() const { return begin + static_cast<int>(threadIdx.x); }
+  // Calls f with the other packs, which the first thread has.
   template <typename F>
   __device__ void edges(F f) const {
     if (threadIdx.x != 0) return;
@@ -353,19 +340,13 @@ template <typename T, bool plain>
 __device__ inline Pack<T, kPack<T>> gradient_pack(const Pack<T, kPack<T>>& pack, const RowResult<Acc<T>>& row,
                                                   Acc<T> cap) {
   using A = Acc<T>;
-  if (row.nothing) return {};
+  constexpr bool kScaled = plain && sizeof(T) == 2;
   A out[kPack<T>];
-  if constexpr (plain && sizeof(T) == 2) {
-#pragma unroll
-    for (int i = 0; i < kPack<T>; ++i) out[i] = exponential<T>(pack[i], row.scaled_base);
-    Pack<T, kPack<T>> result = narrowed<T>(out);
-#pragma unroll
-    for (uint32_t& word : result.words) word ^= row.negative;
-    return result;
-  }
 #pragma unroll
   for (int i = 0; i < kPack<T>; ++i) {
-    if constexpr (plain) {
+    if constexpr (kScaled) {
+      out[i] = exponential<T>(pack[i], row.scaled_base);
+    } else if constexpr (plain) {
       out[i] = row.factor * exponential<T>(pack[i], row.base);
     } else {
       const A z = capped(pack[i], cap), t = cap == 0 ? A(0) : z / cap;
@@ -373,7 +354,12 @@ __device__ inline Pack<T, kPack<T>> gradient_pack(const Pack<T, kPack<T>>& pack,
                (A(1) - t * t);
     }
   }
-  return narrowed<T>(out);
+  Pack<T, kPack<T>> result = narrowed<T>(out);
+  if constexpr (kScaled) {
+#pragma unroll
+    for (uint32_t& word : result.words) word ^= row.negative;
+  }
+  return result;
 }
 
 // A cluster of blocks a row, a slice of its columns each; one block where there are no clusters. A block's last warp
@@ -394,27 +380,33 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T
   const Slice slice(row, blocks, rank);
   const A cap = static_cast<A>(a.logit_softcap);
   const bool has_labels = threadIdx.x >= blockDim.x - kWarp;
+  const int step = static_cast<int>(blockDim.x) - kWarp;
 
   if (has_labels) {
     read_targets(a, r, row.x, targets);
   } else {
     RowSums<A> mine{-static_cast<A>(INFINITY), 0, 0, 0};
-    slice.batches<kBatch<T, plain>>([&](int p, int step) {
-      P batch[kBatch<T, plain>];
+    constexpr int kPacks = kBatch<T, plain>;
+    const Words4* from = row.whole_packs() + slice.mine();
+    Words4* kept = cache + slice.mine() - slice.first;
+    int p = slice.mine();
+    const auto take = [&](auto all) {  // kPacks of them, or those that are left
+      P batch[kPacks];
+      const auto there = [&](int b) { return all() || p + b * step < slice.end; };
 #pragma unroll
-      for (int b = 0; b < kBatch<T, plain>; ++b) {
-        batch[b] = p + b * step < slice.end ? row.template load<true>(p + b * step) : P::lowest();  // which adds 0
-      }
+      for (int b = 0; b < kPacks; ++b) batch[b] = there(b) ? P::of(from[b * step]) : P::lowest();  // which adds 0
       add_packs<T, plain>(mine, batch, cap);
-      if constexpr (cached) {
 #pragma unroll
-        for (int b = 0; b < kBatch<T, plain>; ++b) {
-          if (p + b * step < slice.end) cache[p + b * step - slice.first] = batch[b].four(0);
-        }
+      for (int b = 0; b < kPacks; ++b) {
+        if (cached && there(b)) kept[b * step] = batch[b].four();
       }
-    });
+    };
+    for (; p + (kPacks - 1) * step < slice.end; p += kPacks * step, from += kPacks * step, kept += kPacks * step) {
+      take(std::true_type{});
+    }
+    if (p < slice.end) take(std::false_type{});
     slice.edges([&](int p) {
-      const P batch[1] = {row.template load<false>(p)};
+      const P batch[1] = {row.load_edge(p)};
       add_packs<T, plain>(mine, batch, cap, [&](int, int i) { return row.inside(p, i); });
     });
     mine = sums_of_warp<T, plain>(mine);
@@ -432,27 +424,28 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T
     __syncthreads();
     const RowResult<A> result = memory.result;
     if (!has_labels) {
-      constexpr int kTogether = cached ? std::min(2, kBatch<T, plain>) : kBatch<T, plain>;  // shared memory is quick
-      slice.batches<kTogether>([&](int p, int step) {
-        P batch[kTogether];
+      constexpr int kPacks = cached ? 1 : kBatch<T, plain>;  // shared memory is quick
+      Words4* to = row.whole_packs() + slice.mine();
+      const Words4* from = cached ? cache + slice.mine() - slice.first : to;
+      if (result.nothing) {
+        for (int p = slice.mine(); p < slice.end; p += step, to += step) store_global(to, Words4{0, 0, 0, 0});
+      } else {
+        for (int p = slice.mine(); p < slice.end; p += kPacks * step, to += kPacks * step, from += kPacks * step) {
+          P batch[kPacks];
 #pragma unroll
-        for (int b = 0; b < kTogether; ++b) {
-          const int q = p + b * step;
-          if (q >= slice.end) continue;
-          if constexpr (cached)
-            batch[b].set_four(0, cache[q - slice.first]);
-          else
-            batch[b] = row.template load<true>(q);
-        }
+          for (int b = 0; b < kPacks; ++b) {
+            if (p + b * step < slice.end) batch[b] = P::of(from[b * step]);
+          }
 #pragma unroll
-        for (int b = 0; b < kTogether; ++b) {
-          const int q = p + b * step;
-          if (q < slice.end) row.template store<true>(q, gradient_pack<T, plain>(batch[b], result, cap));
+          for (int b = 0; b < kPacks; ++b) {
+            if (p + b * step < slice.end) {
+              store_global(to + b * step, gradient_pack<T, plain>(batch[b], result, cap).four());
+            }
+          }
         }
-      });
+      }
       slice.edges([&](int p) {
-        P pack = row.template load<false>(p);  // the first thread alone has written to it, and writes now
-        row.template store<false>(p, gradient_pack<T, plain>(pack, result, cap));
+        row.store_edge(p, result.nothing ? P{} : gradient_pack<T, plain>(row.load_edge(p), result, cap));
       });
     }
     if (!result.nothing) {
