@@ -18,7 +18,7 @@ KILLS ?= 20
 CUDA_ARCHITECTURES ?=
 
 .PHONY: train test test-all test-slow test-kill mutation bench evidence lint format docs wheel dist-check gpu-check clean \
-  cpp-test $(SANITIZERS:%=cpp-test-%) cpp-test-baseline cuda-compile cuda-host-test
+  cpp-test $(SANITIZERS:%=cpp-test-%) cpp-test-baseline cuda-compile cuda-host-test cuda-lint
 
 train: $(INSTALLED)
 	$(BIN)/tst compare $(COMPARE)
@@ -122,8 +122,15 @@ cuda-host-test: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_cuda_host.py tests/test_loss.py tests/test_loss_options.py tests/test_bag_embedding.py \
 	  --capture=sys -k "test_cuda_host or (emulated_cuda and not gradcheck)"
 
+# The machine code of the hot kernels: 16-byte loads and stores, spills, instructions per logit. Needs nvcc, no GPU.
+cuda-lint: $(INSTALLED)
+	$(BIN)/python tests/machine_code.py
+
+# On a machine with a GPU. STAGE=1: build, tests, floors and kernel times, 4 minutes. 2: peers, Nsight Compute,
+# compute-sanitizer, 5 minutes. 3: training, 2 minutes. STEPS="build floors" runs those steps of a stage alone.
+STAGE ?= 1
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py $(STEPS)
+	$(PYTHON) benchmarks/gpu_check.py --stage $(STAGE) --steps $(STEPS)
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -c 'import sys; sys.exit("tst-ext needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'

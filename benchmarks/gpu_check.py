@@ -1,154 +1,253 @@
-"""Builds with CUDA in the ambient Python, runs CUDA tests, compute-sanitizer and benchmarks, and writes results.
+"""Build, test and measure on this machine's GPU, in three stages: `make gpu-check STAGE=1`, 2 or 3.
 
-Run by `make gpu-check`, all steps in 9 minutes at most: each has its limit, and one that reaches it ends with status
-124, what it had measured kept. `make gpu-check STEPS="build tests"` runs some of them. Needs torch with CUDA, nvcc,
-pybind11, ninja, pytest, hypothesis and pytest-benchmark; no network. Peers that cannot be imported are named in the
-table. Results go to the folder that the environment variable OUT names, else to benchmarks/results: gpu_check.json
-(what ended how), gpu_tests.xml, gpu_benchmarks.json, .txt (the table) and .png, gpu_kernels.txt (the time of each
-kernel).
+1 "correct": floors of this GPU while the extension builds, the times of our kernels, the CUDA tests. About 4 minutes.
+2 "measured": our loss next to its peers, Nsight Compute's counters, compute-sanitizer. About 5 minutes.
+3 "in training": the trainer's throughput in both phases, the tests of torch.compile. About 2 minutes.
+
+Every step is a command with a limit in seconds and a process group of its own. A step that fails or reaches its limit
+does not stop the next ones; only the build does. Each step appends its results to gpu_stageN.jsonl at once, one JSON
+object per line, and its output to gpu_stageN.log. Both are in the folder that the environment variable OUT names, else
+in benchmarks/results. `--steps NAME...` runs the named steps only, `--within SECONDS` leaves out what does not fit into
+that time. `--rehearse` runs everything on the CPU with tiny
+shapes, to find mistakes in these scripts; its numbers mean nothing.
+
+Needs torch with CUDA, nvcc, pybind11, ninja, pytest, pytest-xdist and hypothesis, and no network. A peer that cannot
+be imported is named in the results with the reason.
 """
 
+import argparse
 import json
+import math
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import torch
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = """
-import sys
-sys.path[:0] = ["benchmarks", "tests"]
-import torch
-from conftest import zipf_ids
-from torch.profiler import ProfilerActivity, profile
-from tst_ext import bag_embedding, linear_multi_hot_cross_entropy
-for rows, dim, vocabulary, s in ((16384, 2048, 128256, 6), (32768, 1024, 49152, 4), (8192, 4096, 151936, 16)):
-    options = dict(device="cuda", dtype=torch.bfloat16)
-    hidden = torch.randn(rows, dim, **options).requires_grad_()
-    weight = torch.randn(vocabulary, dim, **options).div_(dim**0.5).requires_grad_()
-    ids = zipf_ids((rows, s), vocabulary)
-    def step():
-        hidden.grad = weight.grad = None
-        linear_multi_hot_cross_entropy(hidden, weight, ids).backward()
-        bag_embedding(ids, weight).sum().backward()
-    step(), step()
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        step()
-        torch.cuda.synchronize()
-    print(f"rows {rows}, d {dim}, V {vocabulary}, s {s}, bfloat16")
-    print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=90))
-"""
+GRACE = 5  # seconds between the request to stop, at which pytest still reports, and the kill
+TESTS = ("bag_embedding", "loss", "loss_options", "torch")  # whose fixture `device` has CUDA
+PEERS = ("liger", "cce", "quack", "liger_cute", "torch_linear", "auto_chunker", "listing", "listing_compiled", "plain")
+
+TOOLS = ("names", "planted", "memcheck", "racecheck", "synccheck")
 
 
-# One process a group of benchmarks, so that a limit costs one group's figures: what is -k'd, of which file.
-GROUPS = {
-    "embedding": ("test_embedding.py", "bfloat16"),
-    "loss_a": ("test_loss.py", "16384x2048x128256-s6"),
-    "loss_b": ("test_loss.py", "32768x1024x49152"),
-    "loss_c": ("test_loss.py", "8192x4096x151936"),
-    "loss_small": ("test_loss.py", "4096x1024x50257 or 2048x512x32768"),
-}
+@dataclass(frozen=True)
+class Step:
+    name: str
+    command: list[str]  # arguments of this Python
+    limit: float  # seconds
+    environment: dict[str, str] = field(default_factory=dict)
 
 
-def steps(out: Path, groups: Path) -> dict[str, tuple[list[str], int]]:
-    """Name: command, and the seconds it may take; 540 in all."""
-    python = [sys.executable, "-m"]
-    install = ["pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "-e", "."]
-    tests = [*python, "pytest", "-m", "cuda and not slow", "-q"]
-    small = [*python, "pytest", "tests/test_cuda.py", "-q", "-x", "-k", "TestSmall", "-p", "no:cacheprovider"]
-    found = {
-        "build": ([*python, *install], 100),
-        "tests": ([*tests, "tests", "--ignore=tests/test_compile.py", f"--junitxml={out / 'gpu_tests.xml'}"], 120),
-        "compile_tests": ([*tests, "tests/test_compile.py"], 60),
+def script(name: str, file: str, *arguments: str, limit: float, **environment: str) -> Step:
+    return Step(name, [f"benchmarks/gpu/{file}.py", *arguments], limit, environment)
+
+
+def tests(name: str, *arguments: str, limit: float, marks: str = "cuda and not slow") -> Step:
+    options = ["-q", "-m", marks, "--tb=short", "-rfE", "-p", "no:cacheprovider"]
+    return Step(name, ["-m", "pytest", *options, *arguments], limit)
+
+
+def stages(rehearse: bool) -> dict[int, list[list[Step]]]:
+    """The steps of each stage in order. The steps of an inner list run at the same time."""
+    build = script("build", "build", limit=240)
+    workers = "2" if rehearse else "8"
+    here = dict(marks="not slow and not extended") if rehearse else {}  # without a GPU there are no tests marked cuda
+    chosen = ["-k", "bag_sizes or opcheck"] if rehearse else []
+    return {
+        1: [
+            [build, script("floors", "floors", limit=100)],
+            [Step("info", ["-m", "tst_ext", "info", "--check"], 60)],
+            [script("kernels", "kernels", limit=60)],
+            [tests("test_cuda", "tests/test_cuda.py", limit=150, **here)],
+            [tests("test_ops", "-n", workers, *chosen, *(f"tests/test_{t}.py" for t in TESTS), limit=150, **here)],
+        ],
+        2: [
+            [build],
+            [script("ours", "race", "ours", limit=40)],
+            *([script(name, "race", name, limit=50)] for name in PEERS),
+            [script("ncu", "nsight", "ncu", limit=90)],
+            [script(name, "nsight", name, limit=150) for name in TOOLS],  # nothing is timed there
+        ],
+        3: [
+            [build],
+            [script("train", "train", limit=120)],
+            [tests("test_compile", "-n", workers, *chosen, "tests/test_compile.py", limit=120, **here)],
+        ],
     }
-    # Of our kernels alone: their mangled names have the namespaces tst and cuda (cuBLAS's have nvjet_tst).
-    ours = ["--kernel-regex", "kns=tst4cuda", "--report-api-errors", "no", "--error-exitcode", "9"]
-    for tool in ("memcheck", "racecheck"):
-        found[tool] = ([sanitizer(), "--tool", tool, *ours, *small], 40)
-    for group, (file, chosen) in GROUPS.items():
-        result = f"--benchmark-json={groups / f'{group}.json'}"
-        found[group] = ([*python, "pytest", f"benchmarks/{file}", "-q", "-k", chosen, result], 30)
-    found["kernels"] = ([sys.executable, "-c", KERNELS], 30)
-    return found
 
 
-def sanitizer() -> str:
-    beside_nvcc = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "compute-sanitizer"
-    return shutil.which("compute-sanitizer") or str(beside_nvcc)
+class Results:
+    """The file of results, to which the steps append too, and the log."""
+
+    def __init__(self, folder: Path, stage: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.log = folder / f"gpu_stage{stage}.jsonl", folder / f"gpu_stage{stage}.log"
+        self.path.touch()
+        self.start = self.path.stat().st_size  # earlier runs stay in the file
+
+    def add(self, line: dict[str, object]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def lines(self) -> list[dict]:
+        """Those of this run. A process that was killed may have left half a line."""
+        found = []
+        for line in self.path.read_bytes()[self.start :].splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return found
 
 
-def run(command: list[str], limit: int, environment: dict[str, str]) -> tuple[int, str]:
-    """Exit status and output; 124 where the limit was reached, 127 where there is no such program."""
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+RUNNING: set[subprocess.Popen] = set()
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kill a step's process group, its children included."""
     try:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
-    except FileNotFoundError as error:
-        return 127, f"{error}\n"
-    # Interrupted, pytest still writes what it has; killed, it and all that it started are gone.
-    for seconds, sign in ((limit, signal.SIGINT), (10, signal.SIGKILL), (None, None)):
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def run(step: Step, results: Results, environment: dict[str, str]) -> str:
+    """Run a step to its end or limit, record how it ended, and return that: "ok", "failed" or "limit"."""
+    began = time.monotonic()
+    with open(results.log, "ab", buffering=0) as log:
+        log.write(f"\n==== {step.name}: {' '.join(step.command)}\n".encode())
+        place = log.tell()
+        process = subprocess.Popen(
+            [sys.executable, *step.command],
+            cwd=ROOT,
+            env=environment | step.environment | {"GPU_CHECK_RESULTS": str(results.path), "GPU_CHECK_STEP": step.name},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+        )
+        RUNNING.add(process)
+        status = None
         try:
-            output = process.communicate(timeout=seconds)[0]
-            return process.returncode if sign == signal.SIGINT else 124, output
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, sign)
-    raise AssertionError("unreachable")
+            for seconds, sign in ((step.limit, signal.SIGINT), (GRACE, signal.SIGKILL)):
+                try:
+                    process.wait(seconds)
+                    break
+                except subprocess.TimeoutExpired:
+                    status = "limit"
+                    os.killpg(process.pid, sign)
+            process.wait()
+        finally:  # also children that it left, and also where this program is told to stop
+            kill(process)
+            RUNNING.discard(process)
+    status = status or ("ok" if process.returncode == 0 else "failed")
+    output = results.log.read_bytes()[place:].decode(errors="replace")
+    line: dict[str, object] = {"step": step.name, "status": status, "seconds": round(time.monotonic() - began, 1)}
+    if status == "failed":
+        line["exit"] = process.returncode
+    if "pytest" in step.command:
+        endings = re.findall(r"(?m)^(?:=+ )?((?:\d+|no) (?:passed|failed|skipped|error|tests ran).*?)(?: =+)?$", output)
+        line["tests"] = (endings or ["none"])[-1]
+        line["failures"] = [text[:200] for text in re.findall(r"(?m)^((?:FAILED|ERROR) .*)$", output)[:40]]
+    results.add(line)
+    print(f"gpu-check: {step.name} {status} after {line['seconds']} s", flush=True)
+    if status != "ok":
+        print(output[-1200:], flush=True)
+    return status
 
 
-def merge(groups: Path, result: Path) -> bool:
-    """One file of all groups that were measured."""
-    found = [json.loads(path.read_text()) for path in sorted(groups.iterdir()) if path.stat().st_size]
-    if found:
-        result.write_text(json.dumps(found[0] | {"benchmarks": [b for f in found for b in f["benchmarks"]]}, indent=1))
-    return bool(found)
+def run_all(
+    groups: list[list[Step]], results: Results, environment: dict[str, str], deadline: float = math.inf
+) -> list[str]:
+    """Run the groups one after the other, up to a failed build or the deadline. Returns how each step ended."""
+    ended: list[str] = []
+    for group in groups:
+        left = deadline - time.monotonic() - GRACE
+        if left < 10:
+            results.add({"step": group[0].name, "status": "left out", "reason": "no time is left"})
+            ended.append("left out")
+            continue
+        first, *others = (replace(step, limit=min(step.limit, left)) for step in group)
+        # Threads that are daemons: where this program is told to stop, it does not wait for them.
+        pool = [Background(step, results, environment) for step in others]
+        status = run(first, results, environment)
+        ended += [status, *(thread.status() for thread in pool)]
+        if first.name == "build" and status != "ok":
+            print("gpu-check: without a build nothing else can run")
+            break
+    return ended
 
 
-def main() -> int:
-    if not torch.cuda.is_available():
-        print(f"gpu-check: no CUDA device (torch {torch.__version__}); nothing was built, tested or measured")
+class Background(threading.Thread):
+    """A step that runs in the meantime."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(daemon=True)
+        self.arguments, self.ended = arguments, "failed"
+        self.start()
+
+    def run(self) -> None:
+        self.ended = run(*self.arguments)
+
+    def status(self) -> str:
+        self.join()
+        return self.ended
+
+
+def table(lines: list[dict]) -> str:
+    """One line per result, in the order in which they came, short enough for the end of a terminal's output."""
+    text = []
+    for line in lines:
+        rest = {key: value for key, value in line.items() if key not in ("step", "status", "seconds", "failures")}
+        values = " ".join(f"{k}={f'{v:.4g}' if isinstance(v, float) else v}" for k, v in rest.items())
+        status = f"{line['status']} {line.get('seconds', '')}".strip() if "status" in line else ""
+        text.append(f"{line.get('step', ''):12} {status:12} {values}"[:230].rstrip())
+        text += [f"{'':12} {failure[:160]}" for failure in line.get("failures", [])[:8]]
+    return "\n".join(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=1)
+    parser.add_argument("--steps", nargs="*", default=[], metavar="NAME", help="the steps to run; default: all")
+    parser.add_argument("--within", type=float, default=3600, metavar="SECONDS", help="for all steps; default: 3600")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny shapes")
+    arguments = parser.parse_args(argv)
+    groups = stages(arguments.rehearse)[arguments.stage]
+    names = [step.name for group in groups for step in group]
+    if unknown := set(arguments.steps) - set(names):
+        parser.error(f"steps: expected some of {', '.join(names)}; got {', '.join(sorted(unknown))}")
+    if arguments.steps:
+        groups = [chosen for group in groups if (chosen := [s for s in group if s.name in arguments.steps])]
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the running step is ended too
+    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results").resolve()
+    results = Results(folder, arguments.stage)
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TST_CUDA": "1"}
+    environment["PYTHONFAULTHANDLER"] = "1"
+    if arguments.rehearse:
+        environment |= {"GPU_CHECK_REHEARSE": "1", "TST_CUDA": "0"}
+    run(script("facts", "facts", limit=90), results, environment)
+    facts = next((line for line in results.lines() if "capability" in line), None)
+    if facts is None:
+        print("gpu-check: torch finds no CUDA device here, so nothing was built, tested or measured")
         return 1
-    out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results").resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    summary = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": sys.version.split()[0],
-        "steps": {},
-    }
-    environment = {**os.environ, "TST_CUDA": "1"}
-    major, minor = torch.cuda.get_device_capability()
-    environment.setdefault("TORCH_CUDA_ARCH_LIST", "9.0a" if major == 9 else f"{major}.{minor}")  # of this device alone
-    with tempfile.TemporaryDirectory() as folder:
-        groups = Path(folder)
-        found = steps(out, groups)
-        chosen = sys.argv[1:] or list(found)
-        if set(chosen) - set(found):
-            sys.exit(f"gpu-check: expected steps among {', '.join(found)}, got {' '.join(chosen)}")
-        for name in [name for name in found if name in chosen]:
-            start = time.monotonic()
-            # memcheck sees what lies beyond a tensor only where each has memory of its own.
-            alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if name == "memcheck" else {}
-            status, output = run(*found[name], environment | alone)
-            if name == "kernels":
-                (out / "gpu_kernels.txt").write_text(output)
-            print(output[-4000:])
-            summary["steps"][name] = {"status": status, "seconds": round(time.monotonic() - start, 1)}
-            (out / "gpu_check.json").write_text(json.dumps(summary, indent=2) + "\n")
-            print(f"gpu-check: {name} ended with status {status}", flush=True)
-            if name == "build" and status:
-                break
-        result = out / "gpu_benchmarks.json"
-        if merge(groups, result):
-            status, output = run([sys.executable, "benchmarks/report.py", str(result)], 30, environment)
-            (out / "gpu_benchmarks.txt").write_text(output)
-            print(output)
-    return max(abs(step["status"]) for step in summary["steps"].values())
+    environment["TORCH_CUDA_ARCH_LIST"] = facts["architecture"]  # of this device alone
+    try:
+        ended = run_all(groups, results, environment, time.monotonic() + arguments.within)
+    finally:
+        for process in list(RUNNING):  # of a thread, where this program was told to stop
+            kill(process)
+        print(f"\ngpu-check: results in {results.path}, output in {results.log}\n{table(results.lines())}", flush=True)
+    return int(any(status != "ok" for status in ended))
 
 
 if __name__ == "__main__":

@@ -19,35 +19,50 @@ constexpr int kWindow = 64;   // hits
 template <int n>
 constexpr int kSlab = kWarp * kUnroll * n;  // columns of a warp
 
-// A warp adds coefficient(k) * source[row(k)] over k in [begin, end), in order, for its slab of columns; row -1 is
-// none.
-template <typename T, int n, int in_flight = kInFlight, typename Row, typename Coefficient>
-__device__ inline void gather(const T* source, int64_t dim, int64_t column, int64_t begin, int64_t end, Row row,
-                              Coefficient coefficient, Acc<T> (&sum)[kUnroll][n]) {
-  for (int64_t k = begin; k < end; k += in_flight) {
-    int64_t rows[in_flight];
-    Pack<T, n> packs[in_flight][kUnroll];
+// A row of the source and what it counts; row -1 is none.
+template <typename A>
+struct Term {
+  int64_t row;
+  A coefficient;
+};
+
+// A warp adds the terms k in [begin, end) in order, for its slab of columns. Each lane finds one of 32 terms at a time
+// and all take it from there: 32 ids come with one load, not one after the other.
+template <typename T, int n, int in_flight = kInFlight, typename TermOf>
+__device__ inline void gather(const T* source, int64_t dim, int64_t column, int64_t begin, int64_t end, TermOf term,
+                              Acc<T> (&sum)[kUnroll][n]) {
+  using A = Acc<T>;
+  for (int64_t first = begin; first < end; first += kWarp) {
+    const int count = static_cast<int>(min(end - first, int64_t(kWarp)));
+    const int lane = threadIdx.x % kWarp;
+    const Term<A> mine = lane < count ? term(first + lane) : Term<A>{-1, 0};
+    for (int k = 0; k < count; k += in_flight) {
+      int64_t rows[in_flight];
+      A w[in_flight];
+      Pack<T, n> packs[in_flight][kUnroll];
 #pragma unroll
-    for (int b = 0; b < in_flight; ++b) rows[b] = k + b < end ? row(k + b) : -1;
+      for (int b = 0; b < in_flight; ++b) {
+        const int64_t row = shuffle(mine.row, (k + b) % kWarp);
+        rows[b] = k + b < count ? row : -1;
+        w[b] = shuffle(mine.coefficient, (k + b) % kWarp);
+      }
 #pragma unroll
-    for (int b = 0; b < in_flight; ++b) {
+      for (int b = 0; b < in_flight; ++b) {
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int64_t c = column + u * kWarp * n;
-        if (rows[b] >= 0 && c < dim) {
-          packs[b][u] = *reinterpret_cast<const Pack<T, n>*>(source + rows[b] * dim + c);
+        for (int u = 0; u < kUnroll; ++u) {
+          const int64_t c = column + u * kWarp * n;
+          if (rows[b] >= 0 && c < dim) packs[b][u] = load<T, n>(source + rows[b] * dim + c);
         }
       }
-    }
 #pragma unroll
-    for (int b = 0; b < in_flight; ++b) {
-      if (rows[b] < 0) continue;
-      const Acc<T> w = coefficient(k + b);
+      for (int b = 0; b < in_flight; ++b) {
+        if (rows[b] < 0) continue;
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (column + u * kWarp * n >= dim) continue;
+        for (int u = 0; u < kUnroll; ++u) {
+          if (column + u * kWarp * n >= dim) continue;
 #pragma unroll
-        for (int i = 0; i < n; ++i) sum[u][i] += w * widen(packs[b][u].values[i]);
+          for (int i = 0; i < n; ++i) sum[u][i] += w[b] * packs[b][u][i];
+        }
       }
     }
   }
@@ -61,7 +76,7 @@ __device__ inline void put(O* row, int64_t dim, int64_t column, Acc<O> scale, Ac
     if (c >= dim) continue;
 #pragma unroll
     for (int i = 0; i < n; ++i) sum[u][i] *= scale;
-    *reinterpret_cast<Pack<O, n>*>(row + c) = narrowed<O>(sum[u]);
+    store(row + c, narrowed<O>(sum[u]));
   }
 }
 
@@ -112,18 +127,17 @@ __global__ void __launch_bounds__(128) bag_embedding_kernel(const BagForward<T> 
   const Pooling& pool = a.pooling;
   const int64_t* ids = a.ids + bag * pool.bag_size;
   const double scale = weighted ? pool.scale(ids) : 1.0 / (pool.mean ? pool.bag_size : 1);
-  A sum[kUnroll][n] = {};
-  const auto row = [&](int64_t k) -> int64_t {
+  const auto term = [&](int64_t k) -> Term<A> {
     const int64_t id = ids[k];
-    if (weighted && pool.padded && id == pool.padding_idx) return -1;
+    if (weighted && pool.padded && id == pool.padding_idx) return {-1, 0};
     assert(id >= 0 && id < a.rows && "input_ids: out of range");
+    if (!weighted) return {id, 1};
+    const double w = pool.weight(ids, static_cast<int>(k));
     // A row that counts 0 is not read: 0 times its infinity would be NaN.
-    return weighted && pool.weight(ids, static_cast<int>(k)) == 0 ? -1 : id;
+    return {w == 0 ? -1 : id, static_cast<A>(w * scale)};
   };
-  const auto coefficient = [&](int64_t k) {
-    return weighted ? static_cast<A>(pool.weight(ids, static_cast<int>(k)) * scale) : A(1);
-  };
-  gather<T, n>(a.weight, a.dim, column, 0, pool.bag_size, row, coefficient, sum);
+  A sum[kUnroll][n] = {};
+  gather<T, n>(a.weight, a.dim, column, 0, pool.bag_size, term, sum);
   put(a.out + bag * a.dim, a.dim, column, weighted ? A(1) : static_cast<A>(scale), sum);
 }
 
@@ -197,13 +211,13 @@ __device__ inline void add_hits(const BagBackward<T>& a, int64_t column, int beg
                                 Acc<T> (&sum)[kUnroll][n]) {
   using A = Acc<T>;
   const uint32_t s = a.pooling.bag_size;
-  const auto bag = [&](int64_t k) -> int64_t { return weighted ? a.places[k] / s : a.places[k]; };
-  const auto coefficient = [&](int64_t k) {
-    if constexpr (!weighted) return A(1);
-    const double* weights = a.pooling.position_weights;
-    return static_cast<A>((weights ? weights[a.places[k] % s] : 1.0) * a.scales[a.places[k] / s]);
+  const double* weights = a.pooling.position_weights;
+  const auto term = [&](int64_t k) -> Term<A> {
+    const uint32_t place = a.places[k];
+    if (!weighted) return {place, 1};
+    return {place / s, static_cast<A>((weights ? weights[place % s] : 1.0) * a.scales[place / s])};
   };
-  gather<T, n>(a.grad, a.dim, column, begin, end, bag, coefficient, sum);
+  gather<T, n>(a.grad, a.dim, column, begin, end, term, sum);
 }
 
 // A warp a row of the table and slab, long rows left out.
@@ -246,10 +260,9 @@ __global__ void __launch_bounds__(128) bag_join_kernel(const BagBackward<T> a) {
   const int begin = a.offsets[v], end = a.offsets[v + 1];
   if (end - begin <= kWindow || begin < start) return;
   // Of its first window it has the second piece, unless it fills the window.
-  const auto piece = [&](int64_t w) { return 2 * w + (w == window && begin > start); };
+  const auto piece = [&](int64_t w) { return Term<A>{2 * w + (w == window && begin > start), 1}; };
   A sum[kUnroll][n] = {};
-  gather<A, n, 2 * kInFlight>(
-      a.pieces, a.dim, column, window, (end - 1) / kWindow + 1, piece, [](int64_t) { return A(1); }, sum);
+  gather<A, n, 2 * kInFlight>(a.pieces, a.dim, column, window, (end - 1) / kWindow + 1, piece, sum);
   A scale = weighted ? A(1) : a.scale();
   put(a.out + v * a.dim, a.dim, column, scale, sum);
 }

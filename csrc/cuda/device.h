@@ -38,21 +38,50 @@ __device__ inline float widen(Float16 x) { return __half2float(__ushort_as_half(
 __device__ inline void narrow(float x, BFloat16& to) { to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 __device__ inline void narrow(float x, Float16& to) { to.bits = __half_as_ushort(__float2half_rn(x)); }
 
-// exp as exact as its result is stored: the 16-bit formats take the hardware's 2^x, without expf's corrections.
-template <typename T>
-__device__ inline Acc<T> exponential(Acc<T> x) {
-  if constexpr (sizeof(T) == 2)
-    return __expf(x);
-  else if constexpr (sizeof(T) == 4)
-    return expf(x);
-  else
-    return exp(x);
+// Two numbers in a word, the first one in its lower half.
+__device__ inline uint32_t narrowed_pair(float x, float y, BFloat16) {
+  const __nv_bfloat162 two = __floats2bfloat162_rn(x, y);
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
+__device__ inline uint32_t narrowed_pair(float x, float y, Float16) {
+  const __half2 two = __floats2half2_rn(x, y);
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
+__device__ inline float as_float(uint32_t word) { return __uint_as_float(word); }
+__device__ inline uint32_t as_word(float x) { return __float_as_uint(x); }
+__device__ inline double as_double(uint32_t low, uint32_t high) { return __hiloint2double(high, low); }
+__device__ inline void as_words(double x, uint32_t& low, uint32_t& high) {
+  low = __double2loint(x), high = __double2hiint(x);
 }
 
+__device__ inline void opaque(uint32_t& word) { asm volatile("" : "+r"(word)); }
+
+using Words4 = uint4;
+// 16 bytes of global memory in one store: nvcc 13 splits an assignment on sm_80 to sm_90.
+__device__ inline void store_global(Words4* to, Words4 four) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(four.x), "r"(four.y), "r"(four.z), "r"(four.w)
+               : "memory");
+}
+
+__device__ inline float exp2_fast(float x) {  // 2 units in the last place; 0 below 2^-126
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// A NaN is nobody's maximum.
+__device__ inline float larger(float x, float y) { return fmaxf(x, y); }
+__device__ inline double larger(double x, double y) { return fmax(x, y); }
+
+template <typename T>
+__device__ inline T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
 template <typename T>
 __device__ inline T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+__device__ inline void warp_barrier() { __syncwarp(); }
 
 // Clusters are there from sm_90 on; before, every block is a cluster of its own.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -60,6 +89,8 @@ __device__ inline unsigned cluster_size() { return cooperative_groups::this_clus
 __device__ inline unsigned cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
 // Arrival and waiting apart: nobody needs to wait for those who are still reading before the block's end.
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+// Publishes nothing, so that it waits for no store that is under way.
+__device__ inline void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 template <typename T>
 __device__ inline const T* cluster_shared(const T* mine, unsigned rank) {
@@ -69,6 +100,7 @@ __device__ inline const T* cluster_shared(const T* mine, unsigned rank) {
 __device__ inline unsigned cluster_size() { return 1; }
 __device__ inline unsigned cluster_rank() { return 0; }
 __device__ inline void cluster_arrive() {}
+__device__ inline void cluster_arrive_relaxed() {}
 __device__ inline void cluster_wait() { __syncthreads(); }
 template <typename T>
 __device__ inline const T* cluster_shared(const T* mine, unsigned) {
@@ -88,10 +120,41 @@ __device__ inline double widen(double x) { return x; }
 __device__ inline void narrow(float x, float& to) { to = x; }
 __device__ inline void narrow(double x, double& to) { to = x; }
 
-// What a thread moves at a time: 16 bytes, or an element where rows are not aligned.
+// n elements as they lie in memory: what a thread moves at a time, 16 bytes, or one element where rows are not aligned.
+// In words: copied as elements of 16 bits, nvcc 13 stores it in 7 parts on sm_80 to sm_90.
 template <typename T, int n>
-struct alignas(n * sizeof(T)) Pack {
-  T values[n];
+struct Pack {
+  static constexpr int kBytes = n * static_cast<int>(sizeof(T));
+  uint32_t words[(kBytes + 3) / 4];
+
+  __device__ Acc<T> operator[](int i) const {  // i is known when compiled, in unrolled loops
+    if constexpr (sizeof(T) == 8)
+      return as_double(words[2 * i], words[2 * i + 1]);
+    else if constexpr (sizeof(T) == 4)
+      return as_float(words[i]);
+    else if constexpr (std::is_same_v<T, BFloat16>)
+      return as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
+    else
+      return widen(T{static_cast<uint16_t>(i % 2 ? words[i / 2] >> 16 : words[i / 2])});
+  }
+  __device__ static Pack lowest() {  // -inf, of 16 bytes
+    constexpr uint32_t kHigh = sizeof(T) == 8                ? 0xfff00000u
+                               : sizeof(T) == 4              ? 0xff800000u
+                               : std::is_same_v<T, BFloat16> ? 0xff80ff80u
+                                                             : 0xfc00fc00u;
+    constexpr uint32_t kLow = sizeof(T) == 8 ? 0 : kHigh;
+    return {{kLow, kHigh, kLow, kHigh}};
+  }
+  __device__ void forget() {  // the compiler computes what it has computed from it again
+#pragma unroll
+    for (uint32_t& word : words) opaque(word);
+  }
+  __device__ Words4 four(int i) const {
+    return Words4{words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]};
+  }
+  __device__ void set_four(int i, Words4 four) {
+    words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
+  }
 };
 template <typename T>
 constexpr int kPack = 16 / static_cast<int>(sizeof(T));
@@ -99,40 +162,65 @@ constexpr int kPack = 16 / static_cast<int>(sizeof(T));
 template <typename T, int n>
 __device__ inline Pack<T, n> narrowed(const Acc<T> (&values)[n]) {
   Pack<T, n> pack;
-#ifdef __CUDACC__
-  constexpr bool kPairs = std::is_same_v<T, BFloat16> && n % 2 == 0;  // one instruction for two
-#else
-  constexpr bool kPairs = false;
-#endif
-  if constexpr (kPairs) {
-#ifdef __CUDACC__
 #pragma unroll
-    for (int i = 0; i < n; i += 2) {
-      const __nv_bfloat162 two = __floats2bfloat162_rn(values[i], values[i + 1]);
-      pack.values[i].bits = __bfloat16_as_ushort(two.x);
-      pack.values[i + 1].bits = __bfloat16_as_ushort(two.y);
-    }
-#endif
-  } else {
-#pragma unroll
-    for (int i = 0; i < n; ++i) narrow(values[i], pack.values[i]);
+  for (int i = 0; i < n; ++i) {
+    if constexpr (sizeof(T) == 8)
+      as_words(values[i], pack.words[2 * i], pack.words[2 * i + 1]);
+    else if constexpr (sizeof(T) == 4)
+      pack.words[i] = as_word(values[i]);
+    else if (i % 2 == 0)
+      pack.words[i / 2] = narrowed_pair(values[i], n == 1 ? 0 : values[n == 1 ? 0 : i + 1], T{});
   }
   return pack;
 }
 
+template <typename T, int n>
+__device__ inline Pack<T, n> load(const T* from) {
+  using P = Pack<T, n>;
+  P pack;
+  if constexpr (P::kBytes % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < P::kBytes / 16; ++i) pack.set_four(i, reinterpret_cast<const Words4*>(from)[i]);
+  } else if constexpr (P::kBytes == 8) {
+    as_words(*from, pack.words[0], pack.words[1]);
+  } else if constexpr (P::kBytes == 4) {
+    pack.words[0] = as_word(*from);
+  } else {
+    pack.words[0] = from->bits;
+  }
+  return pack;
+}
+
+// To global memory.
+template <typename T, int n>
+__device__ inline void store(T* to, const Pack<T, n>& pack) {
+  using P = Pack<T, n>;
+  if constexpr (P::kBytes % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < P::kBytes / 16; ++i) store_global(reinterpret_cast<Words4*>(to) + i, pack.four(i));
+  } else if constexpr (P::kBytes == 8) {
+    *to = as_double(pack.words[0], pack.words[1]);
+  } else if constexpr (P::kBytes == 4) {
+    *to = as_float(pack.words[0]);
+  } else {
+    to->bits = static_cast<uint16_t>(pack.words[0]);
+  }
+}
+
 constexpr int kWarp = 32;
 
-// The same for all threads of the block, combined in a fixed order: within warps in a tree, then warp by warp. scratch
-// [32] in shared memory must not be in use, and stays in use until the block's next barrier.
-template <typename V, typename Combine>
-__device__ inline V block_reduce(V value, V* scratch, Combine combine) {
+// The same in all lanes of a warp, in a fixed tree.
+template <typename A>
+__device__ inline A warp_sum(A value) {
 #pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) value = combine(value, shuffle_xor(value, mask));
-  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  V result = scratch[0];
-  for (unsigned warp = 1; warp < blockDim.x / kWarp; ++warp) result = combine(result, scratch[warp]);
-  return result;
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+template <typename A>
+__device__ inline A warp_max(A value) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) value = larger(value, shuffle_xor(value, mask));
+  return value;
 }
 
 }  // namespace tst::cuda

@@ -2,6 +2,7 @@
 // torch header. The formulas are those of cpu/kernels.h.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "device.h"
@@ -11,6 +12,9 @@ namespace tst::cuda {
 enum class Objective : int { kMce, kMceAlt };
 
 constexpr int kMaxThreads = 512;  // 1024 would leave 64 registers, which softcap and smoothing exceed
+// Loads in flight a thread. tanh and float64 take longer than they do, and long to compile.
+template <typename T, bool plain>
+constexpr int kBatch = plain && sizeof(T) < 8 ? 4 : 1;
 
 template <typename T>
 struct LossRows {
@@ -30,37 +34,58 @@ struct LossRows {
   const Acc<T>* grad_lse;    // [rows]; nullptr: 0
   Acc<T>* loss;              // [rows]
   Acc<T>* lse;               // [rows]
-  int cache_bytes;           // of a block's slice of the row in shared memory; 0: the gradient reads the row again
+  int cache_bytes;           // of a block's slice of the row in shared memory, with Pass::kCachedGradient; else 0
 };
+
+// What a launch is for. A gradient needs the logits twice: its block keeps them in shared memory, or reads them again.
+enum class Pass { kLoss, kGradient, kCachedGradient };
+
+// Sums of exponentials are relative to a base near the row's maximum, in units in which the exponential is cheapest: of
+// 16-bit logits the hardware's 2^x of one multiply-add, as exact as its result is stored. float32 takes expf.
+template <typename T>
+constexpr Acc<T> kUnits = sizeof(T) == 2 ? static_cast<Acc<T>>(1.44269504088896340736) : 1;  // log2(e)
+
+template <typename T>
+__device__ inline Acc<T> power(Acc<T> x) {
+  if constexpr (sizeof(T) == 2)
+    return exp2_fast(x);
+  else
+    return exp(x);
+}
+// exp(z) relative to the base.
+template <typename T>
+__device__ inline Acc<T> exponential(Acc<T> z, Acc<T> base) {
+  return power<T>(fma(z, kUnits<T>, -base));
+}
 
 // Of the columns seen so far; kernels.h has the same for the CPU.
 template <typename A>
-struct RowSums {
-  A maximum;  // m, of z
-  A exps;     // sum_v exp(z_v - m)
-  A logits;   // sum of z_v - m where z_v > -inf, and the number of those, for smoothing only
+struct alignas(16) RowSums {
+  A base;    // max_v z_v, in kUnits
+  A exps;    // sum_v exp(z_v) relative to the base
+  A logits;  // sum of kUnits z_v - base where z_v > -inf, and the number of those, for smoothing only
   A columns;
 };
 
+template <typename A>
 struct Target {  // a label of the row
   int label;     // -1: counts for nothing
   bool leads;    // first of its kind in the bag: it stands for all of them
-  double weight;
-  double logit;  // z
-  double pull;   // a_v of kernels.h, of a leader
+  A weight;
+  A logit;  // z
+  A pull;   // a_v of kernels.h, of a leader
 };
 
+template <typename A>
 struct RowResult {
-  double maximum, factor, uniform, pull_factor;
+  A base, factor, uniform, pull_factor;
   bool nothing;
 };
 
 template <typename A>
-struct alignas(16) RowMemory {  // shared, before the cached slice and the targets
-  A maximum[kWarp];
-  double exps[kWarp], logits[kWarp], columns[kWarp];
-  RowSums<double> block;  // which the other blocks of the cluster read
-  RowResult result;
+struct alignas(16) RowMemory {            // shared, before the cached slice and the targets
+  RowSums<A> warps[kMaxThreads / kWarp];  // which the other blocks of the cluster read
+  RowResult<A> result;
 };
 
 // Packs of a row start at 16-byte addresses, the first one at or before the row's first column. A slice is some of
@@ -81,24 +106,24 @@ struct RowPacks {
   template <bool whole>
   __device__ Pack<T, kPack<T>> load(int p) const {
     if constexpr (whole) {
-      return *reinterpret_cast<const Pack<T, kPack<T>>*>(x + begin(p));
+      return tst::cuda::load<T, kPack<T>>(x + begin(p));
     } else {
-      Pack<T, kPack<T>> pack{};
+      Acc<T> values[kPack<T>] = {};
 #pragma unroll
       for (int i = 0; i < kPack<T>; ++i) {
-        if (inside(p, i)) pack.values[i] = x[begin(p) + i];
+        if (inside(p, i)) values[i] = widen(x[begin(p) + i]);
       }
-      return pack;
+      return narrowed<T>(values);
     }
   }
   template <bool whole>
   __device__ void store(int p, const Pack<T, kPack<T>>& pack) const {
     if constexpr (whole) {
-      *reinterpret_cast<Pack<T, kPack<T>>*>(x + begin(p)) = pack;
+      tst::cuda::store(x + begin(p), pack);
     } else {
 #pragma unroll
       for (int i = 0; i < kPack<T>; ++i) {
-        if (inside(p, i)) x[begin(p) + i] = pack.values[i];
+        if (inside(p, i)) narrow(pack[i], x[begin(p) + i]);
       }
     }
   }
@@ -116,17 +141,18 @@ struct Slice {
     begin = first + (first == 0 && !row.whole(0));
     end = last - (last == row.count && !row.whole(row.count - 1));
   }
-  // Calls f with each pack of this thread, the same at every call, and whether it is a whole one as a type.
-  template <typename F>
-  __device__ void each(F f) const {
-    for (int p = begin + static_cast<int>(threadIdx.x); p < end; p += blockDim.x) f(p, std::true_type{});
-    each_edge(f);
+  // Calls f(p, step) for n whole packs of this thread at a time: p, p + step, ... that are below `end`.
+  template <int n, typename F>
+  __device__ void batches(F f) const {
+    const int step = static_cast<int>(blockDim.x);
+    for (int p = begin + static_cast<int>(threadIdx.x); p < end; p += n * step) f(p, step);
   }
+  // Calls f with the others, which the first thread has.
   template <typename F>
-  __device__ void each_edge(F f) const {
+  __device__ void edges(F f) const {
     if (threadIdx.x != 0) return;
-    for (int p = first; p < begin; ++p) f(p, std::false_type{});
-    for (int p = max(begin, end); p < last; ++p) f(p, std::false_type{});
+    for (int p = first; p < begin; ++p) f(p);
+    for (int p = max(begin, end); p < last; ++p) f(p);
   }
 };
 
@@ -135,98 +161,116 @@ __device__ inline A capped(A x, A cap) {
   return cap == 0 ? x : cap * tanh(x / cap);
 }
 
-// exp(-inf - m) is 0 for any m but -inf: where there is nothing but -inf yet, differences are taken from 0.
+// x - base, where both may be -inf: there is nothing yet, and its sums are 0.
 template <typename A>
-__device__ inline A base_of(A maximum) {
-  return maximum == -static_cast<A>(INFINITY) ? A(0) : maximum;
+__device__ inline A above(A x, A base) {
+  return x == base ? A(0) : x - base;
 }
 
-template <typename T, bool plain, bool whole>
-__device__ inline void add_pack(RowSums<Acc<T>>& sums, const RowPacks<T>& row, int p, const Pack<T, kPack<T>>& pack,
-                                Acc<T> cap) {
+// Adds to a thread's sums the columns i of its packs b for which there(b, i). The base changes once for all of them,
+// and seldom after the first. A NaN is nobody's maximum, and shows in the sum.
+template <typename T, bool plain, int n, typename There>
+__device__ inline void add_packs(RowSums<Acc<T>>& sums, Pack<T, kPack<T>> (&packs)[n], Acc<T> cap, There there) {
   using A = Acc<T>;
   constexpr A kLowest = -static_cast<A>(INFINITY);
-  A z[kPack<T>], best = sums.maximum;
+  A capped_values[plain ? 1 : n][kPack<T>];
+  const auto z = [&](int b, int i) {
+    if constexpr (plain)
+      return packs[b][i];
+    else
+      return capped_values[b][i];
+  };
+  A best = kLowest;
 #pragma unroll
-  for (int i = 0; i < kPack<T>; ++i) {
-    z[i] = plain ? widen(pack.values[i]) : capped(widen(pack.values[i]), cap);
-    if (!whole && !row.inside(p, i)) z[i] = kLowest;
-    best = z[i] > best ? z[i] : best;  // a NaN is nobody's maximum, and shows in the sum
-  }
-  if (best > sums.maximum) {  // seldom after the first packs
-    sums.exps *= exponential<T>(sums.maximum - best);
-    if (!plain && sums.columns > 0) sums.logits += sums.columns * (sums.maximum - best);
-    sums.maximum = best;
-  }
-  const A base = base_of(best);
+  for (int b = 0; b < n; ++b) {
 #pragma unroll
-  for (int i = 0; i < kPack<T>; ++i) {
-    sums.exps += exponential<T>(z[i] - base);
-    if (!plain && z[i] > kLowest) {
-      sums.logits += z[i] - base;
-      sums.columns += 1;
+    for (int i = 0; i < kPack<T>; ++i) {
+      if constexpr (!plain) capped_values[b][i] = capped(packs[b][i], cap);
+      if (there(b, i)) best = larger(best, z(b, i));
+    }
+  }
+  best *= kUnits<T>;
+  if (best > sums.base) {
+    sums.exps *= power<T>(sums.base - best);
+    if (!plain && sums.columns > 0) sums.logits += sums.columns * (sums.base - best);
+    sums.base = best;
+  }
+  // Widened a second time, 64 numbers of 16 bits do not take 64 registers in between.
+#pragma unroll
+  for (int b = 0; b < n; ++b) packs[b].forget();
+  const A base = sums.base == kLowest ? A(0) : sums.base;  // exp(-inf - base) is 0 for any base but -inf
+#pragma unroll
+  for (int b = 0; b < n; ++b) {
+#pragma unroll
+    for (int i = 0; i < kPack<T>; ++i) {
+      if (!there(b, i)) continue;
+      sums.exps += exponential<T>(z(b, i), base);
+      if (!plain && z(b, i) > kLowest) {
+        sums.logits += fma(z(b, i), kUnits<T>, -base);
+        sums.columns += 1;
+      }
     }
   }
 }
 
-// The block's sums from its threads', the same in all threads: moved to the block's maximum once, then added in double.
+// The sums of a warp's lanes, in all of them.
 template <typename T, bool plain>
-__device__ inline RowSums<double> sums_of_block(const RowSums<Acc<T>>& mine, RowMemory<Acc<T>>& memory) {
+__device__ inline RowSums<Acc<T>> sums_of_warp(const RowSums<Acc<T>>& mine) {
   using A = Acc<T>;
-  const auto add = [](double a, double b) { return a + b; };
-  const A m = block_reduce(mine.maximum, memory.maximum, [](A a, A b) { return a > b ? a : b; });
-  const A shift = mine.maximum - base_of(m);  // -inf where a thread saw nothing: its sums are 0, or NaN
-  RowSums<double> out{m, 0, 0, 0};
-  out.exps = block_reduce(double(mine.exps * exponential<T>(mine.maximum == m ? A(0) : shift)), memory.exps, add);
+  RowSums<A> out{warp_max(mine.base), 0, 0, 0};
+  const A shift = above(mine.base, out.base);  // -inf where a lane saw nothing: its sums are 0, or NaN
+  out.exps = warp_sum(mine.exps * power<T>(shift));
   if constexpr (!plain) {
-    const A logits = mine.columns > 0 ? mine.logits + mine.columns * shift : A(0);
-    out.logits = block_reduce(double(logits), memory.logits, add);
-    out.columns = block_reduce(double(mine.columns), memory.columns, add);
+    out.logits = warp_sum(mine.columns > 0 ? mine.logits + mine.columns * shift : A(0));
+    out.columns = warp_sum(mine.columns);
   }
   return out;
 }
 
-// One thread: the sums of all blocks in the order of their ranks.
-__device__ inline RowSums<double> sums_of_cluster(const RowSums<double>* block) {
-  RowSums<double> total = *cluster_shared(block, 0);
-  for (unsigned rank = 1; rank < cluster_size(); ++rank) {
-    const RowSums<double> other = *cluster_shared(block, rank);
-    const double m = other.maximum > total.maximum ? other.maximum : total.maximum, base = base_of(m);
-    total.exps = (total.maximum == m ? total.exps : total.exps * exp(total.maximum - base)) +
-                 (other.maximum == m ? other.exps : other.exps * exp(other.maximum - base));
-    if (total.columns > 0) total.logits += total.columns * (total.maximum - base);
-    if (other.columns > 0) total.logits += other.logits + other.columns * (other.maximum - base);
-    total.columns += other.columns;
-    total.maximum = m;
+// One warp: the sums of all warps of the cluster's blocks.
+template <typename T, bool plain>
+__device__ inline RowSums<Acc<T>> sums_of_cluster(const RowSums<Acc<T>>* warps) {
+  using A = Acc<T>;
+  RowSums<A> mine{-static_cast<A>(INFINITY), 0, 0, 0};
+  const int each = blockDim.x / kWarp, count = each * static_cast<int>(cluster_size());
+#pragma unroll 4
+  for (int k = threadIdx.x; k < count; k += kWarp) {
+    const RowSums<A> other = *cluster_shared(warps + k % each, k / each);
+    const A base = larger(mine.base, other.base), shift = above(mine.base, base), others = above(other.base, base);
+    mine.exps = mine.exps * power<T>(shift) + other.exps * power<T>(others);
+    if constexpr (!plain) {
+      if (mine.columns > 0) mine.logits += mine.columns * shift;
+      if (other.columns > 0) mine.logits += other.logits + other.columns * others;
+      mine.columns += other.columns;
+    }
+    mine.base = base;
   }
-  return total;
+  return sums_of_warp<T, plain>(mine);
 }
 
-// Reads the labels and their logits, which the gradient overwrites later.
+// One warp: reads the labels and their logits, which the gradient overwrites later, and finds the leaders.
 template <typename T>
-__device__ inline void read_targets(const LossRows<T>& a, int64_t r, const T* x, Target* targets) {
-  for (int i = threadIdx.x; i < a.bag_size; i += blockDim.x) {
-    Target target{-1, false, 0, 0, 0};
+__device__ inline void read_targets(const LossRows<T>& a, int64_t r, const T* x, Target<Acc<T>>* targets) {
+  using A = Acc<T>;
+  for (int i = threadIdx.x; i < a.bag_size; i += kWarp) {
+    Target<A> target{-1, false, 0, 0, 0};
     const int64_t y = a.labels[r * a.bag_size + i];
     if (y != a.ignore_index) {
       assert(y >= 0 && y < a.vocabulary && "labels: out of range");
       target.weight = a.position_scale[i];
       if (target.weight != 0) {
         target.label = static_cast<int>(y);
-        target.logit = capped(widen(x[y]), static_cast<Acc<T>>(a.logit_softcap));
+        target.logit = capped(widen(x[y]), static_cast<A>(a.logit_softcap));
       }
     }
     targets[i] = target;
   }
-}
-
-// Finds the leaders; every thread its own labels, s comparisons each.
-__device__ inline void find_leaders(Target* targets, int bag_size) {
-  for (int i = threadIdx.x; i < bag_size; i += blockDim.x) {
+  warp_barrier();
+  for (int i = threadIdx.x; i < a.bag_size; i += kWarp) {
     const int label = targets[i].label;
     bool leads = label >= 0;
-    double pull = 0;
-    for (int j = 0; j < bag_size; ++j) {
+    A pull = 0;
+    for (int j = 0; j < a.bag_size; ++j) {
       if (targets[j].label != label) continue;
       pull += targets[j].weight;
       if (j < i) leads = false;
@@ -236,43 +280,52 @@ __device__ inline void find_leaders(Target* targets, int bag_size) {
   }
 }
 
-// One thread of each block, from the row's sums; that of rank 0 writes loss and lse.
+// One warp, a lane a label, from the row's sums; that of the cluster's first block writes loss and lse.
 template <typename T>
-__device__ inline RowResult finish_row(const LossRows<T>& a, int64_t r, const RowSums<double>& sums, Target* targets,
-                                       bool write) {
+__device__ inline RowResult<Acc<T>> finish_row(const LossRows<T>& a, int64_t r, const RowSums<Acc<T>>& sums,
+                                               Target<Acc<T>>* targets, bool write) {
+  using A = Acc<T>;
   const bool set = a.objective == Objective::kMceAlt;
-  const double m = sums.maximum, log_sum = log(sums.exps), lse = m + log_sum, smoothing = a.label_smoothing;
-  double scale = 0, best = -INFINITY, total = 0, fit = 0;
-  for (int i = 0; i < a.bag_size; ++i) {
-    const Target& t = targets[i];
+  const A log_sum = log(sums.exps), smoothing = static_cast<A>(a.label_smoothing);
+  // What is above 0 but for rounding: the labels are part of the vocabulary, and a mean is no maximum.
+  const auto positive = [](A x) { return x < 0 ? A(0) : x; };
+  // lse - z, from the base rather than from lse: lse near 1e4 would cost three digits in float32.
+  const auto below = [&](A z) { return fma(-z, kUnits<T>, sums.base) / kUnits<T> + log_sum; };
+  A scale = 0, fit = 0, best = -static_cast<A>(INFINITY);
+  for (int i = threadIdx.x; i < a.bag_size; i += kWarp) {
+    const Target<A>& t = targets[i];
     if (t.label < 0) continue;
-    scale = set ? double(a.position_scale[0]) : scale + t.weight;
-    // Differences from m rather than from lse: lse near 1e4 would cost three digits in float32.
-    if (t.leads && !set) fit += t.pull * ((m - t.logit) + log_sum);
-    best = t.logit > best ? t.logit : best;
+    scale += set ? A(1) : t.weight;
+    if (t.leads && !set) fit += t.pull * positive(below(t.logit));
+    best = larger(best, t.logit);
   }
+  scale = warp_sum(scale);
   if (set) {
-    for (int i = 0; i < a.bag_size; ++i) {
-      if (targets[i].leads) total += targets[i].pull = targets[i].logit == best ? 1.0 : exp(targets[i].logit - best);
+    if (scale != 0) scale = a.position_scale[0];
+    best = warp_max(best);
+    A total = 0;
+    for (int i = threadIdx.x; i < a.bag_size; i += kWarp) {
+      Target<A>& t = targets[i];
+      if (t.leads) total += t.pull = t.logit == best ? A(1) : exp(t.logit - best);
     }
-    for (int i = 0; i < a.bag_size; ++i) {
-      if (targets[i].leads) targets[i].pull *= scale / total;
-    }
-    const double nll = (m - best) + log_sum - log(total);
-    fit = scale * (nll < 0 ? 0.0 : nll);  // the labels are part of the vocabulary: below 0 only by rounding
+    total = warp_sum(total);
+    for (int i = threadIdx.x; i < a.bag_size; i += kWarp) targets[i].pull *= scale / total;
+    fit = scale * positive(below(best) - log(total));
+  } else {
+    fit = warp_sum(fit);
   }
-  if (write) {
-    double loss = (1 - smoothing) * fit + a.z_loss * scale * lse * lse;
-    if (smoothing != 0) loss += smoothing * scale * (log_sum - sums.logits / sums.columns);
-    a.loss[r] = static_cast<Acc<T>>(scale == 0 ? 0.0 : loss);
-    a.lse[r] = static_cast<Acc<T>>(lse);
+  const double lse = static_cast<double>(sums.base) / kUnits<T> + log_sum;
+  if (write && threadIdx.x == 0) {
+    A loss = (1 - smoothing) * fit + static_cast<A>(a.z_loss * scale * lse * lse);
+    if (smoothing != 0) loss += smoothing * scale * positive(log_sum - sums.logits / sums.columns / kUnits<T>);
+    a.loss[r] = scale == 0 ? A(0) : loss;
+    a.lse[r] = static_cast<A>(lse);
   }
-  const double g = a.grad_loss ? double(a.grad_loss[r * a.grad_loss_stride]) : 1.0;
-  const double u = a.grad_lse ? double(a.grad_lse[r]) : 0.0;
-  RowResult result;
-  result.maximum = m;
-  result.factor = (g * scale * (1 + 2 * a.z_loss * lse) + u) / sums.exps;
-  result.uniform = smoothing == 0 ? 0.0 : g * smoothing * scale / sums.columns;
+  const A g = a.grad_loss ? a.grad_loss[r * a.grad_loss_stride] : A(1), u = a.grad_lse ? a.grad_lse[r] : A(0);
+  RowResult<A> result;
+  result.base = sums.base;
+  result.factor = (g * scale * static_cast<A>(1 + 2 * a.z_loss * lse) + u) / sums.exps;
+  result.uniform = smoothing == 0 ? A(0) : g * smoothing * scale / sums.columns;
   result.pull_factor = g * (1 - smoothing);
   result.nothing = (scale == 0 || g == 0) && u == 0;  // nothing to learn, whatever the row's logits are
   return result;
@@ -280,88 +333,107 @@ __device__ inline RowResult finish_row(const LossRows<T>& a, int64_t r, const Ro
 
 // x_v <- factor * exp(z_v - m), without `plain` minus `uniform` where z_v > -inf, times the derivative of the cap.
 template <typename T, bool plain>
-__device__ inline Pack<T, kPack<T>> gradient_pack(const Pack<T, kPack<T>>& pack, const RowResult& row, Acc<T> cap) {
+__device__ inline Pack<T, kPack<T>> gradient_pack(const Pack<T, kPack<T>>& pack, const RowResult<Acc<T>>& row,
+                                                  Acc<T> cap) {
   using A = Acc<T>;
-  const A m = static_cast<A>(row.maximum), factor = static_cast<A>(row.factor), uniform = static_cast<A>(row.uniform);
+  if (row.nothing) return {};
   A out[kPack<T>];
 #pragma unroll
   for (int i = 0; i < kPack<T>; ++i) {
-    A z = widen(pack.values[i]);
     if constexpr (plain) {
-      out[i] = factor * exponential<T>(z - m);
+      out[i] = row.factor * exponential<T>(pack[i], row.base);
     } else {
-      z = capped(z, cap);
-      const A t = cap == 0 ? A(0) : z / cap;
-      out[i] = (factor * exponential<T>(z - m) - (z > -static_cast<A>(INFINITY) ? uniform : A(0))) * (A(1) - t * t);
+      const A z = capped(pack[i], cap), t = cap == 0 ? A(0) : z / cap;
+      out[i] = (row.factor * exponential<T>(z, row.base) - (z > -static_cast<A>(INFINITY) ? row.uniform : A(0))) *
+               (A(1) - t * t);
     }
   }
   return narrowed<T>(out);
 }
 
 // A cluster of blocks a row, a slice of its columns each; one block where there are no clusters. `plain`: no softcap,
-// no smoothing. With a gradient the slice waits in shared memory meanwhile, where it fits: the logits then cross the
-// memory bus once in each direction.
-template <typename T, bool plain, bool gradient>
+// no smoothing. Where the slice waits in shared memory, the logits cross the memory bus once in each direction.
+template <typename T, bool plain, Pass pass>
 __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T> a) {
   using A = Acc<T>;
-  constexpr int kBatch = 4;  // loads in flight a thread
+  using P = Pack<T, kPack<T>>;
+  constexpr bool gradient = pass != Pass::kLoss, cached = pass == Pass::kCachedGradient;
   TST_SHARED_MEMORY(raw);
   RowMemory<A>& memory = *reinterpret_cast<RowMemory<A>*>(raw);
-  Pack<T, kPack<T>>* cache = reinterpret_cast<Pack<T, kPack<T>>*>(raw + sizeof(RowMemory<A>));
-  Target* targets = reinterpret_cast<Target*>(raw + sizeof(RowMemory<A>) + a.cache_bytes);
+  Words4* const cache = reinterpret_cast<Words4*>(raw + sizeof(RowMemory<A>));
+  Target<A>* const targets = reinterpret_cast<Target<A>*>(raw + sizeof(RowMemory<A>) + a.cache_bytes);
   const int blocks = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
   const int64_t r = blockIdx.x / blocks;
   const RowPacks<T> row(a.logits + r * a.stride, a.vocabulary);
   const Slice slice(row, blocks, rank);
   const A cap = static_cast<A>(a.logit_softcap);
 
-  read_targets(a, r, row.x, targets);
   RowSums<A> mine{-static_cast<A>(INFINITY), 0, 0, 0};
-  const auto take = [&](int p, const Pack<T, kPack<T>>& pack, auto whole) {
-    if (gradient && a.cache_bytes) cache[p - slice.first] = pack;
-    add_pack<T, plain, whole()>(mine, row, p, pack, cap);
-  };
-  const int step = static_cast<int>(blockDim.x);
-  int p = slice.begin + static_cast<int>(threadIdx.x);
-  for (; p + (kBatch - 1) * step < slice.end; p += kBatch * step) {
-    Pack<T, kPack<T>> batch[kBatch];
+  slice.batches<kBatch<T, plain>>([&](int p, int step) {
+    P batch[kBatch<T, plain>];
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) batch[b] = row.template load<true>(p + b * step);
+    for (int b = 0; b < kBatch<T, plain>; ++b) {
+      batch[b] = p + b * step < slice.end ? row.template load<true>(p + b * step) : P::lowest();  // which adds 0
+    }
+    add_packs<T, plain>(mine, batch, cap, [](int, int) { return true; });
+    if constexpr (cached) {
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) take(p + b * step, batch[b], std::true_type{});
-  }
-  for (; p < slice.end; p += step) take(p, row.template load<true>(p), std::true_type{});
-  slice.each_edge([&](int q, auto whole) { take(q, row.template load<false>(q), whole); });
-  const RowSums<double> block = sums_of_block<T, plain>(mine, memory);  // its barriers publish the targets
-  find_leaders(targets, a.bag_size);
-  if (threadIdx.x == 0) memory.block = block;
-  // Publishes the sums and the leaders; and no label's logit is overwritten before all blocks have read theirs.
+      for (int b = 0; b < kBatch<T, plain>; ++b) {
+        if (p + b * step < slice.end) cache[p + b * step - slice.first] = batch[b].four(0);
+      }
+    }
+  });
+  slice.edges([&](int p) {
+    P batch[1] = {row.template load<false>(p)};
+    add_packs<T, plain>(mine, batch, cap, [&](int, int i) { return row.inside(p, i); });
+  });
+  mine = sums_of_warp<T, plain>(mine);
+  if (threadIdx.x % kWarp == 0) memory.warps[threadIdx.x / kWarp] = mine;
+  if (threadIdx.x < kWarp) read_targets(a, r, row.x, targets);
+  // Publishes the sums; and no label's logit is overwritten before all blocks have read theirs.
   cluster_arrive();
   cluster_wait();
-  if (threadIdx.x == 0 && (gradient || rank == 0)) {
-    memory.result = finish_row(a, r, sums_of_cluster(&memory.block), targets, rank == 0);
+  if (threadIdx.x < kWarp && (gradient || rank == 0)) {
+    const RowResult<A> result = finish_row(a, r, sums_of_cluster<T, plain>(memory.warps), targets, rank == 0);
+    if (threadIdx.x == 0) memory.result = result;
   }
-  cluster_arrive();  // after the reads of other blocks' memory
+  cluster_arrive_relaxed();  // after the reads of other blocks' memory
   if constexpr (gradient) {
     __syncthreads();
-    const RowResult result = memory.result;
-    if (result.nothing) {
-      slice.each([&](int q, auto whole) { row.template store<whole()>(q, {}); });
-    } else {
-      slice.each([&](int q, auto whole) {
-        const Pack<T, kPack<T>> pack = a.cache_bytes ? cache[q - slice.first] : row.template load<whole()>(q);
-        row.template store<whole()>(q, gradient_pack<T, plain>(pack, result, cap));
-      });
+    const RowResult<A> result = memory.result;
+    constexpr int kTogether = cached ? std::min(2, kBatch<T, plain>) : kBatch<T, plain>;  // shared memory is quick
+    slice.batches<kTogether>([&](int p, int step) {
+      P batch[kTogether];
+#pragma unroll
+      for (int b = 0; b < kTogether; ++b) {
+        const int q = p + b * step;
+        if (q >= slice.end) continue;
+        if constexpr (cached)
+          batch[b].set_four(0, cache[q - slice.first]);
+        else
+          batch[b] = row.template load<true>(q);
+      }
+#pragma unroll
+      for (int b = 0; b < kTogether; ++b) {
+        const int q = p + b * step;
+        if (q < slice.end) row.template store<true>(q, gradient_pack<T, plain>(batch[b], result, cap));
+      }
+    });
+    slice.edges([&](int p) {
+      P pack = row.template load<false>(p);  // the first thread alone has written to it, and writes now
+      row.template store<false>(p, gradient_pack<T, plain>(pack, result, cap));
+    });
+    if (!result.nothing) {
       __syncthreads();
-      for (int i = threadIdx.x; i < a.bag_size; i += blockDim.x) {
-        const Target& t = targets[i];
+      for (int i = threadIdx.x; threadIdx.x < kWarp && i < a.bag_size; i += kWarp) {
+        const Target<A>& t = targets[i];
         if (!t.leads || row.pack_of(t.label) < slice.first || row.pack_of(t.label) >= slice.last) continue;
         // From the saved logit and rounded once: subtracting from a probability already rounded to bfloat16 turns
         // p = 0.999 into a zero gradient.
-        double d = result.factor * exp(t.logit - result.maximum) - result.pull_factor * t.pull;
-        if (t.logit > -INFINITY) d -= result.uniform;
-        if (a.logit_softcap != 0) d *= 1 - (t.logit / a.logit_softcap) * (t.logit / a.logit_softcap);
-        narrow(static_cast<A>(d), row.x[t.label]);
+        A d = result.factor * exponential<T>(t.logit, result.base) - result.pull_factor * t.pull;
+        if (t.logit > -static_cast<A>(INFINITY)) d -= result.uniform;
+        if (cap != 0) d *= 1 - (t.logit / cap) * (t.logit / cap);
+        narrow(d, row.x[t.label]);
       }
     }
   }
@@ -371,7 +443,7 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T
 // Bytes of dynamic shared memory beside the cached slice.
 template <typename T>
 constexpr int64_t loss_rows_memory(int64_t bag_size) {
-  return static_cast<int64_t>(sizeof(RowMemory<Acc<T>>)) + bag_size * static_cast<int64_t>(sizeof(Target));
+  return static_cast<int64_t>(sizeof(RowMemory<Acc<T>>)) + bag_size * static_cast<int64_t>(sizeof(Target<Acc<T>>));
 }
 
 // Bytes of the longest slice of a row of `vocabulary` columns at any alignment.

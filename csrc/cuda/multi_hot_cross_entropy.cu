@@ -11,15 +11,22 @@ namespace {
 // Clusters need code compiled for sm_90: all kernels of this file are compiled for the same architectures.
 DeviceFacts device_facts() {
   cudaFuncAttributes compiled{};
-  STD_CUDA_CHECK(cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(loss_rows_kernel<float, true, false>)));
+  STD_CUDA_CHECK(
+      cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(loss_rows_kernel<float, true, Pass::kLoss>)));
   return {compiled.ptxVersion >= 90 && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9,
           device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
 }
 
-template <typename T>
-auto kernel_of(bool plain, bool gradient) {
-  if (gradient) return plain ? loss_rows_kernel<T, true, true> : loss_rows_kernel<T, false, true>;
-  return plain ? loss_rows_kernel<T, true, false> : loss_rows_kernel<T, false, false>;
+template <typename T, bool plain>
+auto kernel_of(Pass pass) {
+  switch (pass) {
+    case Pass::kLoss:
+      return loss_rows_kernel<T, plain, Pass::kLoss>;
+    case Pass::kGradient:
+      return loss_rows_kernel<T, plain, Pass::kGradient>;
+    default:
+      return loss_rows_kernel<T, plain, Pass::kCachedGradient>;
+  }
 }
 
 struct Options {
@@ -90,7 +97,8 @@ void loss_rows(const Tensor& logits, const Tensor& labels, const Tensor& positio
     a.lse = mutable_data<A>(lse);
     const Shape shape = shape_of<T>(vocabulary, bag_size, gradient, device_facts());
     a.cache_bytes = shape.cache_bytes;
-    current.launch(kernel_of<T>(a.logit_softcap == 0 && a.label_smoothing == 0, gradient),
+    const bool plain = a.logit_softcap == 0 && a.label_smoothing == 0;
+    current.launch(plain ? kernel_of<T, true>(shape.pass) : kernel_of<T, false>(shape.pass),
                    {blocks_for(rows * shape.blocks, 1), static_cast<unsigned>(shape.threads),
                     static_cast<unsigned>(shape.blocks), static_cast<size_t>(shape.shared_bytes)},
                    a);

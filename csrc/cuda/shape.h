@@ -18,7 +18,8 @@ struct DeviceFacts {
 struct Shape {
   int blocks;  // of a row, and of the cluster
   int threads;
-  int cache_bytes;   // of a block's slice of the row; 0: the gradient reads the row a second time
+  Pass pass;
+  int cache_bytes;   // of a block's slice of the row
   int shared_bytes;  // in all
 };
 
@@ -30,7 +31,7 @@ Shape shape_of(int64_t vocabulary, int64_t bag_size, bool gradient, const Device
   int64_t blocks = 1;
   while (device.clusters && blocks < 8 && slice_bytes<T>(vocabulary, blocks) > kComfortable) blocks *= 2;
   const int64_t most = device.shared_memory, empty = loss_rows_memory<T>(0);
-  const int64_t longest_bag = (most - empty) / static_cast<int64_t>(sizeof(Target));
+  const int64_t longest_bag = (most - empty) / static_cast<int64_t>(sizeof(Target<Acc<T>>));
   if (bag_size > longest_bag) {
     throw std::runtime_error("labels: expected bags of at most " + std::to_string(longest_bag) +
                              " labels on this device, got " + std::to_string(bag_size));
@@ -38,9 +39,13 @@ Shape shape_of(int64_t vocabulary, int64_t bag_size, bool gradient, const Device
   const int64_t fixed = loss_rows_memory<T>(bag_size), slice = slice_bytes<T>(vocabulary, blocks);
   // Without clusters a long row would leave room for one block: it is read a second time, mostly out of the cache.
   const bool cached = gradient && fixed + slice <= (device.clusters ? most : std::min(most, 2 * kComfortable));
-  const int64_t packs = slice / 16, cache = cached ? slice : 0;
-  const int threads = packs > 4096 ? kMaxThreads : packs > 256 ? 256 : 64;
-  return {static_cast<int>(blocks), threads, static_cast<int>(cache), static_cast<int>(fixed + cache)};
+  // A thread for each batch of packs: the whole slice is under way at once.
+  const int64_t packs = slice / 16, cache = cached ? slice : 0,
+                batches = (packs + kBatch<T, true> - 1) / kBatch<T, true>;
+  const int64_t threads = std::clamp<int64_t>((batches + kWarp - 1) / kWarp * kWarp, 64, kMaxThreads);
+  const Pass pass = !gradient ? Pass::kLoss : cached ? Pass::kCachedGradient : Pass::kGradient;
+  return {static_cast<int>(blocks), static_cast<int>(threads), pass, static_cast<int>(cache),
+          static_cast<int>(fixed + cache)};
 }
 
 }  // namespace tst::cuda

@@ -38,10 +38,13 @@ void run_loss_rows(const LossRows& in, int64_t begin, int64_t end) {
   const bool plain = in.logit_softcap == 0 && in.label_smoothing == 0;
   emulator::launch({static_cast<unsigned>(rows * blocks), 1, 1}, 64, blocks,
                    static_cast<size_t>(cuda::loss_rows_memory<T>(s) + a.cache_bytes), [&] {
+                     using cuda::Pass;
+                     constexpr Pass kPass = cached ? Pass::kCachedGradient : Pass::kGradient;
                      if (in.gradient)
-                       plain ? cuda::loss_rows_kernel<T, true, true>(a) : cuda::loss_rows_kernel<T, false, true>(a);
+                       plain ? cuda::loss_rows_kernel<T, true, kPass>(a) : cuda::loss_rows_kernel<T, false, kPass>(a);
                      else
-                       plain ? cuda::loss_rows_kernel<T, true, false>(a) : cuda::loss_rows_kernel<T, false, false>(a);
+                       plain ? cuda::loss_rows_kernel<T, true, Pass::kLoss>(a)
+                             : cuda::loss_rows_kernel<T, false, Pass::kLoss>(a);
                    });
   std::copy(loss.begin(), loss.end(), in.loss + begin);
   std::copy(lse.begin(), lse.end(), in.lse + begin);

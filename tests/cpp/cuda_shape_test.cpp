@@ -54,7 +54,8 @@ TYPED_TEST(CudaShapeTest, Fits) {
           ASSERT_GE(shape.cache_bytes, 0);
           ASSERT_EQ(shape.shared_bytes, loss_rows_memory<T>(bag_size) + shape.cache_bytes);
           ASSERT_LE(shape.shared_bytes, device.facts.shared_memory);
-          ASSERT_TRUE(gradient || !shape.cache_bytes);
+          ASSERT_EQ(shape.pass == Pass::kLoss, !gradient);
+          ASSERT_EQ(shape.pass == Pass::kCachedGradient, shape.cache_bytes > 0);
           ASSERT_EQ(shape.cache_bytes % 16, 0) << "the targets come after it";
           for (int head = 0; head < kPack<T> && shape.cache_bytes; ++head) {
             const RowPacks<T> packs(row + head, static_cast<int>(vocabulary));
@@ -83,7 +84,7 @@ TYPED_TEST(CudaShapeTest, ReadsARowOnceWhereItCan) {
   }
 }
 
-TYPED_TEST(CudaShapeTest, LongSlices) {  // of more than 64 KiB: 512 threads, and on sm_90 still cached
+TYPED_TEST(CudaShapeTest, LongSlices) {  // of more than 64 KiB: all threads, and on sm_90 still cached
   using T = TypeParam;
   const int64_t columns = (1200 << 10) / static_cast<int64_t>(sizeof(T));  // 300,000 of float32, 600,000 of bfloat16
   const Shape shape = shape_of<T>(columns, 6, true, {true, 227 << 10});
@@ -96,7 +97,8 @@ TYPED_TEST(CudaShapeTest, LongSlices) {  // of more than 64 KiB: 512 threads, an
 TYPED_TEST(CudaShapeTest, RefusesBagsThatDoNotFit) {
   using T = TypeParam;
   for (const Device& device : kDevices) {
-    const int64_t most = (device.facts.shared_memory - loss_rows_memory<T>(0)) / static_cast<int64_t>(sizeof(Target));
+    const int64_t most =
+        (device.facts.shared_memory - loss_rows_memory<T>(0)) / static_cast<int64_t>(sizeof(Target<Acc<T>>));
     EXPECT_LE(shape_of<T>(100, most, true, device.facts).shared_bytes, device.facts.shared_memory) << device.name;
     for (const int64_t bag_size : {most + 1, int64_t(1) << 27, int64_t(1) << 31, int64_t(1) << 60}) {
       try {

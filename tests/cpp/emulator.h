@@ -274,7 +274,7 @@ inline void launch(Dim grid, unsigned threads, unsigned cluster_size, size_t sha
 // What the kernels take from CUDA.
 #define __global__
 #define __device__
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 #define TST_SHARED_MEMORY(name) unsigned char* name = ::emulator::fiber().block->shared.get()->bytes
 #define threadIdx (::emulator::fiber().thread)
 #define blockIdx (::emulator::fiber().block_index)
@@ -322,12 +322,46 @@ inline void narrow(float x, Float16& to) {
 }
 
 template <typename T>
-Acc<T> exponential(Acc<T> x) {
-  return std::exp(x);
+uint32_t narrowed_pair(float x, float y, T) {
+  T low, high;
+  narrow(x, low), narrow(y, high);
+  return low.bits | static_cast<uint32_t>(high.bits) << 16;
+}
+inline float as_float(uint32_t word) {
+  float x;
+  std::memcpy(&x, &word, 4);
+  return x;
+}
+inline uint32_t as_word(float x) {
+  uint32_t word;
+  std::memcpy(&word, &x, 4);
+  return word;
+}
+inline double as_double(uint32_t low, uint32_t high) {
+  const uint64_t bits = static_cast<uint64_t>(high) << 32 | low;
+  double x;
+  std::memcpy(&x, &bits, 8);
+  return x;
+}
+inline void as_words(double x, uint32_t& low, uint32_t& high) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, 8);
+  low = static_cast<uint32_t>(bits), high = static_cast<uint32_t>(bits >> 32);
 }
 
+struct __attribute__((may_alias, aligned(16))) Words4 {
+  uint32_t x, y, z, w;
+};
+inline void opaque(uint32_t&) {}
+inline void store_global(Words4* to, Words4 four) { *to = four; }
+
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float larger(float x, float y) { return std::fmax(x, y); }
+inline double larger(double x, double y) { return std::fmax(x, y); }
+
+// Every lane gives its value and takes that of another.
 template <typename T>
-T shuffle_xor(T value, int mask) {
+T exchanged(T value, unsigned lane) {
   static_assert(sizeof(T) <= sizeof(double));
   emulator::Fiber& self = emulator::fiber();
   emulator::Block& block = *self.block;
@@ -336,8 +370,20 @@ T shuffle_xor(T value, int mask) {
   double* slots = block.slots[self.turn = !self.turn].data();
   std::memcpy(&slots[t], &value, sizeof(T));
   emulator::wait(warp, warp.arrive());
-  std::memcpy(&value, &slots[t ^ static_cast<unsigned>(mask)], sizeof(T));
+  std::memcpy(&value, &slots[t / 32 * 32 + lane], sizeof(T));
   return value;
+}
+template <typename T>
+T shuffle(T value, int lane) {
+  return exchanged(value, static_cast<unsigned>(lane));
+}
+template <typename T>
+T shuffle_xor(T value, int mask) {
+  return exchanged(value, emulator::fiber().thread.x % 32 ^ static_cast<unsigned>(mask));
+}
+inline void warp_barrier() {
+  emulator::Barrier& warp = emulator::fiber().block->warps[emulator::fiber().thread.x / 32];
+  emulator::wait(warp, warp.arrive());
 }
 
 inline unsigned cluster_size() { return static_cast<unsigned>(emulator::fiber().cluster->blocks.size()); }
@@ -346,6 +392,7 @@ inline void cluster_arrive() {
   emulator::Fiber& self = emulator::fiber();
   self.cluster_since.store(self.cluster->barrier.arrive(), std::memory_order_relaxed);
 }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() {
   emulator::Fiber& self = emulator::fiber();
   emulator::wait(self.cluster->barrier, self.cluster_since.load(std::memory_order_relaxed));

@@ -137,7 +137,7 @@ TEST_P(LossTest, LossRows) {
   for (const LossOptions& options : kLossOptions) {
     if (once() && &options - kLossOptions == 3) break;
     std::vector<int64_t> vocabularies = {1, 2, 3, 7, 8, 9, 31, 32, 33, 64, 100, 4095, 4096, 4097, 8200};
-    if (!emulated_.empty()) vocabularies = {1, 2, 7, 33, 100, 2700};  // 300 packs at least, four for a thread and some
+    if (!emulated_.empty()) vocabularies = {1, 2, 7, 33, 100, 4200};  // 525 packs at least, eight for a thread and some
     if (once()) vocabularies = {1, 33, 64, 2700};
     for (const int64_t vocabulary : vocabularies) {
       for (const int64_t bag_size : {1, 3, 9}) {
@@ -180,8 +180,8 @@ TEST_P(LossTest, LossRows) {
           for (int64_t v = 0; v < vocabulary; ++v) x[v] = before.get(r * stride + v);
           const Expected wanted = expected_row(x, labels.data() + r * bag_size, both, r);
           // Logits up to 25 apart: an exponential errs by half an eps of its argument and 1 ulp, the sum by less; a
-          // softcap adds 2 ulp of a number below its cap.
-          const double tolerance = 16 * accumulation_eps();
+          // softcap adds 2 ulp of a number below its cap. The CUDA kernel adds a row up in its accumulation type.
+          const double tolerance = (emulated_.empty() ? 16 : 24) * accumulation_eps();
           EXPECT_NEAR(lse[r], wanted.lse, tolerance);
           EXPECT_NEAR(loss[r], wanted.loss, tolerance * (1 + wanted.size));
           EXPECT_GE(loss[r], 0);
@@ -207,6 +207,8 @@ TEST_P(LossTest, LossRows) {
 
 TEST_P(LossTest, LossRowsExtremes) {
   const int64_t vocabulary = 70;
+  // log2(e) times a maximum is rounded, and 2^x of what that leaves is not exactly its logarithm's inverse.
+  const double certain = !emulated_.empty() && Stored::width(dtype()) == 2 ? accumulation_eps() : 0;
   for (const LossOptions& options : kLossOptions) {
     if (options.upstream || options.logit_softcap || options.z_loss) continue;  // a cap lifts -inf
     SCOPED_TRACE(options.name);
@@ -231,7 +233,7 @@ TEST_P(LossTest, LossRowsExtremes) {
       EXPECT_TRUE(std::isnan(blocks[2])) << width;
       EXPECT_EQ(blocks[3], 0) << width;
       if (!options.label_smoothing) {
-        EXPECT_EQ(blocks[1], 0) << width;
+        EXPECT_NEAR(blocks[1], 0, certain) << width;
       }
     }
     loss_rows(dtype())(args, 0, 4);
@@ -244,8 +246,8 @@ TEST_P(LossTest, LossRowsExtremes) {
       EXPECT_EQ(logits.get(3 * vocabulary + v), 0) << v;
     }
     if (options.label_smoothing) continue;
-    EXPECT_EQ(loss[1], 0);
-    for (int64_t v = vocabulary; v < 2 * vocabulary; ++v) EXPECT_EQ(logits.get(v), 0) << v;
+    EXPECT_NEAR(loss[1], 0, certain);
+    for (int64_t v = vocabulary; v < 2 * vocabulary; ++v) EXPECT_NEAR(logits.get(v), 0, certain) << v;
   }
 }
 

@@ -1,0 +1,68 @@
+"""Build the extension in place for this GPU alone, or take a build of the same sources from build/gpu.
+
+A new build is left in build/gpu, named after a digest of its sources, and a copy in the folder OUT if that is set.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import torch
+from common import REHEARSE, ROOT, record
+
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+KEPT = ROOT / "build" / "gpu"
+
+
+def digest() -> str:
+    """Of everything that the result depends on: sources, torch, architectures."""
+    found = hashlib.sha256(f"{torch.__version__} {os.environ.get('TORCH_CUDA_ARCH_LIST')}".encode())
+    for path in sorted([ROOT / "setup.py", *(ROOT / "csrc").rglob("*.*")]):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def build() -> str | None:
+    """How it was built; None: not at all."""
+    commands = {
+        "pip install -e": ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."],
+        "setup.py build_ext --inplace": ["setup.py", "-q", "egg_info", "build_ext", "--inplace"],
+    }
+    if REHEARSE:  # which must not install anything
+        del commands["pip install -e"]
+    for how, command in commands.items():
+        if subprocess.run([sys.executable, *command], cwd=ROOT).returncode == 0:
+            return how
+    return None
+
+
+def main() -> int:
+    began = time.monotonic()
+    kept, extension = KEPT / f"{digest()}{SUFFIX}", ROOT / "tst_ext" / f"_C{SUFFIX}"
+    if kept.exists():
+        shutil.copyfile(kept, extension)
+        subprocess.run([sys.executable, "setup.py", "-q", "egg_info"], cwd=ROOT)  # tst info reads the metadata
+        how = "taken from build/gpu"
+    else:
+        how = build()
+        if how is None:
+            return 1
+        KEPT.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(extension, kept)
+    if out := os.environ.get("OUT"):
+        Path(out).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(kept, Path(out) / kept.name)
+    code = "from tst_ext import _C; print(_C.cuda_architectures() or 'none')"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    built = loaded.stdout.strip()
+    record(how=how, cuda_architectures=built, seconds_build=time.monotonic() - began, kept=kept.name)
+    return 0 if loaded.returncode == 0 and (REHEARSE or built != "none") else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
