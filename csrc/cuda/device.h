@@ -47,14 +47,22 @@ __device__ inline uint32_t narrowed_pair(float x, float y, Float16) {
   const __half2 two = __floats2half2_rn(x, y);
   return *reinterpret_cast<const uint32_t*>(&two);
 }
+// The larger ones of two pairs; a NaN is nobody's maximum.
+__device__ inline uint32_t larger_pair(uint32_t x, uint32_t y, BFloat16) {
+  const __nv_bfloat162 two =
+      __hmax2(*reinterpret_cast<const __nv_bfloat162*>(&x), *reinterpret_cast<const __nv_bfloat162*>(&y));
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
+__device__ inline uint32_t larger_pair(uint32_t x, uint32_t y, Float16) {
+  const __half2 two = __hmax2(*reinterpret_cast<const __half2*>(&x), *reinterpret_cast<const __half2*>(&y));
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
 __device__ inline float as_float(uint32_t word) { return __uint_as_float(word); }
 __device__ inline uint32_t as_word(float x) { return __float_as_uint(x); }
 __device__ inline double as_double(uint32_t low, uint32_t high) { return __hiloint2double(high, low); }
 __device__ inline void as_words(double x, uint32_t& low, uint32_t& high) {
   low = __double2loint(x), high = __double2hiint(x);
 }
-
-__device__ inline void opaque(uint32_t& word) { asm volatile("" : "+r"(word)); }
 
 using Words4 = uint4;
 // 16 bytes of global memory in one store: nvcc 13 splits an assignment on sm_80 to sm_90.
@@ -145,10 +153,6 @@ struct Pack {
     constexpr uint32_t kLow = sizeof(T) == 8 ? 0 : kHigh;
     return {{kLow, kHigh, kLow, kHigh}};
   }
-  __device__ void forget() {  // the compiler computes what it has computed from it again
-#pragma unroll
-    for (uint32_t& word : words) opaque(word);
-  }
   __device__ Words4 four(int i) const {
     return Words4{words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]};
   }
@@ -208,6 +212,7 @@ __device__ inline void store(T* to, const Pack<T, n>& pack) {
 }
 
 constexpr int kWarp = 32;
+__device__ inline int lane() { return static_cast<int>(threadIdx.x % kWarp); }
 
 // The same in all lanes of a warp, in a fixed tree.
 template <typename A>

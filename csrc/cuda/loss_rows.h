@@ -79,6 +79,8 @@ struct Target {  // a label of the row
 template <typename A>
 struct RowResult {
   A base, factor, uniform, pull_factor;
+  A scaled_base;      // of 16-bit logits: exp(z) relative to it is the size of factor * exp(z) relative to base
+  uint32_t negative;  // the sign bits of a pair of them where factor is below 0
   bool nothing;
 };
 
@@ -144,7 +146,7 @@ struct Slice {
   // Calls f(p, step) for n whole packs of this thread at a time: p, p + step, ... that are below `end`.
   template <int n, typename F>
   __device__ void batches(F f) const {
-    const int step = static_cast<int>(blockDim.x);
+    const int step = static_cast<int>(blockDim.x) - kWarp;
     for (int p = begin + static_cast<int>(threadIdx.x); p < end; p += n * step) f(p, step);
   }
   // Calls f with the others, which the first thread has.
@@ -167,26 +169,41 @@ __device__ inline A above(A x, A base) {
   return x == base ? A(0) : x - base;
 }
 
+struct AllThere {
+  __device__ bool operator()(int, int) const { return true; }
+};
+
 // Adds to a thread's sums the columns i of its packs b for which there(b, i). The base changes once for all of them,
 // and seldom after the first. A NaN is nobody's maximum, and shows in the sum.
-template <typename T, bool plain, int n, typename There>
-__device__ inline void add_packs(RowSums<Acc<T>>& sums, Pack<T, kPack<T>> (&packs)[n], Acc<T> cap, There there) {
+template <typename T, bool plain, int n, typename There = AllThere>
+__device__ inline void add_packs(RowSums<Acc<T>>& sums, const Pack<T, kPack<T>> (&packs)[n], Acc<T> cap,
+                                 There there = {}) {
   using A = Acc<T>;
   constexpr A kLowest = -static_cast<A>(INFINITY);
-  A capped_values[plain ? 1 : n][kPack<T>];
+  A best = kLowest, capped_values[plain ? 1 : n][kPack<T>];
   const auto z = [&](int b, int i) {
     if constexpr (plain)
       return packs[b][i];
     else
       return capped_values[b][i];
   };
-  A best = kLowest;
+  if constexpr (plain && sizeof(T) == 2 && std::is_same_v<There, AllThere>) {
+    uint32_t pair = packs[0].words[0];  // two columns an instruction, and not widened
 #pragma unroll
-  for (int b = 0; b < n; ++b) {
+    for (int b = 0; b < n; ++b) {
 #pragma unroll
-    for (int i = 0; i < kPack<T>; ++i) {
-      if constexpr (!plain) capped_values[b][i] = capped(packs[b][i], cap);
-      if (there(b, i)) best = larger(best, z(b, i));
+      for (const uint32_t word : packs[b].words) pair = larger_pair(pair, word, T{});
+    }
+    const Pack<T, 2> two{{pair}};
+    best = larger(best, larger(two[0], two[1]));
+  } else {
+#pragma unroll
+    for (int b = 0; b < n; ++b) {
+#pragma unroll
+      for (int i = 0; i < kPack<T>; ++i) {
+        if constexpr (!plain) capped_values[b][i] = capped(packs[b][i], cap);
+        if (there(b, i)) best = larger(best, z(b, i));
+      }
     }
   }
   best *= kUnits<T>;
@@ -195,9 +212,6 @@ __device__ inline void add_packs(RowSums<Acc<T>>& sums, Pack<T, kPack<T>> (&pack
     if (!plain && sums.columns > 0) sums.logits += sums.columns * (sums.base - best);
     sums.base = best;
   }
-  // Widened a second time, 64 numbers of 16 bits do not take 64 registers in between.
-#pragma unroll
-  for (int b = 0; b < n; ++b) packs[b].forget();
   const A base = sums.base == kLowest ? A(0) : sums.base;  // exp(-inf - base) is 0 for any base but -inf
 #pragma unroll
   for (int b = 0; b < n; ++b) {
@@ -232,10 +246,11 @@ template <typename T, bool plain>
 __device__ inline RowSums<Acc<T>> sums_of_cluster(const RowSums<Acc<T>>* warps) {
   using A = Acc<T>;
   RowSums<A> mine{-static_cast<A>(INFINITY), 0, 0, 0};
-  const int each = blockDim.x / kWarp, count = each * static_cast<int>(cluster_size());
-#pragma unroll 4
-  for (int k = threadIdx.x; k < count; k += kWarp) {
-    const RowSums<A> other = *cluster_shared(warps + k % each, k / each);
+  // Four lanes a block of the cluster.
+  const int count = static_cast<int>(blockDim.x) / kWarp - 1, rank = lane() / 4;
+#pragma unroll 2
+  for (int w = lane() % 4; w < count && rank < static_cast<int>(cluster_size()); w += 4) {
+    const RowSums<A> other = *cluster_shared(warps + w, rank);
     const A base = larger(mine.base, other.base), shift = above(mine.base, base), others = above(other.base, base);
     mine.exps = mine.exps * power<T>(shift) + other.exps * power<T>(others);
     if constexpr (!plain) {
@@ -252,7 +267,7 @@ __device__ inline RowSums<Acc<T>> sums_of_cluster(const RowSums<Acc<T>>* warps) 
 template <typename T>
 __device__ inline void read_targets(const LossRows<T>& a, int64_t r, const T* x, Target<Acc<T>>* targets) {
   using A = Acc<T>;
-  for (int i = threadIdx.x; i < a.bag_size; i += kWarp) {
+  for (int i = lane(); i < a.bag_size; i += kWarp) {
     Target<A> target{-1, false, 0, 0, 0};
     const int64_t y = a.labels[r * a.bag_size + i];
     if (y != a.ignore_index) {
@@ -266,7 +281,7 @@ __device__ inline void read_targets(const LossRows<T>& a, int64_t r, const T* x,
     targets[i] = target;
   }
   warp_barrier();
-  for (int i = threadIdx.x; i < a.bag_size; i += kWarp) {
+  for (int i = lane(); i < a.bag_size; i += kWarp) {
     const int label = targets[i].label;
     bool leads = label >= 0;
     A pull = 0;
@@ -292,7 +307,7 @@ __device__ inline RowResult<Acc<T>> finish_row(const LossRows<T>& a, int64_t r, 
   // lse - z, from the base rather than from lse: lse near 1e4 would cost three digits in float32.
   const auto below = [&](A z) { return fma(-z, kUnits<T>, sums.base) / kUnits<T> + log_sum; };
   A scale = 0, fit = 0, best = -static_cast<A>(INFINITY);
-  for (int i = threadIdx.x; i < a.bag_size; i += kWarp) {
+  for (int i = lane(); i < a.bag_size; i += kWarp) {
     const Target<A>& t = targets[i];
     if (t.label < 0) continue;
     scale += set ? A(1) : t.weight;
@@ -304,18 +319,18 @@ __device__ inline RowResult<Acc<T>> finish_row(const LossRows<T>& a, int64_t r, 
     if (scale != 0) scale = a.position_scale[0];
     best = warp_max(best);
     A total = 0;
-    for (int i = threadIdx.x; i < a.bag_size; i += kWarp) {
+    for (int i = lane(); i < a.bag_size; i += kWarp) {
       Target<A>& t = targets[i];
       if (t.leads) total += t.pull = t.logit == best ? A(1) : exp(t.logit - best);
     }
     total = warp_sum(total);
-    for (int i = threadIdx.x; i < a.bag_size; i += kWarp) targets[i].pull *= scale / total;
+    for (int i = lane(); i < a.bag_size; i += kWarp) targets[i].pull *= scale / total;
     fit = scale * positive(below(best) - log(total));
   } else {
     fit = warp_sum(fit);
   }
   const double lse = static_cast<double>(sums.base) / kUnits<T> + log_sum;
-  if (write && threadIdx.x == 0) {
+  if (write && lane() == 0) {
     A loss = (1 - smoothing) * fit + static_cast<A>(a.z_loss * scale * lse * lse);
     if (smoothing != 0) loss += smoothing * scale * positive(log_sum - sums.logits / sums.columns / kUnits<T>);
     a.loss[r] = scale == 0 ? A(0) : loss;
@@ -325,6 +340,8 @@ __device__ inline RowResult<Acc<T>> finish_row(const LossRows<T>& a, int64_t r, 
   RowResult<A> result;
   result.base = sums.base;
   result.factor = (g * scale * static_cast<A>(1 + 2 * a.z_loss * lse) + u) / sums.exps;
+  result.scaled_base = kUnits<T> == 1 ? sums.base : sums.base - log2(fabs(result.factor));
+  result.negative = result.factor < 0 ? 0x80008000u : 0;
   result.uniform = smoothing == 0 ? A(0) : g * smoothing * scale / sums.columns;
   result.pull_factor = g * (1 - smoothing);
   result.nothing = (scale == 0 || g == 0) && u == 0;  // nothing to learn, whatever the row's logits are
@@ -338,6 +355,14 @@ __device__ inline Pack<T, kPack<T>> gradient_pack(const Pack<T, kPack<T>>& pack,
   using A = Acc<T>;
   if (row.nothing) return {};
   A out[kPack<T>];
+  if constexpr (plain && sizeof(T) == 2) {
+#pragma unroll
+    for (int i = 0; i < kPack<T>; ++i) out[i] = exponential<T>(pack[i], row.scaled_base);
+    Pack<T, kPack<T>> result = narrowed<T>(out);
+#pragma unroll
+    for (uint32_t& word : result.words) word ^= row.negative;
+    return result;
+  }
 #pragma unroll
   for (int i = 0; i < kPack<T>; ++i) {
     if constexpr (plain) {
@@ -351,8 +376,9 @@ __device__ inline Pack<T, kPack<T>> gradient_pack(const Pack<T, kPack<T>>& pack,
   return narrowed<T>(out);
 }
 
-// A cluster of blocks a row, a slice of its columns each; one block where there are no clusters. `plain`: no softcap,
-// no smoothing. Where the slice waits in shared memory, the logits cross the memory bus once in each direction.
+// A cluster of blocks a row, a slice of its columns each; one block where there are no clusters. A block's last warp
+// has the labels and the row's end, the others the columns. `plain`: no softcap, no smoothing. Where the slice waits in
+// shared memory, the logits cross the memory bus once in each direction.
 template <typename T, bool plain, Pass pass>
 __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T> a) {
   using A = Acc<T>;
@@ -367,65 +393,71 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T
   const RowPacks<T> row(a.logits + r * a.stride, a.vocabulary);
   const Slice slice(row, blocks, rank);
   const A cap = static_cast<A>(a.logit_softcap);
+  const bool has_labels = threadIdx.x >= blockDim.x - kWarp;
 
-  RowSums<A> mine{-static_cast<A>(INFINITY), 0, 0, 0};
-  slice.batches<kBatch<T, plain>>([&](int p, int step) {
-    P batch[kBatch<T, plain>];
-#pragma unroll
-    for (int b = 0; b < kBatch<T, plain>; ++b) {
-      batch[b] = p + b * step < slice.end ? row.template load<true>(p + b * step) : P::lowest();  // which adds 0
-    }
-    add_packs<T, plain>(mine, batch, cap, [](int, int) { return true; });
-    if constexpr (cached) {
+  if (has_labels) {
+    read_targets(a, r, row.x, targets);
+  } else {
+    RowSums<A> mine{-static_cast<A>(INFINITY), 0, 0, 0};
+    slice.batches<kBatch<T, plain>>([&](int p, int step) {
+      P batch[kBatch<T, plain>];
 #pragma unroll
       for (int b = 0; b < kBatch<T, plain>; ++b) {
-        if (p + b * step < slice.end) cache[p + b * step - slice.first] = batch[b].four(0);
+        batch[b] = p + b * step < slice.end ? row.template load<true>(p + b * step) : P::lowest();  // which adds 0
       }
-    }
-  });
-  slice.edges([&](int p) {
-    P batch[1] = {row.template load<false>(p)};
-    add_packs<T, plain>(mine, batch, cap, [&](int, int i) { return row.inside(p, i); });
-  });
-  mine = sums_of_warp<T, plain>(mine);
-  if (threadIdx.x % kWarp == 0) memory.warps[threadIdx.x / kWarp] = mine;
-  if (threadIdx.x < kWarp) read_targets(a, r, row.x, targets);
+      add_packs<T, plain>(mine, batch, cap);
+      if constexpr (cached) {
+#pragma unroll
+        for (int b = 0; b < kBatch<T, plain>; ++b) {
+          if (p + b * step < slice.end) cache[p + b * step - slice.first] = batch[b].four(0);
+        }
+      }
+    });
+    slice.edges([&](int p) {
+      const P batch[1] = {row.template load<false>(p)};
+      add_packs<T, plain>(mine, batch, cap, [&](int, int i) { return row.inside(p, i); });
+    });
+    mine = sums_of_warp<T, plain>(mine);
+    if (lane() == 0) memory.warps[threadIdx.x / kWarp] = mine;
+  }
   // Publishes the sums; and no label's logit is overwritten before all blocks have read theirs.
   cluster_arrive();
   cluster_wait();
-  if (threadIdx.x < kWarp && (gradient || rank == 0)) {
+  if (has_labels && (gradient || rank == 0)) {
     const RowResult<A> result = finish_row(a, r, sums_of_cluster<T, plain>(memory.warps), targets, rank == 0);
-    if (threadIdx.x == 0) memory.result = result;
+    if (lane() == 0) memory.result = result;
   }
   cluster_arrive_relaxed();  // after the reads of other blocks' memory
   if constexpr (gradient) {
     __syncthreads();
     const RowResult<A> result = memory.result;
-    constexpr int kTogether = cached ? std::min(2, kBatch<T, plain>) : kBatch<T, plain>;  // shared memory is quick
-    slice.batches<kTogether>([&](int p, int step) {
-      P batch[kTogether];
+    if (!has_labels) {
+      constexpr int kTogether = cached ? std::min(2, kBatch<T, plain>) : kBatch<T, plain>;  // shared memory is quick
+      slice.batches<kTogether>([&](int p, int step) {
+        P batch[kTogether];
 #pragma unroll
-      for (int b = 0; b < kTogether; ++b) {
-        const int q = p + b * step;
-        if (q >= slice.end) continue;
-        if constexpr (cached)
-          batch[b].set_four(0, cache[q - slice.first]);
-        else
-          batch[b] = row.template load<true>(q);
-      }
+        for (int b = 0; b < kTogether; ++b) {
+          const int q = p + b * step;
+          if (q >= slice.end) continue;
+          if constexpr (cached)
+            batch[b].set_four(0, cache[q - slice.first]);
+          else
+            batch[b] = row.template load<true>(q);
+        }
 #pragma unroll
-      for (int b = 0; b < kTogether; ++b) {
-        const int q = p + b * step;
-        if (q < slice.end) row.template store<true>(q, gradient_pack<T, plain>(batch[b], result, cap));
-      }
-    });
-    slice.edges([&](int p) {
-      P pack = row.template load<false>(p);  // the first thread alone has written to it, and writes now
-      row.template store<false>(p, gradient_pack<T, plain>(pack, result, cap));
-    });
+        for (int b = 0; b < kTogether; ++b) {
+          const int q = p + b * step;
+          if (q < slice.end) row.template store<true>(q, gradient_pack<T, plain>(batch[b], result, cap));
+        }
+      });
+      slice.edges([&](int p) {
+        P pack = row.template load<false>(p);  // the first thread alone has written to it, and writes now
+        row.template store<false>(p, gradient_pack<T, plain>(pack, result, cap));
+      });
+    }
     if (!result.nothing) {
       __syncthreads();
-      for (int i = threadIdx.x; threadIdx.x < kWarp && i < a.bag_size; i += kWarp) {
+      for (int i = lane(); has_labels && i < a.bag_size; i += kWarp) {
         const Target<A>& t = targets[i];
         if (!t.leads || row.pack_of(t.label) < slice.first || row.pack_of(t.label) >= slice.last) continue;
         // From the saved logit and rounded once: subtracting from a probability already rounded to bfloat16 turns

@@ -23,26 +23,28 @@ struct Shape {
   int shared_bytes;  // in all
 };
 
-// As few slices as leave room for several blocks of 40 KiB on a multiprocessor. Clusters of 8 blocks run everywhere
-// that has clusters, larger ones do not.
+// Measured on an H200: three blocks on a multiprocessor, 16 packs a thread. Each row costs a block the same reductions
+// and barriers, however many threads wait for them. A row pass without a gradient needs no shared memory, so its slices
+// are longer. Clusters of 8 blocks run everywhere that has clusters, larger ones do not.
 template <typename T>
 Shape shape_of(int64_t vocabulary, int64_t bag_size, bool gradient, const DeviceFacts& device) {
-  constexpr int64_t kComfortable = 40 << 10;
-  int64_t blocks = 1;
-  while (device.clusters && blocks < 8 && slice_bytes<T>(vocabulary, blocks) > kComfortable) blocks *= 2;
   const int64_t most = device.shared_memory, empty = loss_rows_memory<T>(0);
   const int64_t longest_bag = (most - empty) / static_cast<int64_t>(sizeof(Target<Acc<T>>));
   if (bag_size > longest_bag) {
     throw std::runtime_error("labels: expected bags of at most " + std::to_string(longest_bag) +
                              " labels on this device, got " + std::to_string(bag_size));
   }
-  const int64_t fixed = loss_rows_memory<T>(bag_size), slice = slice_bytes<T>(vocabulary, blocks);
+  constexpr int64_t kReserved = 1 << 10;  // bytes that each block takes beside what it asks for
+  const int64_t fixed = loss_rows_memory<T>(bag_size);
+  const int64_t comfortable = gradient ? (most + kReserved) / 3 - kReserved - fixed : 128 << 10;
+  int64_t blocks = 1;
+  while (device.clusters && blocks < 8 && slice_bytes<T>(vocabulary, blocks) > comfortable) blocks *= 2;
+  const int64_t slice = slice_bytes<T>(vocabulary, blocks);
   // Without clusters a long row would leave room for one block: it is read a second time, mostly out of the cache.
-  const bool cached = gradient && fixed + slice <= (device.clusters ? most : std::min(most, 2 * kComfortable));
-  // A thread for each batch of packs: the whole slice is under way at once.
-  const int64_t packs = slice / 16, cache = cached ? slice : 0,
-                batches = (packs + kBatch<T, true> - 1) / kBatch<T, true>;
-  const int64_t threads = std::clamp<int64_t>((batches + kWarp - 1) / kWarp * kWarp, 64, kMaxThreads);
+  const bool cached = gradient && fixed + slice <= (device.clusters ? most : std::min<int64_t>(most, 80 << 10));
+  const int64_t packs = slice / 16, cache = cached ? slice : 0, each = gradient ? 16 : 32;
+  const int64_t warps = std::clamp<int64_t>((packs + each * kWarp - 1) / (each * kWarp), 2, kMaxThreads / kWarp - 1);
+  const int64_t threads = (warps + 1) * kWarp;  // one warp has the labels
   const Pass pass = !gradient ? Pass::kLoss : cached ? Pass::kCachedGradient : Pass::kGradient;
   return {static_cast<int>(blocks), static_cast<int>(threads), pass, static_cast<int>(cache),
           static_cast<int>(fixed + cache)};

@@ -36,7 +36,7 @@ void run_loss_rows(const LossRows& in, int64_t begin, int64_t end) {
   a.loss = loss.data(), a.lse = lse.data();
   a.cache_bytes = cached && in.gradient ? static_cast<int>(cuda::slice_bytes<T>(in.vocabulary, blocks)) : 0;
   const bool plain = in.logit_softcap == 0 && in.label_smoothing == 0;
-  emulator::launch({static_cast<unsigned>(rows * blocks), 1, 1}, 64, blocks,
+  emulator::launch({static_cast<unsigned>(rows * blocks), 1, 1}, 96, blocks,
                    static_cast<size_t>(cuda::loss_rows_memory<T>(s) + a.cache_bytes), [&] {
                      using cuda::Pass;
                      constexpr Pass kPass = cached ? Pass::kCachedGradient : Pass::kGradient;

@@ -327,6 +327,14 @@ uint32_t narrowed_pair(float x, float y, T) {
   narrow(x, low), narrow(y, high);
   return low.bits | static_cast<uint32_t>(high.bits) << 16;
 }
+template <typename T>
+uint32_t larger_pair(uint32_t x, uint32_t y, T) {
+  const auto larger = [](uint16_t a, uint16_t b) {
+    return std::isnan(widen(T{a})) || widen(T{a}) < widen(T{b}) ? b : a;
+  };
+  return larger(static_cast<uint16_t>(x), static_cast<uint16_t>(y)) |
+         static_cast<uint32_t>(larger(static_cast<uint16_t>(x >> 16), static_cast<uint16_t>(y >> 16))) << 16;
+}
 inline float as_float(uint32_t word) {
   float x;
   std::memcpy(&x, &word, 4);
@@ -352,7 +360,6 @@ inline void as_words(double x, uint32_t& low, uint32_t& high) {
 struct __attribute__((may_alias, aligned(16))) Words4 {
   uint32_t x, y, z, w;
 };
-inline void opaque(uint32_t&) {}
 inline void store_global(Words4* to, Words4 four) { *to = four; }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
