@@ -8,7 +8,6 @@ import emulated
 import pytest
 import torch
 from cases import FUNCTIONS, IGNORE, check_embedding, check_loss, embedding_case, fused, loss_case, on_logits
-from numerics import relative_error
 
 from tst_ext import bag_embedding, fallback, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 
@@ -26,37 +25,37 @@ def op_for_cuda(name, *args, **kwargs):
 
 class TestRows:
     @pytest.mark.parametrize(
-        ("device", "dtype", "vocabulary", "cluster", "threads", "cached"),
+        ("device", "dtype", "vocabulary", "clusters", "cached"),
         [
-            ("sm_80", torch.float32, 33, 1, 64, True),
-            ("sm_80", torch.float32, 19_000, 1, 512, True),
-            ("sm_80", torch.float32, 25_000, 1, 512, False),
-            ("sm_89", torch.bfloat16, 39_000, 1, 512, True),
-            ("sm_90", torch.float64, 3_000, 1, 256, True),
-            ("sm_90", torch.float32, 25_000, 4, 256, True),
-            ("sm_90", torch.float32, 300_000, 8, 512, True),
-            ("sm_90", torch.bfloat16, 600_000, 8, 512, True),
-            ("sm_90", torch.float32, 500_000, 8, 512, False),
-            ("sm_90 with code for sm_80", torch.float32, 25_000, 1, 512, False),
-            ("sm_120", torch.float32, 300_000, 8, 512, False),
+            ("sm_80", torch.float32, 33, False, True),
+            ("sm_80", torch.float32, 19_000, False, True),
+            ("sm_80", torch.float32, 25_000, False, False),
+            ("sm_89", torch.bfloat16, 38_000, False, True),
+            ("sm_90", torch.float64, 3_000, False, True),
+            ("sm_90", torch.float32, 25_000, True, True),
+            ("sm_90", torch.float32, 300_000, True, True),
+            ("sm_90", torch.bfloat16, 600_000, True, True),
+            ("sm_90", torch.float32, 500_000, True, False),
+            ("sm_90 with code for sm_80", torch.float32, 25_000, False, False),
+            ("sm_120", torch.float32, 300_000, True, False),
         ],
     )
-    def test_cut(self, device, dtype, vocabulary, cluster, threads, cached):
+    def test_cut(self, device, dtype, vocabulary, clusters, cached):
         emulated.set_device(device)
         rows = 3 if vocabulary < 30_000 else 1
         check_loss(*loss_case(rows, 2, vocabulary, 3, dtype, "cpu", ignored=0))
         (launch,) = emulated.launches()
-        assert (launch.grid, launch.cluster, launch.threads) == ((rows * cluster, 1), cluster, threads)
-        slice_bytes = vocabulary * dtype.itemsize // cluster
+        assert launch.grid == (rows * launch.cluster, 1) and (launch.cluster > 1) == clusters
+        slice_bytes = vocabulary * dtype.itemsize // launch.cluster
         assert (slice_bytes <= launch.shared_bytes) == cached
         assert launch.shared_bytes <= min(emulated.DEVICES[device].shared_memory << 10, slice_bytes + 4096)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
     @pytest.mark.parametrize("vocabulary", [1, 9, 70])
     def test_any_address_and_stride(self, dtype, vocabulary):
-        eps = torch.finfo(dtype).eps
         _, _, _, labels = loss_case(3, 1, vocabulary, 4, dtype, "cpu")
         scale = torch.full((4,), 0.25, dtype=torch.promote_types(dtype, torch.float32))
+        eps, wide = torch.finfo(dtype).eps, torch.finfo(scale.dtype).eps
         for first in range(16 // dtype.itemsize):
             for stride in (vocabulary, vocabulary + 1, vocabulary + 8):
                 memory = torch.full((first + 3 * stride + 8,), 77, dtype=dtype)  # beside the rows it stays
@@ -65,8 +64,9 @@ class TestRows:
                 wanted = fallback._rows(z.double(), labels, scale.double(), None, None, True)
                 loss, lse = torch.full((2, 3), torch.nan, dtype=scale.dtype)
                 op_for_cuda("multi_hot_cross_entropy_rows_", z, labels, scale, loss, lse, gradient=True)
-                for mine, exact in zip((loss, lse, z), wanted, strict=True):
-                    assert relative_error(mine, exact) < 8 * (eps if mine is z else torch.finfo(scale.dtype).eps)
+                for mine, exact, relative in zip((loss, lse, z), wanted, (wide, wide, eps), strict=True):
+                    # A column alone has a loss and a gradient of 0, but for what rounding leaves of lse - logit.
+                    assert (mine - exact).norm() < 8 * relative * exact.norm() + 4 * wide
                 z.fill_(77)
                 assert (memory == 77).all()
 
@@ -90,8 +90,8 @@ class TestRows:
             multi_hot_cross_entropy(logits, labels), multi_hot_cross_entropy(logits.contiguous(), labels)
         )
 
-    def test_a_row_of_labels_that_asks_for_memory(self):  # 1600 labels: 50 KiB, more than a kernel has unasked
-        check_loss(*loss_case(1, 2, 40, 1600, torch.float32, "cpu"))
+    def test_a_row_of_labels_that_asks_for_memory(self):  # more than the 48 KiB that a kernel has unasked
+        check_loss(*loss_case(1, 2, 40, 2600, torch.float32, "cpu"))
         (launch,) = emulated.launches()
         assert launch.shared_bytes > 48 << 10
 
@@ -174,7 +174,7 @@ class TestErrors:
     def test_bags_of_too_many_labels(self, device):
         emulated.set_device(device)
         labels = torch.full((1, 100_000), IGNORE)
-        with pytest.raises(RuntimeError, match=r"labels: .* at most \d{4} labels on this device, got 100000"):
+        with pytest.raises(RuntimeError, match=r"labels: .* at most \d{4,5} labels on this device, got 100000"):
             linear_multi_hot_cross_entropy(torch.ones(1, 2), torch.ones(3, 2), labels)
         assert emulated.launches() == []
 
