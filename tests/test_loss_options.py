@@ -228,7 +228,7 @@ class TestPositionWeights:
     def test_a_name_is_its_tensor(self, device, name, function):
         case = loss_case(11, 8, 50, 4, torch.float32, device)
         by_name = loss_and_gradients(function, *case, position_weights=name)
-        by_tensor = loss_and_gradients(function, *case, position_weights=position_weights(name, 4))
+        by_tensor = loss_and_gradients(function, *case, position_weights=position_weights(name, 4, device=device))
         assert all(torch.equal(a, b) for a, b in zip(by_name, by_tensor, strict=True))
 
     @pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16, torch.float64])
