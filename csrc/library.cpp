@@ -51,6 +51,8 @@ STABLE_TORCH_LIBRARY(tst_ext, m) {
       "multi_hot_cross_entropy_rows_(Tensor(a!) logits, Tensor labels, Tensor position_scale, Tensor(b!) loss, "
       "Tensor(c!) lse, *, Tensor? grad_loss=None, Tensor? grad_lse=None, str objective='mce', int ignore_index=-100, "
       "float? logit_softcap=None, float z_loss=0.0, float label_smoothing=0.0, bool gradient=False) -> ()");
+  // out = factor * source, rounded once to out's dtype: float32 gradients of 16-bit parameters. factor: a scalar.
+  m.def("scaled_copy_(Tensor(a!) out, Tensor source, Tensor factor) -> ()");
 }
 
 PYBIND11_MODULE(_C, m) {

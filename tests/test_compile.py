@@ -57,6 +57,7 @@ class TestOpcheck:
             "multi_hot_cross_entropy",
             "multi_hot_cross_entropy_backward_",
             "multi_hot_cross_entropy_rows_",
+            "scaled_copy_",
         }
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -109,6 +110,9 @@ class TestOpcheck:
             opcheck(OPS.multi_hot_cross_entropy_backward_, (logits.clone(), labels, scale), options)
             rows = logits.reshape(8, VOCABULARY).clone(), labels.reshape(8, BAG), scale, torch.empty(8), torch.empty(8)
             opcheck(OPS.multi_hot_cross_entropy_rows_, rows, {**options, "gradient": True})
+
+    def test_scaled_copy(self):
+        opcheck(OPS.scaled_copy_, (normal(5, 3, dtype=torch.bfloat16), normal(5, 3), torch.tensor(0.5)), {})
 
 
 # ---- torch.compile and torch.export ----------------------------------------------------------------------------------

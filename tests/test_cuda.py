@@ -58,6 +58,16 @@ class TestSmall:
             assert int(torch.bincount(ids[ids > 0]).max()) > 64  # a row of several pieces, also without id 0
             check_embedding(ids, weight, grad, **options)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_scaled_copy(self, dtype):
+        factor = torch.tensor(0.3, device="cuda")
+        for count in (1, 8, 2059, 300_000):
+            for offset in (0, 1):
+                source = torch.randn(count + 1, device="cuda")[offset : count + offset]
+                out = torch.full((count + 8,), 7, dtype=dtype, device="cuda")
+                torch.ops.tst_ext.scaled_copy_(out[:count], source, factor)
+                assert torch.equal(out[:count], (source * factor).to(dtype)) and (out[count:] == 7).all()
+
 
 class TestLargeVocabularies:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

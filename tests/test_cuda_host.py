@@ -159,6 +159,32 @@ class TestBags:
             assert torch.equal(weight.grad, torch.zeros_like(weight)) and emulated.launches() == []
 
 
+class TestScaledCopy:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("offset", [0, 1])
+    def test_rounds_once(self, dtype, offset):
+        factor = torch.tensor(0.3)
+        for count in (0, 1, 7, 8, 9, 2048, 2059):
+            source = torch.randn(count + 1)[offset : count + offset]
+            out = torch.empty(count + 8, dtype=dtype).fill_(7)
+            op_for_cuda("scaled_copy_", out[:count], source, factor)
+            assert torch.equal(out[:count], (source * factor).to(dtype)) and (out[count:] == 7).all()
+
+    @pytest.mark.parametrize(
+        ("out", "source", "factor", "message"),
+        [
+            (torch.empty(3), torch.ones(3), torch.ones(()), "out: expected bfloat16 or float16"),
+            (torch.empty(3).bfloat16(), torch.ones(3).double(), torch.ones(()), "source, factor: expected float32"),
+            (torch.empty(3).bfloat16(), torch.ones(4), torch.ones(()), "out, source, factor: expected contiguous"),
+            (torch.empty(3).bfloat16(), torch.ones(6)[::2], torch.ones(()), "out, source, factor: expected contiguous"),
+            (torch.empty(3).bfloat16(), torch.ones(3), torch.ones(3), "and a scalar"),
+        ],
+    )
+    def test_errors(self, out, source, factor, message):
+        with pytest.raises(RuntimeError, match=message):
+            op_for_cuda("scaled_copy_", out, source, factor)
+
+
 class TestErrors:
     def test_ids_out_of_range_stop_the_kernel(self):
         ids = torch.full((4, 2), 9)

@@ -4,6 +4,7 @@ The tests with the fixture `kernels` run every function on it as well.
 """
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,14 +113,16 @@ class TestWithoutKernels:
 class TestLoopForCuda:
     """What surrounds the row kernel on CUDA, run on the CPU: docs/kernels.md says why it is as it is."""
 
-    def test_chunks_are_as_large_as_the_memory_allows(self):
-        def rows(vocabulary, element_size):
+    def test_chunks_take_a_32nd_of_the_memory(self, monkeypatch):
+        def rows(gibibytes, vocabulary, element_size):
+            device = SimpleNamespace(total_memory=gibibytes << 30)
+            monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
             return fallback._chunk_rows(100_000, vocabulary, element_size, torch.device("cuda"))
 
-        assert rows(128256, 2) == 5120 and 5120 * 128256 * 2 <= 1.25 * 2**30 < 6144 * 128256 * 2
-        assert rows(128256, 4) == 2048  # 2560, in steps of 1024
-        assert rows(49152, 2) == 8192  # no more, though they would fit
-        assert rows(1_000_000, 4) == 2048  # no less, though they do not fit
+        assert rows(80, 128256, 4) == 5120 and 5120 * 128256 * 4 <= 2.5 * 2**30 < 6144 * 128256 * 4
+        assert rows(24, 128256, 2) == 3072  # 3139, in steps of 1024
+        assert rows(80, 128256, 2) == 8192  # no more, though they would fit
+        assert rows(80, 1_000_000, 4) == 2048  # no less, though they do not fit
 
     def test_products_add_up(self):
         a, b = (torch.randn(9, 9, generator=torch.Generator().manual_seed(i)) for i in (0, 1))

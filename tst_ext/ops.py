@@ -411,7 +411,9 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return (gradient * factor).to(dtype)
     on_cpu = gradient.device.type == "cpu"
     if gradient.dtype != dtype and not on_cpu:
-        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+        rounded = torch.empty_like(gradient, dtype=dtype)
+        torch.ops.tst_ext.scaled_copy_(rounded, gradient, factor)
+        return rounded
     if not on_cpu or factor != 1:
         gradient.mul_(factor)
     if gradient.dtype == dtype:
@@ -419,6 +421,11 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     rounded = torch.empty_like(gradient, dtype=dtype)
     _C.advise_huge_pages(rounded.data_ptr(), rounded.nbytes)
     return rounded.copy_(gradient)
+
+
+@torch.library.register_fake("tst_ext::scaled_copy_")
+def _(out: Tensor, source: Tensor, factor: Tensor) -> None:
+    return None
 
 
 @torch.library.register_fake("tst_ext::linear_multi_hot_cross_entropy")

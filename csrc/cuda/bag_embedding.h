@@ -13,7 +13,7 @@
 namespace tst::cuda {
 
 constexpr int kUnroll = 2;    // packs a lane holds: a warp's slab is 32 lanes x 2 packs, 512 columns of bfloat16
-constexpr int kInFlight = 4;  // rows whose packs are under way at a time; twice as many where few warps have long lists
+constexpr int kInFlight = 2;  // rows whose packs are under way at a time; twice as many where few warps have long lists
 constexpr int kWindow = 64;   // hits
 
 template <int n>

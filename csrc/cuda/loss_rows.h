@@ -14,7 +14,7 @@ enum class Objective : int { kMce, kMceAlt };
 constexpr int kMaxThreads = 512;  // 1024 would leave 64 registers, which softcap and smoothing exceed
 // Loads in flight a thread. tanh and float64 take longer than they do, and long to compile.
 template <typename T, bool plain>
-constexpr int kBatch = plain && sizeof(T) < 8 ? 4 : 1;
+constexpr int kBatch = plain && sizeof(T) < 8 ? 8 : 1;
 
 template <typename T>
 struct LossRows {
@@ -167,7 +167,7 @@ __device__ inline void add_packs(RowSums<Acc<T>>& sums, const Pack<T, kPack<T>> 
                                  There there = {}) {
   using A = Acc<T>;
   constexpr A kLowest = -static_cast<A>(INFINITY);
-  A best = kLowest, capped_values[plain ? 1 : n][kPack<T>];
+  A best = kLowest, capped_values[plain ? 1 : n][kPack<T>] = {};
   const auto z = [&](int b, int i) {
     if constexpr (plain)
       return packs[b][i];
@@ -424,7 +424,7 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T
     __syncthreads();
     const RowResult<A> result = memory.result;
     if (!has_labels) {
-      constexpr int kPacks = cached ? 1 : kBatch<T, plain>;  // shared memory is quick
+      constexpr int kPacks = cached ? 1 : std::min(4, kBatch<T, plain>);  // shared memory is quick
       Words4* to = row.whole_packs() + slice.mine();
       const Words4* from = cached ? cache + slice.mine() - slice.first : to;
       if (result.nothing) {

@@ -23,9 +23,9 @@ struct Shape {
   int shared_bytes;  // in all
 };
 
-// Measured on an H200: three blocks on a multiprocessor, 16 packs a thread. Each row costs a block the same reductions
-// and barriers, however many threads wait for them. A row pass without a gradient needs no shared memory, so its slices
-// are longer. Clusters of 8 blocks run everywhere that has clusters, larger ones do not.
+// Measured on an H200: three blocks on a multiprocessor and 16 packs a thread; 64 without a gradient, which needs no
+// shared memory. Each row costs a block the same reductions and barriers, however many threads wait for them. Clusters
+// of 8 blocks run everywhere that has clusters, larger ones do not.
 template <typename T>
 Shape shape_of(int64_t vocabulary, int64_t bag_size, bool gradient, const DeviceFacts& device) {
   const int64_t most = device.shared_memory, empty = loss_rows_memory<T>(0);
@@ -42,7 +42,7 @@ Shape shape_of(int64_t vocabulary, int64_t bag_size, bool gradient, const Device
   const int64_t slice = slice_bytes<T>(vocabulary, blocks);
   // Without clusters a long row would leave room for one block: it is read a second time, mostly out of the cache.
   const bool cached = gradient && fixed + slice <= (device.clusters ? most : std::min<int64_t>(most, 80 << 10));
-  const int64_t packs = slice / 16, cache = cached ? slice : 0, each = gradient ? 16 : 32;
+  const int64_t packs = slice / 16, cache = cached ? slice : 0, each = gradient ? 16 : 64;
   const int64_t warps = std::clamp<int64_t>((packs + each * kWarp - 1) / (each * kWarp), 2, kMaxThreads / kWarp - 1);
   const int64_t threads = (warps + 1) * kWarp;  // one warp has the labels
   const Pass pass = !gradient ? Pass::kLoss : cached ? Pass::kCachedGradient : Pass::kGradient;
