@@ -65,7 +65,7 @@ def stages(rehearse: bool) -> dict[int, list[list[Step]]]:
             [build, script("floors", "floors", limit=100)],
             [Step("info", ["-m", "tst_ext", "info", "--check"], 60)],
             [script("kernels", "kernels", limit=60)],
-            [tests("test_cuda", "tests/test_cuda.py", limit=150, **here)],
+            [tests("test_cuda", "-n", "2" if rehearse else "4", "tests/test_cuda.py", limit=150, **here)],
             [tests("test_ops", "-n", workers, *chosen, *(f"tests/test_{t}.py" for t in TESTS), limit=150, **here)],
         ],
         2: [
@@ -96,10 +96,14 @@ class Results:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def lines(self) -> list[dict]:
-        """Those of this run. A process that was killed may have left half a line."""
+    def facts(self) -> dict | None:
+        """What an earlier run or this one recorded of the device."""
+        return next((line for line in self.lines(0) if "capability" in line), None)
+
+    def lines(self, start: int | None = None) -> list[dict]:
+        """Those of this run, or from `start` on. A process that was killed may have left half a line."""
         found = []
-        for line in self.path.read_bytes()[self.start :].splitlines():
+        for line in self.path.read_bytes()[self.start if start is None else start :].splitlines():
             try:
                 found.append(json.loads(line))
             except ValueError:
@@ -235,8 +239,10 @@ def main(argv: list[str] | None = None) -> int:
     environment["PYTHONFAULTHANDLER"] = "1"
     if arguments.rehearse:
         environment |= {"GPU_CHECK_REHEARSE": "1", "TST_CUDA": "0"}
-    run(script("facts", "facts", limit=90), results, environment)
-    facts = next((line for line in results.lines() if "capability" in line), None)
+    facts = results.facts()
+    if facts is None:
+        run(script("facts", "facts", limit=90), results, environment)
+        facts = results.facts()
     if facts is None:
         print("gpu-check: torch finds no CUDA device here, so nothing was built, tested or measured")
         return 1

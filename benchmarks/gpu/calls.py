@@ -61,6 +61,9 @@ def small() -> None:
         bag(300, 3, 40, dim, dtype, padding_idx=0, position_weights=weights)
     bag(7, 16, 500, 1032, HALF)
     bag(5, 40, 500, 64, torch.float64)
+    for dtype, offset in itertools.product((HALF, torch.float16), (0, 1)):
+        source = torch.randn(5001, device=DEVICE)[offset:]
+        ops.scaled_copy_(torch.empty(5001 - offset, device=DEVICE).to(dtype), source, torch.tensor(0.5, device=DEVICE))
 
 
 def large() -> None:
@@ -68,6 +71,8 @@ def large() -> None:
         for gradient in (True, False):
             row_pass(padded(min(rows, 1024), vocabulary), s, gradient)
         bag(rows, s, vocabulary, dim, HALF)
+        source = torch.randn(vocabulary, dim, device=DEVICE)
+        ops.scaled_copy_(source.to(HALF), source, torch.tensor(0.5, device=DEVICE))
 
 
 def planted() -> None:

@@ -21,6 +21,7 @@ from common import (
     recorded,
     zipf_ids,
 )
+from torch.profiler import ProfilerActivity, profile
 
 from tst_ext import linear_multi_hot_cross_entropy
 
@@ -105,6 +106,24 @@ def loss(name: str) -> None:
             )
 
 
+def parts(name: str) -> None:
+    """What the loss spends its time on: milliseconds per kernel of one forward and backward pass."""
+    count, dim, vocabulary, s = SHAPES[name]
+    hidden, weight = head(count, dim, vocabulary)
+    labels = zipf_ids((count, s), vocabulary)
+    hidden.requires_grad_(), weight.requires_grad_()
+    for _ in range(2):
+        linear_multi_hot_cross_entropy(hidden, weight, labels).backward()
+        hidden.grad = weight.grad = None
+    with profile(activities=[ProfilerActivity.CPU if REHEARSE else ProfilerActivity.CUDA]) as found:
+        linear_multi_hot_cross_entropy(hidden, weight, labels).backward()
+        if not REHEARSE:
+            torch.cuda.synchronize()
+    times = {e.key.replace("void ", "")[:60]: e.self_device_time_total / 1e3 for e in found.key_averages()}
+    longest = sorted(times, key=times.__getitem__)[:-8:-1]
+    record(what="parts", shape=name, all_ms=sum(times.values()), **{key: times[key] for key in longest})
+
+
 def main() -> None:
     bandwidth = copy_bandwidth()
     record(what="copy", gb_per_s=bandwidth / 1e9)
@@ -114,6 +133,8 @@ def main() -> None:
         with recorded(what="row pass", shape=name):
             rows(name, torch.bfloat16, bandwidth)
         bags(name, bandwidth)
+        with recorded(what="parts", shape=name):
+            parts(name)
     with recorded(what="row pass", shape="A", dtype="float32"):
         rows("A", torch.float32, bandwidth)
     record(what="state after load", **gpu_state())

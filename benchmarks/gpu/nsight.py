@@ -64,7 +64,7 @@ def ncu() -> int:
     if program is None and not REHEARSE:
         record(unavailable="ncu: not on PATH, nor where CUDA or Nsight Compute install it")
         return 1
-    kernels = ["--kernel-name-base", "function", "--kernel-name", "regex:loss_rows|bag_"]
+    kernels = ["--kernel-name-base", "function", "--kernel-name", "regex:loss_rows|bag_|scaled_copy"]
     options = [*kernels, "--clock-control", "none", "--launch-count", "60", "--csv", "--metrics", ",".join(METRICS)]
     status, output = run([program, *options] if program else [], "large")
     found = launches(output)
