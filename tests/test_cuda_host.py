@@ -101,8 +101,9 @@ class TestChunks:
         ("chunk_size", "chunks"), [(1, 10 * [1]), (3, [3, 3, 3, 1]), (4, [4, 4, 2]), (9, [5, 5]), (99, [10])]
     )
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_launches(self, chunk_size, chunks, dtype):
-        case = loss_case(10, 8, 101, 3, dtype, "cpu", bias=True)  # rows of 101 columns in 128
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_launches(self, chunk_size, chunks, dtype, bias):
+        case = loss_case(10, 8, 101, 3, dtype, "cpu", bias=bias)  # rows of 101 columns, in 128 without a bias
         check_loss(*case, chunk_size=chunk_size)
         assert [launch.grid for launch in emulated.launches()] == [(rows, 1) for rows in chunks]
         upstream = torch.randn(10, generator=torch.Generator().manual_seed(0))
@@ -161,14 +162,16 @@ class TestBags:
 
 class TestScaledCopy:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("offset", [0, 1])
-    def test_rounds_once(self, dtype, offset):
+    @pytest.mark.parametrize(("offset", "out_offset"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+    def test_rounds_once(self, dtype, offset, out_offset):
         factor = torch.tensor(0.3)
         for count in (0, 1, 7, 8, 9, 2048, 2059):
             source = torch.randn(count + 1)[offset : count + offset]
-            out = torch.empty(count + 8, dtype=dtype).fill_(7)
-            op_for_cuda("scaled_copy_", out[:count], source, factor)
-            assert torch.equal(out[:count], (source * factor).to(dtype)) and (out[count:] == 7).all()
+            memory = torch.empty(count + 9, dtype=dtype).fill_(7)
+            out, behind = memory[out_offset:].split((count, 9 - out_offset))
+            op_for_cuda("scaled_copy_", out, source, factor)
+            assert torch.equal(out, (source * factor).to(dtype))
+            assert (behind == 7).all() and (memory[:out_offset] == 7).all()
 
     @pytest.mark.parametrize(
         ("out", "source", "factor", "message"),

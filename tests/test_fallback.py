@@ -124,6 +124,21 @@ class TestLoopForCuda:
         assert rows(80, 128256, 2) == 8192  # no more, though they would fit
         assert rows(80, 1_000_000, 4) == 2048  # no less, though they do not fit
 
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_rows_are_padded_where_no_bias_would_be_rounded(self, bias):
+        hidden, weight, bias, labels = loss_case(6, 8, 50, 4, torch.float32, "cpu", bias=bias)
+        strides = []
+        fallback.linear_multi_hot_cross_entropy(
+            hidden, weight, labels, torch.ones(4), bias=bias, row_pass=lambda z, *_, **__: strides.append(z.stride(0))
+        )
+        assert strides == [64 if bias is None else 50]
+
+    def test_scaled_copy(self):
+        source, factor = torch.tensor([1 / 3, -7, 131008]), torch.tensor(0.5)  # 65504 is float16's largest
+        out = torch.empty(3, dtype=torch.float16)
+        torch.ops.tst_ext.scaled_copy_(out, source, factor)
+        assert torch.equal(out, (source * factor).half()) and out[2] == 65504
+
     def test_products_add_up(self):
         a, b = (torch.randn(9, 9, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
         for dtype in (torch.float32, torch.bfloat16):  # in bfloat16: by way of a rounded product

@@ -36,7 +36,8 @@ void run_loss_rows(const LossRows& in, int64_t begin, int64_t end) {
   a.loss = loss.data(), a.lse = lse.data();
   a.cache_bytes = cached && in.gradient ? static_cast<int>(cuda::slice_bytes<T>(in.vocabulary, blocks)) : 0;
   const bool plain = in.logit_softcap == 0 && in.label_smoothing == 0;
-  emulator::launch({static_cast<unsigned>(rows * blocks), 1, 1}, 96, blocks,
+  constexpr unsigned kThreads = blocks > 1 || cached ? 96 : 192;  // 5 warps of columns: a lane joins the sums of two
+  emulator::launch({static_cast<unsigned>(rows * blocks), 1, 1}, kThreads, blocks,
                    static_cast<size_t>(cuda::loss_rows_memory<T>(s) + a.cache_bytes), [&] {
                      using cuda::Pass;
                      constexpr Pass kPass = cached ? Pass::kCachedGradient : Pass::kGradient;
@@ -300,6 +301,19 @@ TEST(CudaLossTest, LabelsOutOfRangeStop) {
     EXPECT_THROW(emulated_loss_rows("cuda_cached", kFloat32)(args, 0, 1), std::out_of_range);
     EXPECT_EQ(logits, std::vector<float>(5, 0)) << "nothing was written";
   }
+}
+
+TEST(CudaLossTest, NaNOfAThreadWithNothingElseShows) {
+  alignas(16) float logits[12] = {0, 0, 0, 0, NAN, NAN, NAN, NAN, 0, 0, 0, 0};  // a thread has four columns
+  const int64_t label = 0;
+  const double scale = 1;
+  double loss = 0, lse = 0;
+  LossRows args{};
+  args.logits = logits, args.stride = args.vocabulary = 12;
+  args.labels = &label, args.bag_size = 1, args.ignore_index = -100, args.position_scale = &scale;
+  args.loss = &loss, args.lse = &lse;
+  emulated_loss_rows("cuda_cached", kFloat32)(args, 0, 1);
+  EXPECT_TRUE(std::isnan(loss) && std::isnan(lse)) << loss << ", " << lse;
 }
 
 // ---- what the emulator would catch ---------------------------------------------------------------------------------
