@@ -32,8 +32,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 GRACE = 5  # seconds between the request to stop, at which pytest still reports, and the kill
 TESTS = ("bag_embedding", "loss", "loss_options", "torch")  # whose fixture `device` has CUDA
-PEERS = ("liger", "cce", "quack", "liger_cute", "torch_linear", "auto_chunker", "listing", "listing_compiled", "plain")
-
+PEERS = ("quack", "liger_cute", "liger", "listing", "plain", "torch_linear", "cce")
+COMPILED = ("listing_compiled", "auto_chunker")  # minutes of compilation, so last
 TOOLS = ("names", "planted", "memcheck", "racecheck", "synccheck")
 
 
@@ -71,9 +71,10 @@ def stages(rehearse: bool) -> dict[int, list[list[Step]]]:
         2: [
             [build],
             [script("ours", "race", "ours", limit=40)],
-            *([script(name, "race", name, limit=50)] for name in PEERS),
-            [script("ncu", "nsight", "ncu", limit=90)],
-            [script(name, "nsight", name, limit=150) for name in TOOLS],  # nothing is timed there
+            [script(name, "nsight", name, limit=60) for name in TOOLS],  # nothing is timed there
+            [script("ncu", "nsight", "ncu", limit=60)],
+            *([script(name, "race", name, limit=25)] for name in PEERS),
+            *([script(name, "race", name, limit=50)] for name in COMPILED),
         ],
         3: [
             [build],

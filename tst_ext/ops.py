@@ -228,7 +228,7 @@ def linear_multi_hot_cross_entropy(
         chunk_size: rows whose logits exist at a time, at most. Default: as many as fit an eighth of the full logits, or
             64 MiB where that is more, and 512 at most beyond 64 MiB; without gradients 512, of which a block of
             columns exists at a time. On the CPU fewer rows than about 256 cost time, because the weight is read again
-            for every chunk. On CUDA 2048 to 8192, whose logits take up to 1.25 GiB where 2048 do not take more.
+            for every chunk. On CUDA 2048 to 8192, as many as fit 1/32 of the device's memory.
         memory_budget: the same in bytes of logits, one row's at least, in the place of `chunk_size`.
         tp_group: the processes among which the vocabulary is divided. `weight` and `bias` are then this process's rows
             of the head, contiguous and in the order of the ranks, any number in each; all else is the same in all

@@ -42,7 +42,6 @@ def main() -> int:
         cuda=torch.version.cuda,
         python=platform.python_version(),
         cores=len(os.sched_getaffinity(0)),
-        kernel=platform.release(),
     )
     record(versions=" ".join(f"{name} {version(name)}" for name in (*PACKAGES, *OPTIONAL)))
     return 0

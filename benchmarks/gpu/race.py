@@ -31,7 +31,9 @@ def compiled(**options: object) -> Loss:
 def liger(implementation: str, needs: str) -> Loss | str:
     if isinstance(module := peers.imported(needs), str):
         return module
-    os.environ |= {"LIGER_KERNEL_IMPL": implementation, "LIGER_KERNEL_STRICT": "1"}  # else it may take another one
+    os.environ.pop("LIGER_KERNEL_IMPL", None)  # Triton
+    if implementation:
+        os.environ |= {"LIGER_KERNEL_IMPL": implementation, "LIGER_KERNEL_STRICT": "1"}  # else it may take another one
     return peers.liger(DEVICE)
 
 
@@ -49,8 +51,8 @@ def torch_linear() -> Loss | str:
 PEERS: dict[str, Callable[[], Loss | str]] = {
     "ours": lambda: linear_multi_hot_cross_entropy,
     "quack": quack,
-    "liger_cute": partial(liger, "nvidia-cutedsl", "cutlass.cute"),
-    "liger": partial(liger, "nvidia-triton", "triton"),
+    "liger_cute": partial(liger, "cute", "cutlass.cute"),
+    "liger": partial(liger, "", "triton"),
     "cce": partial(peers.cut_cross_entropy, DEVICE),
     "torch_linear": torch_linear,
     "auto_chunker": lambda: compiled(**{"auto_chunker.enable": True}),

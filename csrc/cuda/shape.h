@@ -36,14 +36,17 @@ Shape shape_of(int64_t vocabulary, int64_t bag_size, bool gradient, const Device
   }
   constexpr int64_t kReserved = 1 << 10;  // bytes that each block takes beside what it asks for
   const int64_t fixed = loss_rows_memory<T>(bag_size);
-  const int64_t comfortable = gradient ? (most + kReserved) / 3 - kReserved - fixed : 128 << 10;
+  const int64_t comfortable = gradient ? (most + kReserved) / 3 - kReserved - fixed : 160 << 10;
   int64_t blocks = 1;
   while (device.clusters && blocks < 8 && slice_bytes<T>(vocabulary, blocks) > comfortable) blocks *= 2;
   const int64_t slice = slice_bytes<T>(vocabulary, blocks);
   // Without clusters a long row would leave room for one block: it is read a second time, mostly out of the cache.
   const bool cached = gradient && fixed + slice <= (device.clusters ? most : std::min<int64_t>(most, 80 << 10));
   const int64_t packs = slice / 16, cache = cached ? slice : 0, each = gradient ? 16 : 64;
-  const int64_t warps = std::clamp<int64_t>((packs + each * kWarp - 1) / (each * kWarp), 2, kMaxThreads / kWarp - 1);
+  // As many blocks as shared memory has room for must fit by their registers too: 64 a thread, of 32 warps' worth.
+  const int64_t together = cached ? std::max<int64_t>(1, (most + kReserved) / (fixed + cache + kReserved)) : 1;
+  const int64_t limit = std::clamp<int64_t>(32 / together - 1, 2, kMaxThreads / kWarp - 1);
+  const int64_t warps = std::clamp<int64_t>((packs + each * kWarp - 1) / (each * kWarp), 2, limit);
   const int64_t threads = (warps + 1) * kWarp;  // one warp has the labels
   const Pass pass = !gradient ? Pass::kLoss : cached ? Pass::kCachedGradient : Pass::kGradient;
   return {static_cast<int>(blocks), static_cast<int>(threads), pass, static_cast<int>(cache),

@@ -94,6 +94,19 @@ TYPED_TEST(CudaShapeTest, LongSlices) {  // of more than 64 KiB: all threads, an
   EXPECT_EQ(shape_of<T>(columns, 6, true, {true, 99 << 10}).cache_bytes, 0) << "sm_120 reads them twice";
 }
 
+// The registers of a multiprocessor suffice for as many blocks as its shared memory has room for.
+TYPED_TEST(CudaShapeTest, RegistersDoNotLimitWhatSharedMemoryAllows) {
+  using T = TypeParam;
+  for (const Device& device : kDevices) {
+    for (const int64_t vocabulary : vocabularies<T>()) {
+      const Shape shape = shape_of<T>(vocabulary, 6, true, device.facts);
+      if (shape.pass != Pass::kCachedGradient || shape.threads == 3 * kWarp) continue;
+      const int64_t room = (device.facts.shared_memory + (1 << 10)) / (shape.shared_bytes + (1 << 10));
+      ASSERT_LE(room * shape.threads * 64, 1 << 16) << device.name << ", V " << vocabulary;
+    }
+  }
+}
+
 TYPED_TEST(CudaShapeTest, RefusesBagsThatDoNotFit) {
   using T = TypeParam;
   for (const Device& device : kDevices) {

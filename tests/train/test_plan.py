@@ -280,7 +280,7 @@ class TestMemory:
         ("micro_batch", "vocabulary", "rows"),
         [
             (1, 128_256, 4096),  # all there are
-            (4, 128_256, 5232),  # as many as 1.25 GiB hold, which the op rounds down to 5120
+            (4, 200_000, 6144),  # 6710 fit a 32nd of 80 GiB, in steps of 1024
             (4, 1000, 8192),
             (4, 1_000_000, 2048),
         ],
@@ -293,7 +293,7 @@ class TestMemory:
         config = PRESETS["3b"]
         total = sum(self.gib(config).values())
         assert planned(config)["fits"] is None
-        for memory, fits in ((total * 1.01, True), (total * 0.99, False)):
+        for memory, fits in ((total * 1.01, True), (total * 0.9, False)):  # of which the chunk of logits takes a share
             p = planned(config, gpu_memory_gib=memory)
             assert p["fits"] is fits
             assert ("Fits in" if fits else "Does not fit in") in report(p)

@@ -11,6 +11,7 @@ import textwrap
 from typing import Any
 
 from .. import SuperpositionSchedule
+from ..fallback import cuda_chunk_rows
 from .config import TrainConfig, UserError
 from .flops import matrix_parameters, parameters, step_flops
 from .presets import PRESETS
@@ -83,7 +84,7 @@ def plan(
     phases = [phase(name, end - start, s) for start, (name, end, s) in zip(starts, stages, strict=False) if end > start]
     total = {"phase": "total", "bag_size": None, **{key: sum(p[key] for p in phases) for key in SUMMED}}
     weights = parameters(model, vocabulary)
-    memory = _memory(config, gpus, micro_batch)
+    memory = _memory(config, gpus, micro_batch, gpu_memory_gib or 80)  # of which the chunk of logits takes a share
     return {
         "gpus": gpus,
         "tokens_per_second_per_gpu": tokens_per_second_per_gpu,
@@ -164,7 +165,7 @@ def _break_even(config: TrainConfig, phases: list[dict[str, Any]], total: dict[s
     }
 
 
-def _memory(config: TrainConfig, gpus: int, micro_batch: int) -> dict[str, float]:
+def _memory(config: TrainConfig, gpus: int, micro_batch: int, gpu_memory_gib: float) -> dict[str, float]:
     """GiB of a GPU, by the keys of MEMORY: as if all peaks came at once, which makes it a little too much."""
     model, vocabulary, d, f = config.model, config.data.vocabulary, config.model.dim, config.model.ffn_dim
     weights, half = parameters(model, vocabulary), config.dtype == "bfloat16"
@@ -181,7 +182,7 @@ def _memory(config: TrainConfig, gpus: int, micro_batch: int) -> dict[str, float
     recompute = config.run.activation_checkpointing
     stream = d * (width if sharded else 4)  # a block's input, which autocast leaves in float32
     blocks = model.layers * (stream + (0 if recompute else width * kept)) + width * (recompute * kept + d + 2 * f)
-    chunk = min(positions, 8192, max(2048, (5 << 28) // (width * vocabulary)))  # rows on CUDA, docs/ops.md
+    chunk = min(positions, cuda_chunk_rows(vocabulary, width, int(gpu_memory_gib * 2**30)))
     counted = {
         "states": 16 * weights / (gpus if sharded else 1),
         "buckets": 4 * weights * (gpus > 1 and not sharded),
