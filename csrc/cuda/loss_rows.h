@@ -12,7 +12,7 @@ namespace tst::cuda {
 enum class Objective : int { kMce, kMceAlt };
 
 constexpr int kMaxThreads = 512;  // 1024 would leave 64 registers, which softcap and smoothing exceed
-// Loads in flight a thread. tanh and float64 take longer than they do, and long to compile.
+// Loads in flight per thread. tanh and float64 take longer than they do, and long to compile.
 template <typename T, bool plain>
 constexpr int kBatch = plain && sizeof(T) < 8 ? 8 : 1;
 
@@ -155,7 +155,7 @@ struct AllThere {
 };
 
 // Adds to a thread's sums the columns i of its packs b for which there(b, i). The maximum changes once for all of them,
-// and seldom after the first. A NaN is nobody's maximum, and shows in the sum.
+// and seldom after the first. The maximum ignores a NaN, which shows in the sum.
 template <typename T, bool plain, int n, typename There = AllThere>
 __device__ inline void add_packs(RowSums<Acc<T>>& sums, const Pack<T, kPack<T>> (&packs)[n], Acc<T> cap,
                                  There there = {}) {
@@ -275,7 +275,7 @@ __device__ inline void read_targets(const LossRows<T>& a, int64_t r, const T* x,
   }
 }
 
-// One warp, a lane a label, from the row's sums; that of the cluster's first block writes loss and lse.
+// One warp, one lane per label, from the row's sums; that of the cluster's first block writes loss and lse.
 template <typename T>
 __device__ inline RowResult<Acc<T>> finish_row(const LossRows<T>& a, int64_t r, const RowSums<Acc<T>>& sums,
                                                Target<Acc<T>>* targets, bool write) {
@@ -355,9 +355,9 @@ __device__ inline Pack<T, kPack<T>> gradient_pack(const Pack<T, kPack<T>>& pack,
   return result;
 }
 
-// A cluster of blocks a row, a slice of its columns each; one block where there are no clusters. A block's last warp
-// has the labels and the row's end, the others the columns. `plain`: no softcap, no smoothing. Where the slice waits in
-// shared memory, the logits cross the memory bus once in each direction.
+// One cluster of blocks per row, one slice of its columns per block; one block where there are no clusters. A block's
+// last warp has the labels and the row's end, the others the columns. `plain`: no softcap, no smoothing. Where the
+// slice waits in shared memory, the logits cross the memory bus once in each direction.
 template <typename T, bool plain, Pass pass>
 __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T> a) {
   using A = Acc<T>;
@@ -413,7 +413,7 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T
     const RowResult<A> result = finish_row(a, r, sums_of_cluster<T, plain>(memory.warps), targets, rank == 0);
     if (lane() == 0) memory.result = result;
   }
-  cluster_arrive_relaxed();  // after the reads of other blocks' memory
+  cluster_arrive_relaxed();  // after the reads of other blocks' memory, whose values are in the result
   if constexpr (gradient) {
     __syncthreads();
     const RowResult<A> result = memory.result;
