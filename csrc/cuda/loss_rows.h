@@ -37,10 +37,11 @@ struct LossRows {
   int cache_bytes;           // of a block's slice of the row in shared memory, with Pass::kCachedGradient; else 0
 };
 
-// What a launch is for. A gradient needs the logits twice: its block keeps them in shared memory, or reads them again.
+// The purpose of a launch. A gradient needs the logits twice: its block keeps them in shared memory, or reads them
+// again.
 enum class Pass { kLoss, kGradient, kCachedGradient };
 
-// exp(x) for x up to 0. That of 16-bit logits is the hardware's 2^x, whose error of 2 units in the last place of
+// exp(x) for x up to 0. 16-bit logits take the hardware's 2^x, whose error of 2 units in the last place of
 // float32 is far below that of the result's dtype; float32 takes expf. The maximum is subtracted before x is
 // multiplied: a product of a large logit would be rounded by more than its distance from the maximum.
 constexpr float kLog2E = 1.44269504088896340736f;
@@ -275,14 +276,14 @@ __device__ inline void read_targets(const LossRows<T>& a, int64_t r, const T* x,
   }
 }
 
-// One warp, one lane per label, from the row's sums; that of the cluster's first block writes loss and lse.
+// One warp, one lane per label, from the row's sums; in the cluster's first block it writes loss and lse.
 template <typename T>
 __device__ inline RowResult<Acc<T>> finish_row(const LossRows<T>& a, int64_t r, const RowSums<Acc<T>>& sums,
                                                Target<Acc<T>>* targets, bool write) {
   using A = Acc<T>;
   const bool set = a.objective == Objective::kMceAlt;
   const A log_sum = log(sums.exps), smoothing = static_cast<A>(a.label_smoothing);
-  // What is above 0 but for rounding: the labels are part of the vocabulary, and a mean is no maximum.
+  // Above 0 but for rounding: the labels are part of the vocabulary, and a mean is no maximum.
   const auto positive = [](A x) { return x < 0 ? A(0) : x; };
   // lse - z, from the maximum rather than from lse: lse near 1e4 would cost three digits in float32.
   const auto below = [&](A z) { return (sums.maximum - z) + log_sum; };
