@@ -38,7 +38,7 @@ def cuda_home(found: str | None, chosen: bool, standard: str = "/usr/local/cuda"
 def architectures(nvcc_version: str) -> str:
     """GPU architectures to build for, given the output of `nvcc --version`; PTX of the last one serves later ones.
 
-    nvcc before CUDA 12.8 refuses sm_100. Its newest PTX is then that of sm_90: PTX of sm_90a runs on no other GPU.
+    nvcc before CUDA 12.8 refuses sm_100. The newest PTX is then for sm_90: PTX for sm_90a runs on no other GPU.
     """
     release = re.search(r"release (\d+)\.(\d+)", nvcc_version)
     old = release is not None and (int(release[1]), int(release[2])) < (12, 8)

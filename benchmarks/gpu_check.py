@@ -98,11 +98,11 @@ class Results:
             file.write(json.dumps(line) + "\n")
 
     def facts(self) -> dict | None:
-        """What an earlier run or this one recorded of the device."""
+        """Return the record of the device, of this run or an earlier one."""
         return next((line for line in self.lines(0) if "capability" in line), None)
 
     def lines(self, start: int | None = None) -> list[dict]:
-        """Those of this run, or from `start` on. A process that was killed may have left half a line."""
+        """Return the lines of this run, or from byte `start` on. A killed process may have left half a line."""
         found = []
         for line in self.path.read_bytes()[self.start if start is None else start :].splitlines():
             try:

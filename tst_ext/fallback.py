@@ -196,9 +196,12 @@ def _multiplies_to_float32(dtype: torch.dtype, device: torch.device) -> bool:
     return True
 
 
-def padded_columns(vocabulary: int) -> int:
-    """Columns of a row of logits with its padding: 128 bytes of bfloat16, since an odd one can halve a GEMM's speed."""
-    return -(-vocabulary // 64) * 64
+def padded_columns(vocabulary: int, bias: bool = False) -> int:
+    """Columns of a row of logits with its padding: 128 bytes of bfloat16, since an odd one can halve a GEMM's speed.
+
+    With a bias there is none: torch's GEMM for CUDA would round the product before it adds the bias.
+    """
+    return vocabulary if bias else -(-vocabulary // 64) * 64
 
 
 def cuda_chunk_rows(vocabulary: int, element_size: int, memory: int) -> int:
@@ -239,7 +242,7 @@ def linear_multi_hot_cross_entropy(
     compute = dtype if hidden.dtype == torch.float16 else hidden.dtype  # as the CPU kernel, and for its reasons
     h = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1]).to(compute)  # [N, d]
     w = weight.to(compute)
-    bias = None if bias is None else bias.to(compute)
+    bias = None if bias is None else bias.to(compute).contiguous()
     (rows, dim), vocabulary = h.shape, len(w)
     y = labels.reshape(rows, len(position_scale))
     loss, lse = (h.new_empty(rows, dtype=dtype) for _ in range(2))
@@ -250,8 +253,7 @@ def linear_multi_hot_cross_entropy(
         dw.zero_(), db.zero_()
     most = chunk_size or _chunk_rows(rows, vocabulary, h.element_size(), h.device)
     chunk = -(-rows // max(1, -(-rows // most)))  # equal parts
-    # With a bias and padding torch's GEMM for CUDA would round the product before it adds the bias.
-    padded = h.new_empty(chunk, padded_columns(vocabulary) if bias is None else vocabulary)
+    padded = h.new_empty(chunk, padded_columns(vocabulary, bias is not None))
     padded[:, vocabulary:] = 0  # torch's bfloat16 GEMM on CPUs with AMX reads them: a NaN there would not stay there
     buffer = padded[:, :vocabulary]
     for start in range(0, rows, max(1, chunk)):

@@ -285,7 +285,7 @@ def linear_multi_hot_cross_entropy(
     if memory_budget is not None and tp_group is not None:
         raise ValueError("memory_budget: with tp_group expected chunk_size, which all processes must give alike")
     if memory_budget is not None:
-        chunk_size = _rows_within(memory_budget, chunk_size, weight)
+        chunk_size = _rows_within(memory_budget, chunk_size, weight, bias is not None)
     weights = checked_position_weights(position_weights, bag_size, hidden)
     check_same_device(hidden=hidden, weight=weight, bias=bias, labels=labels)
 
@@ -313,12 +313,12 @@ def linear_multi_hot_cross_entropy(
     return _results(loss, lse, rows, bags, scale, options, return_lse, return_z_loss)
 
 
-def _rows_within(memory_budget: int, chunk_size: int | None, weight: Tensor) -> int:
+def _rows_within(memory_budget: int, chunk_size: int | None, weight: Tensor, bias: bool) -> int:
     """The chunk_size whose logits, float32 for float16, take `memory_budget` bytes."""
     check_integer("memory_budget", memory_budget, 1)
     if chunk_size is not None:
         raise ValueError(f"chunk_size, memory_budget: expected one of them, got {chunk_size} and {memory_budget}")
-    columns = weight.shape[0] if weight.device.type == "cpu" else padded_columns(weight.shape[0])
+    columns = weight.shape[0] if weight.device.type == "cpu" else padded_columns(weight.shape[0], bias)
     row = columns * (4 if weight.dtype == torch.float16 else weight.element_size())
     if memory_budget < row:
         raise ValueError(f"memory_budget: expected at least {row} bytes, the logits of a row, got {memory_budget}")
@@ -411,6 +411,7 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return (gradient * factor).to(dtype)
     on_cpu = gradient.device.type == "cpu"
     if gradient.dtype != dtype and not on_cpu:
+        gradient = gradient.contiguous()  # as it is, unless a hook of saved tensors has changed its strides
         rounded = torch.empty_like(gradient, dtype=dtype)
         torch.ops.tst_ext.scaled_copy_(rounded, gradient, factor)
         return rounded

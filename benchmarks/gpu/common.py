@@ -1,4 +1,4 @@
-"""What the scripts of gpu_check.py share: shapes, timing, and the file of results."""
+"""Shapes, timing and the file of results, for all scripts of gpu_check.py."""
 
 import gc
 import json
@@ -124,7 +124,7 @@ def padded(rows: int, vocabulary: int, dtype: torch.dtype = torch.bfloat16) -> T
 
 
 def chunks(rows: int) -> list[int]:
-    """The sizes to measure: those of CHUNKS below `rows`, and all rows at once."""
+    """Return the sizes to measure: each of CHUNKS below `rows`, and all rows at once."""
     return [c for c in CHUNKS if c < rows] + [rows]
 
 
@@ -165,7 +165,7 @@ STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_eve
 
 
 def gpu_state(names: tuple[str, ...] = STATE) -> dict[str, str]:
-    """What nvidia-smi says now, by its names, each asked alone: drivers do not know them all. Nothing is changed."""
+    """Ask nvidia-smi for its present state, one name at a time: drivers do not know them all. Change nothing."""
     found = {}
     for name in names:
         command = ["nvidia-smi", f"--query-gpu={name}", "--format=csv,noheader,nounits"]

@@ -1,4 +1,4 @@
-"""What this GPU can do in plain torch: copies, and the GEMMs of the head by themselves. Needs no extension."""
+"""Measure copies and the GEMMs of the head by themselves, in plain torch. Needs no extension."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ def bandwidths() -> None:
     with recorded(what="copy"):
         record(what="copy", gb_per_s=copy_bandwidth() / 1e9)
     with recorded(what="in place"):
-        # What the row pass does to the logits: read, change, write back.
+        # As the row pass treats the logits: read, change, write back.
         x = torch.ones(1 << (20 if REHEARSE else 30), dtype=torch.bfloat16, device=DEVICE)
         record(what="in place", gb_per_s=2 * x.nbytes / median(lambda: x.mul_(1.0009765625)) / 1e9)
     with recorded(what="read"):

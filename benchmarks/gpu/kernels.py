@@ -107,7 +107,7 @@ def loss(name: str) -> None:
 
 
 def parts(name: str) -> None:
-    """What the loss spends its time on: milliseconds per kernel of one forward and backward pass."""
+    """Record milliseconds per kernel of one forward and backward pass of the loss."""
     count, dim, vocabulary, s = SHAPES[name]
     hidden, weight = head(count, dim, vocabulary)
     labels = zipf_ids((count, s), vocabulary)

@@ -118,7 +118,7 @@ struct BagForward {
   Pooling pooling;
 };
 
-// A warp a bag and slab.
+// One warp per bag and slab.
 template <typename T, int n, bool weighted>
 __global__ void __launch_bounds__(128) bag_embedding_kernel(const BagForward<T> a) {
   using A = Acc<T>;
@@ -152,7 +152,7 @@ struct BagHits {
   double* scales;    // [bags], only with `weighted`
 };
 
-// A thread a bag.
+// One thread per bag.
 template <bool weighted>
 __global__ void bag_hits_kernel(const BagHits a) {
   const int64_t bag = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
@@ -220,7 +220,7 @@ __device__ inline void add_hits(const BagBackward<T>& a, int64_t column, int beg
   gather<T, n>(a.grad, a.dim, column, begin, end, term, sum);
 }
 
-// A warp a row of the table and slab, long rows left out.
+// One warp per row of the table and slab, long rows left out.
 template <typename T, int n, bool weighted>
 __global__ void __launch_bounds__(128) bag_rows_kernel(const BagBackward<T> a) {
   const int64_t v = warp_row(), column = lane_column<n>();
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(128) bag_rows_kernel(const BagBackward<T> a) {
   put(a.out + v * a.dim, a.dim, column, weighted ? Acc<T>(1) : a.scale(), sum);
 }
 
-// A warp a piece and slab. A window of kWindow hits touches two long rows at most, with its first hit and with its
+// One warp per piece and slab. A window of kWindow hits touches two long rows at most, with its first hit and with its
 // last.
 template <typename T, int n, bool weighted>
 __global__ void __launch_bounds__(128) bag_pieces_kernel(const BagBackward<T> a) {
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(128) bag_pieces_kernel(const BagBackward<T> a)
   put(a.pieces + piece * a.dim, a.dim, column, Acc<T>(1), sum);
 }
 
-// A warp a window and slab: joins the pieces of the long row that begins in the window, if one does.
+// One warp per window and slab: joins the pieces of the long row that begins in the window, if one does.
 template <typename T, int n, bool weighted>
 __global__ void __launch_bounds__(128) bag_join_kernel(const BagBackward<T> a) {
   using A = Acc<T>;

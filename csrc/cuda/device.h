@@ -47,7 +47,7 @@ __device__ inline uint32_t narrowed_pair(float x, float y, Float16) {
   const __half2 two = __floats2half2_rn(x, y);
   return *reinterpret_cast<const uint32_t*>(&two);
 }
-// The larger ones of two pairs; a NaN is nobody's maximum.
+// The larger ones of two pairs. Ignores a NaN, as fmax does.
 __device__ inline uint32_t larger_pair(uint32_t x, uint32_t y, BFloat16) {
   const __nv_bfloat162 two =
       __hmax2(*reinterpret_cast<const __nv_bfloat162*>(&x), *reinterpret_cast<const __nv_bfloat162*>(&y));
@@ -77,7 +77,7 @@ __device__ inline float exp2_fast(float x) {  // 2 units in the last place; 0 be
   return y;
 }
 
-// A NaN is nobody's maximum.
+// Ignores a NaN, as fmax does.
 __device__ inline float larger(float x, float y) { return fmaxf(x, y); }
 __device__ inline double larger(double x, double y) { return fmax(x, y); }
 
@@ -95,7 +95,7 @@ __device__ inline void warp_barrier() { __syncwarp(); }
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ inline unsigned cluster_size() { return cooperative_groups::this_cluster().num_blocks(); }
 __device__ inline unsigned cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
-// Arrival and waiting apart: nobody needs to wait for those who are still reading before the block's end.
+// Arrival and waiting are separate: a block waits for the readers of its memory only before it exits.
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 // Publishes nothing, so that it waits for no store that is under way.
 __device__ inline void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
@@ -129,7 +129,7 @@ __device__ inline void narrow(float x, float& to) { to = x; }
 __device__ inline void narrow(double x, double& to) { to = x; }
 
 // n elements as they lie in memory: what a thread moves at a time, 16 bytes, or one element where rows are not aligned.
-// In words: copied as elements of 16 bits, nvcc 13 stores it in 7 parts on sm_80 to sm_90.
+// In words: nvcc 13 splits a copy of 16-bit elements into 7 stores on sm_80 to sm_90.
 template <typename T, int n>
 struct Pack {
   static constexpr int kBytes = n * static_cast<int>(sizeof(T));

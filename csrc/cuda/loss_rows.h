@@ -12,7 +12,7 @@ namespace tst::cuda {
 enum class Objective : int { kMce, kMceAlt };
 
 constexpr int kMaxThreads = 512;  // 1024 would leave 64 registers, which softcap and smoothing exceed
-// Loads in flight a thread. tanh and float64 take longer than they do, and long to compile.
+// Loads in flight per thread. tanh and float64 take longer than they do, and long to compile.
 template <typename T, bool plain>
 constexpr int kBatch = plain && sizeof(T) < 8 ? 8 : 1;
 
@@ -37,33 +37,28 @@ struct LossRows {
   int cache_bytes;           // of a block's slice of the row in shared memory, with Pass::kCachedGradient; else 0
 };
 
-// What a launch is for. A gradient needs the logits twice: its block keeps them in shared memory, or reads them again.
+// The purpose of a launch. A gradient needs the logits twice: its block keeps them in shared memory, or reads them
+// again.
 enum class Pass { kLoss, kGradient, kCachedGradient };
 
-// Sums of exponentials are relative to a base near the row's maximum, in units in which the exponential is cheapest: of
-// 16-bit logits the hardware's 2^x of one multiply-add, as exact as its result is stored. float32 takes expf.
-template <typename T>
-constexpr Acc<T> kUnits = sizeof(T) == 2 ? static_cast<Acc<T>>(1.44269504088896340736) : 1;  // log2(e)
-
+// exp(x) for x up to 0. 16-bit logits take the hardware's 2^x, whose error of 2 units in the last place of
+// float32 is far below that of the result's dtype; float32 takes expf. The maximum is subtracted before x is
+// multiplied: a product of a large logit would be rounded by more than its distance from the maximum.
+constexpr float kLog2E = 1.44269504088896340736f;
 template <typename T>
 __device__ inline Acc<T> power(Acc<T> x) {
   if constexpr (sizeof(T) == 2)
-    return exp2_fast(x);
+    return exp2_fast(x * kLog2E);
   else
     return exp(x);
-}
-// exp(z) relative to the base.
-template <typename T>
-__device__ inline Acc<T> exponential(Acc<T> z, Acc<T> base) {
-  return power<T>(fma(z, kUnits<T>, -base));
 }
 
 // Of the columns seen so far; kernels.h has the same for the CPU.
 template <typename A>
 struct alignas(16) RowSums {
-  A base;    // max_v z_v, in kUnits
-  A exps;    // sum_v exp(z_v) relative to the base
-  A logits;  // sum of kUnits z_v - base where z_v > -inf, and the number of those, for smoothing only
+  A maximum;  // m, of z
+  A exps;     // sum_v exp(z_v - m)
+  A logits;   // sum of z_v - m where z_v > -inf, and the number of those, for smoothing only
   A columns;
 };
 
@@ -78,9 +73,9 @@ struct Target {  // a label of the row
 
 template <typename A>
 struct RowResult {
-  A base, factor, uniform, pull_factor;
-  A scaled_base;      // of 16-bit logits: exp(z) relative to it is the size of factor * exp(z) relative to base
-  uint32_t negative;  // the sign bits of a pair of them where factor is below 0
+  A maximum, factor, uniform, pull_factor;
+  A log2_factor;  // of its size, and the sign bits of a pair of 16-bit numbers where factor is below 0
+  uint32_t negative;
   bool nothing;
 };
 
@@ -150,18 +145,18 @@ __device__ inline A capped(A x, A cap) {
   return cap == 0 ? x : cap * tanh(x / cap);
 }
 
-// x - base, where both may be -inf: there is nothing yet, and its sums are 0.
+// x - m, where both may be -inf: there is nothing yet, and its sums are 0.
 template <typename A>
-__device__ inline A above(A x, A base) {
-  return x == base ? A(0) : x - base;
+__device__ inline A above(A x, A m) {
+  return x == m ? A(0) : x - m;
 }
 
 struct AllThere {
   __device__ bool operator()(int, int) const { return true; }
 };
 
-// Adds to a thread's sums the columns i of its packs b for which there(b, i). The base changes once for all of them,
-// and seldom after the first. A NaN is nobody's maximum, and shows in the sum.
+// Adds to a thread's sums the columns i of its packs b for which there(b, i). The maximum changes once for all of them,
+// and seldom after the first. The maximum ignores a NaN, which shows in the sum.
 template <typename T, bool plain, int n, typename There = AllThere>
 __device__ inline void add_packs(RowSums<Acc<T>>& sums, const Pack<T, kPack<T>> (&packs)[n], Acc<T> cap,
                                  There there = {}) {
@@ -193,21 +188,20 @@ __device__ inline void add_packs(RowSums<Acc<T>>& sums, const Pack<T, kPack<T>> 
       }
     }
   }
-  best *= kUnits<T>;
-  if (best > sums.base) {
-    sums.exps *= power<T>(sums.base - best);
-    if (!plain && sums.columns > 0) sums.logits += sums.columns * (sums.base - best);
-    sums.base = best;
+  if (best > sums.maximum) {
+    sums.exps *= power<T>(sums.maximum - best);
+    if (!plain && sums.columns > 0) sums.logits += sums.columns * (sums.maximum - best);
+    sums.maximum = best;
   }
-  const A base = sums.base == kLowest ? A(0) : sums.base;  // exp(-inf - base) is 0 for any base but -inf
+  const A m = sums.maximum == kLowest ? A(0) : sums.maximum;  // exp(-inf - m) is 0 for any m but -inf
 #pragma unroll
   for (int b = 0; b < n; ++b) {
 #pragma unroll
     for (int i = 0; i < kPack<T>; ++i) {
       if (!there(b, i)) continue;
-      sums.exps += exponential<T>(z(b, i), base);
+      sums.exps += power<T>(z(b, i) - m);
       if (!plain && z(b, i) > kLowest) {
-        sums.logits += fma(z(b, i), kUnits<T>, -base);
+        sums.logits += z(b, i) - m;
         sums.columns += 1;
       }
     }
@@ -218,8 +212,8 @@ __device__ inline void add_packs(RowSums<Acc<T>>& sums, const Pack<T, kPack<T>> 
 template <typename T, bool plain>
 __device__ inline RowSums<Acc<T>> sums_of_warp(const RowSums<Acc<T>>& mine) {
   using A = Acc<T>;
-  RowSums<A> out{warp_max(mine.base), 0, 0, 0};
-  const A shift = above(mine.base, out.base);  // -inf where a lane saw nothing: its sums are 0, or NaN
+  RowSums<A> out{warp_max(mine.maximum), 0, 0, 0};
+  const A shift = above(mine.maximum, out.maximum);  // -inf where a lane saw nothing: its sums are 0, or NaN
   out.exps = warp_sum(mine.exps * power<T>(shift));
   if constexpr (!plain) {
     out.logits = warp_sum(mine.columns > 0 ? mine.logits + mine.columns * shift : A(0));
@@ -238,14 +232,14 @@ __device__ inline RowSums<Acc<T>> sums_of_cluster(const RowSums<Acc<T>>* warps) 
 #pragma unroll 2
   for (int w = lane() % 4; w < count && rank < static_cast<int>(cluster_size()); w += 4) {
     const RowSums<A> other = *cluster_shared(warps + w, rank);
-    const A base = larger(mine.base, other.base), shift = above(mine.base, base), others = above(other.base, base);
+    const A m = larger(mine.maximum, other.maximum), shift = above(mine.maximum, m), others = above(other.maximum, m);
     mine.exps = mine.exps * power<T>(shift) + other.exps * power<T>(others);
     if constexpr (!plain) {
       if (mine.columns > 0) mine.logits += mine.columns * shift;
       if (other.columns > 0) mine.logits += other.logits + other.columns * others;
       mine.columns += other.columns;
     }
-    mine.base = base;
+    mine.maximum = m;
   }
   return sums_of_warp<T, plain>(mine);
 }
@@ -282,17 +276,17 @@ __device__ inline void read_targets(const LossRows<T>& a, int64_t r, const T* x,
   }
 }
 
-// One warp, a lane a label, from the row's sums; that of the cluster's first block writes loss and lse.
+// One warp, one lane per label, from the row's sums; in the cluster's first block it writes loss and lse.
 template <typename T>
 __device__ inline RowResult<Acc<T>> finish_row(const LossRows<T>& a, int64_t r, const RowSums<Acc<T>>& sums,
                                                Target<Acc<T>>* targets, bool write) {
   using A = Acc<T>;
   const bool set = a.objective == Objective::kMceAlt;
   const A log_sum = log(sums.exps), smoothing = static_cast<A>(a.label_smoothing);
-  // What is above 0 but for rounding: the labels are part of the vocabulary, and a mean is no maximum.
+  // Above 0 but for rounding: the labels are part of the vocabulary, and a mean is no maximum.
   const auto positive = [](A x) { return x < 0 ? A(0) : x; };
-  // lse - z, from the base rather than from lse: lse near 1e4 would cost three digits in float32.
-  const auto below = [&](A z) { return fma(-z, kUnits<T>, sums.base) / kUnits<T> + log_sum; };
+  // lse - z, from the maximum rather than from lse: lse near 1e4 would cost three digits in float32.
+  const auto below = [&](A z) { return (sums.maximum - z) + log_sum; };
   A scale = 0, fit = 0, best = -static_cast<A>(INFINITY);
   for (int i = lane(); i < a.bag_size; i += kWarp) {
     const Target<A>& t = targets[i];
@@ -316,18 +310,18 @@ __device__ inline RowResult<Acc<T>> finish_row(const LossRows<T>& a, int64_t r, 
   } else {
     fit = warp_sum(fit);
   }
-  const double lse = static_cast<double>(sums.base) / kUnits<T> + log_sum;
+  const A lse = sums.maximum + log_sum, z_loss = static_cast<A>(a.z_loss);
   if (write && lane() == 0) {
-    A loss = (1 - smoothing) * fit + static_cast<A>(a.z_loss * scale * lse * lse);
-    if (smoothing != 0) loss += smoothing * scale * positive(log_sum - sums.logits / sums.columns / kUnits<T>);
+    A loss = (1 - smoothing) * fit + z_loss * scale * lse * lse;
+    if (smoothing != 0) loss += smoothing * scale * positive(log_sum - sums.logits / sums.columns);
     a.loss[r] = scale == 0 ? A(0) : loss;
-    a.lse[r] = static_cast<A>(lse);
+    a.lse[r] = lse;
   }
   const A g = a.grad_loss ? a.grad_loss[r * a.grad_loss_stride] : A(1), u = a.grad_lse ? a.grad_lse[r] : A(0);
   RowResult<A> result;
-  result.base = sums.base;
-  result.factor = (g * scale * static_cast<A>(1 + 2 * a.z_loss * lse) + u) / sums.exps;
-  result.scaled_base = kUnits<T> == 1 ? sums.base : sums.base - log2(fabs(result.factor));
+  result.maximum = sums.maximum;
+  result.factor = (g * scale * (1 + 2 * z_loss * lse) + u) / sums.exps;
+  result.log2_factor = log2(fabs(result.factor));
   result.negative = result.factor < 0 ? 0x80008000u : 0;
   result.uniform = smoothing == 0 ? A(0) : g * smoothing * scale / sums.columns;
   result.pull_factor = g * (1 - smoothing);
@@ -345,12 +339,12 @@ __device__ inline Pack<T, kPack<T>> gradient_pack(const Pack<T, kPack<T>>& pack,
 #pragma unroll
   for (int i = 0; i < kPack<T>; ++i) {
     if constexpr (kScaled) {
-      out[i] = exponential<T>(pack[i], row.scaled_base);
+      out[i] = exp2_fast(fma(pack[i] - row.maximum, kLog2E, row.log2_factor));
     } else if constexpr (plain) {
-      out[i] = row.factor * exponential<T>(pack[i], row.base);
+      out[i] = row.factor * power<T>(pack[i] - row.maximum);
     } else {
       const A z = capped(pack[i], cap), t = cap == 0 ? A(0) : z / cap;
-      out[i] = (row.factor * exponential<T>(z, row.base) - (z > -static_cast<A>(INFINITY) ? row.uniform : A(0))) *
+      out[i] = (row.factor * power<T>(z - row.maximum) - (z > -static_cast<A>(INFINITY) ? row.uniform : A(0))) *
                (A(1) - t * t);
     }
   }
@@ -362,9 +356,9 @@ __device__ inline Pack<T, kPack<T>> gradient_pack(const Pack<T, kPack<T>>& pack,
   return result;
 }
 
-// A cluster of blocks a row, a slice of its columns each; one block where there are no clusters. A block's last warp
-// has the labels and the row's end, the others the columns. `plain`: no softcap, no smoothing. Where the slice waits in
-// shared memory, the logits cross the memory bus once in each direction.
+// One cluster of blocks per row, one slice of its columns per block; one block where there are no clusters. A block's
+// last warp has the labels and the row's end, the others the columns. `plain`: no softcap, no smoothing. Where the
+// slice waits in shared memory, the logits cross the memory bus once in each direction.
 template <typename T, bool plain, Pass pass>
 __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T> a) {
   using A = Acc<T>;
@@ -389,6 +383,7 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T
     constexpr int kPacks = kBatch<T, plain>;
     const Words4* from = row.whole_packs() + slice.mine();
     Words4* kept = cache + slice.mine() - slice.first;
+    static_assert(plain || kPacks == 1, "capped, -inf would add exp(-cap)");
     int p = slice.mine();
     const auto take = [&](auto all) {  // kPacks of them, or those that are left
       P batch[kPacks];
@@ -419,7 +414,7 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T
     const RowResult<A> result = finish_row(a, r, sums_of_cluster<T, plain>(memory.warps), targets, rank == 0);
     if (lane() == 0) memory.result = result;
   }
-  cluster_arrive_relaxed();  // after the reads of other blocks' memory
+  cluster_arrive_relaxed();  // after the reads of other blocks' memory, whose values are in the result
   if constexpr (gradient) {
     __syncthreads();
     const RowResult<A> result = memory.result;
@@ -455,7 +450,7 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T
         if (!t.leads || row.pack_of(t.label) < slice.first || row.pack_of(t.label) >= slice.last) continue;
         // From the saved logit and rounded once: subtracting from a probability already rounded to bfloat16 turns
         // p = 0.999 into a zero gradient.
-        A d = result.factor * exponential<T>(t.logit, result.base) - result.pull_factor * t.pull;
+        A d = result.factor * power<T>(t.logit - result.maximum) - result.pull_factor * t.pull;
         if (t.logit > -static_cast<A>(INFINITY)) d -= result.uniform;
         if (cap != 0) d *= 1 - (t.logit / cap) * (t.logit / cap);
         narrow(d, row.x[t.label]);

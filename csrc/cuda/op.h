@@ -1,4 +1,4 @@
-// What the CUDA ops share: the current stream, launches, and torch's dtypes in the terms of the raw kernels.
+// Shared by the CUDA ops: the current stream, launches, and torch's dtypes in the terms of the raw kernels.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -23,9 +23,9 @@ struct Shape {
   int shared_bytes;  // in all
 };
 
-// Measured on an H200: three blocks on a multiprocessor and 16 packs a thread; 64 without a gradient, which needs no
+// Measured on an H200: three blocks per multiprocessor and 16 packs per thread; 64 without a gradient, which needs no
 // shared memory. Each row costs a block the same reductions and barriers, however many threads wait for them. Clusters
-// of 8 blocks run everywhere that has clusters, larger ones do not.
+// of 8 blocks are portable, larger ones are not.
 template <typename T>
 Shape shape_of(int64_t vocabulary, int64_t bag_size, bool gradient, const DeviceFacts& device) {
   const int64_t most = device.shared_memory, empty = loss_rows_memory<T>(0);
@@ -34,7 +34,7 @@ Shape shape_of(int64_t vocabulary, int64_t bag_size, bool gradient, const Device
     throw std::runtime_error("labels: expected bags of at most " + std::to_string(longest_bag) +
                              " labels on this device, got " + std::to_string(bag_size));
   }
-  constexpr int64_t kReserved = 1 << 10;  // bytes that each block takes beside what it asks for
+  constexpr int64_t kReserved = 1 << 10;  // bytes that each block takes in addition to what it asks for
   const int64_t fixed = loss_rows_memory<T>(bag_size);
   const int64_t comfortable = gradient ? (most + kReserved) / 3 - kReserved - fixed : 160 << 10;
   int64_t blocks = 1;

@@ -366,7 +366,7 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float larger(float x, float y) { return std::fmax(x, y); }
 inline double larger(double x, double y) { return std::fmax(x, y); }
 
-// Every lane gives its value and takes that of another.
+// Every lane gives its value and takes the value of another lane.
 template <typename T>
 T exchanged(T value, unsigned lane) {
   static_assert(sizeof(T) <= sizeof(double));
