@@ -167,9 +167,9 @@ CPP: dict[str, list[Mutant]] = {
         # A row in packs, the packs in slices.
         Mutant("cuda-slice", "last = min(first + length, row.count)", "last = min(first + length - 1, row.count)",
                "last pack of a slice dropped"),
-        Mutant("cuda-edge", "return row.inside(p, i); });", "return true; });", "columns beside the row counted"),
+        Mutant("cuda-edge", "return row.inside(p, i); });", "return true; });", "columns outside the row counted"),
         Mutant("cuda-edge-store", "if (inside(p, i)) narrow(pack[i], x[begin(p) + i]);",
-               "narrow(pack[i], x[begin(p) + i]);", "columns beside the row written"),
+               "narrow(pack[i], x[begin(p) + i]);", "columns outside the row written"),
         Mutant("cuda-edge-begin", "begin = first + (first == 0 && !row.whole(0));", "begin = first;",
                "first pack taken for a whole one"),
         Mutant("cuda-edge-end", "end = last - (last == row.count && !row.whole(row.count - 1));", "end = last;",
@@ -314,7 +314,7 @@ CPP: dict[str, list[Mutant]] = {
     ],
 }
 
-# What stands between the CUDA kernels and Python: launches, sizes of buffers, addresses.
+# Between the CUDA kernels and Python: launches, sizes of buffers, addresses.
 CUDA_HOST: dict[str, list[Mutant]] = {
     "csrc/cuda/op.h": [
         Mutant("launch-shared", "extent.shared_bytes > kUnasked", "extent.shared_bytes > 2 * kUnasked",

@@ -62,14 +62,14 @@ class TestSetupForCuda:
     def run(self, monkeypatch):
         given = {}
         monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")  # what setup.py changes is put back afterwards
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")  # so that setup.py's change is undone afterwards
         monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
         monkeypatch.setattr(cpp_extension, "CUDA_HOME", cpp_extension.CUDA_HOME)
         return lambda: runpy.run_path(str(ROOT / "setup.py")) | given
 
     @staticmethod
     def toolkit(folder, release, runtime="lib64"):
-        """What setup.py sees of a CUDA toolkit; with `runtime` None only of its nvcc."""
+        """Make the part of a CUDA toolkit that setup.py reads, with `runtime` None only its nvcc; return its folder."""
         (folder / "bin").mkdir(parents=True)
         script = f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n"
         (folder / "bin/nvcc").write_text(script)

@@ -42,7 +42,7 @@ struct LossRows {
 enum class Pass { kLoss, kGradient, kCachedGradient };
 
 // exp(x) for x up to 0. 16-bit logits take the hardware's 2^x, whose error of 2 units in the last place of
-// float32 is far below that of the result's dtype; float32 takes expf. The maximum is subtracted before x is
+// float32 is far below the rounding of the result; float32 takes expf. The maximum is subtracted before x is
 // multiplied: a product of a large logit would be rounded by more than its distance from the maximum.
 constexpr float kLog2E = 1.44269504088896340736f;
 template <typename T>

@@ -1,5 +1,5 @@
 // out = factor * source, rounded once: a float32 gradient becomes the gradient of a 16-bit parameter. Raw pointers, no
-// torch header. torch.mul into a tensor of another dtype moves 1.2 TB/s on an H200 that copies 4.3.
+// torch header. torch.mul into a tensor of another dtype moves 1.3 TB/s on an H200 that copies 4.3.
 #pragma once
 
 #include "device.h"
