@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from conftest import DEVICE, seconds
 from torch import Tensor
 
+from conftest import DEVICE, seconds
 from tst_ext import _C
 
 CHUNKS = (2048, 4096, 8192, 16384) if DEVICE.type == "cuda" else (128, 256, 512, 1024)

@@ -2,9 +2,9 @@
 
 import peers
 import torch
-from conftest import DEVICE, zipf_ids
 from floors import bytes_moved
 
+from conftest import DEVICE, zipf_ids
 from tst_ext import bag_embedding
 
 BAGS = 4096

@@ -5,9 +5,9 @@ from functools import cache, partial
 import peers
 import pytest
 import torch
-from conftest import DEVICE, zipf_ids
 from floors import gemms
 
+from conftest import DEVICE, zipf_ids
 from tst_ext import linear_multi_hot_cross_entropy
 
 SMALL, LLAMA3, LLAMA3_LONG = (2048, 512, 32768), (1024, 1024, 128256), (4096, 1024, 128256)  # rows, d, V

@@ -1,8 +1,8 @@
 """How time and memory of the loss grow with rows, vocabulary, bag size and threads, and what a chunk size costs."""
 
 import torch
-from conftest import DEVICE, zipf_ids
 
+from conftest import DEVICE, zipf_ids
 from tst_ext import linear_multi_hot_cross_entropy
 
 ROWS, DIM, VOCABULARY, BAG_SIZE = 1024, 512, 32768, 4

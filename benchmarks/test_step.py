@@ -1,8 +1,8 @@
 """A whole step of the reference trainer in the superposition phase, over one of the baseline with the same FLOPs."""
 
 import torch
-from conftest import DEVICE, zipf_ids
 
+from conftest import DEVICE, zipf_ids
 from tst_ext import fold_inputs, fold_labels
 from tst_ext.train.config import ModelConfig, OptimizerConfig
 from tst_ext.train.loop import parameter_groups

@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, OURS, clock, zipf_ids
 
+from conftest import DEVICE, OURS, clock, zipf_ids
 from tst_ext.train import loop
 from tst_ext.train.batches import read_batch
 from tst_ext.train.config import DataConfig, ModelConfig, RunConfig, SuperpositionConfig, TrainConfig

@@ -7,12 +7,12 @@ import warnings
 # its cores. Tests named test_*thread* set other numbers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import emulated
 import pytest
 import torch
-from cases import CAPABILITIES, DEVICES, KERNELS
 from hypothesis import settings
 
+from helpers import emulated
+from helpers.cases import CAPABILITIES, DEVICES, KERNELS
 from tst_ext import _C, fallback
 
 # The same examples in every run, so that a red one is a change's doing; --hypothesis-profile=explore draws others.

@@ -3,7 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers.cases import (
     CAPABILITIES,
     DTYPES,
     KERNELS,
@@ -14,10 +17,7 @@ from cases import (
     generator,
     pairwise,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from numerics import relative_error
-
+from helpers.numerics import relative_error
 from tst_ext import bag_embedding
 
 PADDING = -100

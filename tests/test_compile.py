@@ -5,8 +5,11 @@ import shutil
 
 import pytest
 import torch
-from cases import IGNORE
-from model import (
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from helpers.cases import IGNORE
+from helpers.model import (
     BAG,
     DIM,
     OPTIONS,
@@ -20,9 +23,6 @@ from model import (
     step,
     tokens,
 )
-from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
-
 from tst_ext import bag_embedding, multi_hot_cross_entropy
 from tst_ext.nn import BagEmbedding
 

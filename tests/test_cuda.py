@@ -9,7 +9,8 @@ import warnings
 
 import pytest
 import torch
-from cases import (
+
+from helpers.cases import (
     FUNCTIONS,
     IGNORE,
     check_embedding,
@@ -20,8 +21,7 @@ from cases import (
     loss_case,
     plain,
 )
-from numerics import relative_error
-
+from helpers.numerics import relative_error
 from tst_ext import bag_embedding, fallback, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

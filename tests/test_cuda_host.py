@@ -4,11 +4,11 @@
 with the fixture `kernels` too.
 """
 
-import emulated
 import pytest
 import torch
-from cases import FUNCTIONS, IGNORE, check_embedding, check_loss, embedding_case, fused, loss_case, on_logits
 
+from helpers import emulated
+from helpers.cases import FUNCTIONS, IGNORE, check_embedding, check_loss, embedding_case, fused, loss_case, on_logits
 from tst_ext import bag_embedding, fallback, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 
 pytestmark = [

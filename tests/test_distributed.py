@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-from cases import IGNORE
-from model import BAG, DIM, VOCABULARY, Model, batch, leaves, normal, tokens
-from processes import in_processes, needs_gloo
 from torch import nn
 
+from helpers.cases import IGNORE
+from helpers.model import BAG, DIM, VOCABULARY, Model, batch, leaves, normal, tokens
+from helpers.processes import in_processes, needs_gloo
 from tst_ext import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 
 WORLD = 2

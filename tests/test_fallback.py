@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import FUNCTIONS, embedding_case, fused, loss_and_gradients, loss_case
 
+from helpers.cases import FUNCTIONS, embedding_case, fused, loss_and_gradients, loss_case
 from tst_ext import bag_embedding, fallback, multi_hot_cross_entropy
 
 

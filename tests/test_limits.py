@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import generator
-from numerics import relative_error
 
+from helpers.cases import generator
+from helpers.numerics import relative_error
 from tst_ext import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy, reference
 
 EPS = torch.finfo(torch.float32).eps

@@ -3,7 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers.cases import (
     CAPABILITIES,
     DTYPES,
     FUNCTIONS,
@@ -19,10 +22,7 @@ from cases import (
     pairwise,
     plain,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from numerics import relative_error
-
+from helpers.numerics import relative_error
 from tst_ext import _C, multi_hot_cross_entropy
 from tst_ext.fallback import padded_columns
 

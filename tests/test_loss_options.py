@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers.cases import (
     CAPABILITIES,
     DTYPES,
     FUNCTIONS,
@@ -21,10 +24,7 @@ from cases import (
     pairwise,
     plain,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from numerics import relative_error
-
+from helpers.numerics import relative_error
 from tst_ext import linear_multi_hot_cross_entropy, multi_hot_cross_entropy, position_weights
 
 EPS = torch.finfo(torch.float32).eps

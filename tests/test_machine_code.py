@@ -1,6 +1,7 @@
 """The counting in machine_code.py, on a few lines of machine code."""
 
 import pytest
+
 from machine_code import (
     Rule,
     broken,

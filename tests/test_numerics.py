@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from numerics import assert_accurate, relative_error
+
+from helpers.numerics import assert_accurate, relative_error
 
 EXACT = torch.randn(64, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e-4
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from cases import IGNORE
-from model import BAG, DIM, VOCABULARY, Model, batch, leaves, normal, tokens
-from numerics import assert_accurate
-from processes import in_processes, needs_gloo
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from helpers.cases import IGNORE
+from helpers.model import BAG, DIM, VOCABULARY, Model, batch, leaves, normal, tokens
+from helpers.numerics import assert_accurate
+from helpers.processes import in_processes, needs_gloo
 from tst_ext import (
     SuperpositionSchedule,
     document_offsets,

@@ -5,8 +5,11 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import IGNORE
-from model import (
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from helpers.cases import IGNORE
+from helpers.model import (
     BAG,
     DIM,
     VOCABULARY,
@@ -20,9 +23,6 @@ from model import (
     step,
     tokens,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
-
 from tst_ext import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy, reference
 
 OPS = torch.ops.tst_ext

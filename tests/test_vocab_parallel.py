@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
-from cases import IGNORE, fused, generator, loss_and_gradients, loss_case, magnitudes, plain
-from model import OPTIONS, step
-from numerics import assert_accurate
-from processes import in_processes, needs_gloo
 from torch.distributed.device_mesh import init_device_mesh
 
 import tst_ext
+from helpers.cases import IGNORE, fused, generator, loss_and_gradients, loss_case, magnitudes, plain
+from helpers.model import OPTIONS, step
+from helpers.numerics import assert_accurate
+from helpers.processes import in_processes, needs_gloo
 from tst_ext import linear_multi_hot_cross_entropy
 from tst_ext.nn import LinearMultiHotCrossEntropy
 

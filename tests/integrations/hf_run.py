@@ -6,12 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
-from hf_cases import Rows, arguments, build
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from processes import leave  # noqa: E402
-
+from helpers.hf_cases import Rows, arguments, build  # noqa: E402
+from helpers.processes import leave  # noqa: E402
 from tst_ext.integrations.hf import SuperpositionTrainer  # noqa: E402
 
 if __name__ == "__main__":

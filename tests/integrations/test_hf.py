@@ -10,13 +10,13 @@ import datasets
 import pytest
 import torch
 import transformers
-from hf_cases import FAMILIES, LENGTH, SIZES, VOCABULARY, Rows, arguments, build, tokens
-from processes import in_processes, needs_gloo
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, Trainer
 
+from helpers.hf_cases import FAMILIES, LENGTH, SIZES, VOCABULARY, Rows, arguments, build, tokens
+from helpers.processes import in_processes, needs_gloo
 from tst_ext import SuperpositionSchedule, fold_inputs, fold_labels, reference
 from tst_ext.integrations.hf import SuperpositionTrainer, fold_batch, restore, superpose
 

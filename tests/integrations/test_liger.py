@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import IGNORE, check_loss, loss_and_gradients, loss_case
-from numerics import assert_accurate
 
+from helpers.cases import IGNORE, check_loss, loss_and_gradients, loss_case
+from helpers.numerics import assert_accurate
 from tst_ext import linear_multi_hot_cross_entropy, nn
 from tst_ext.integrations.liger import CrossEntropyOutput, FusedLinearCrossEntropyLoss, fused_linear_cross_entropy
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import needs_gloo
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from helpers.processes import needs_gloo
 from tst_ext import fold_labels
 
 RUN = str(Path(__file__).with_name("titan_run.py"))

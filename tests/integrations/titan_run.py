@@ -32,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torchtitan.distributed.fsdp  # noqa: E402
 import torchtitan.trainer  # noqa: E402
-from processes import leave  # noqa: E402
 from torchtitan.components.loss import IGNORE_INDEX  # noqa: E402
 from torchtitan.components.optimizer import default_adamw  # noqa: E402
 from torchtitan.components.validate import Validator  # noqa: E402
@@ -40,6 +39,7 @@ from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAt
 from torchtitan.models.llama3 import config_registry as llama3  # noqa: E402
 from torchtitan.models.qwen3 import config_registry as qwen3  # noqa: E402
 
+from helpers.processes import leave  # noqa: E402
 from tst_ext.integrations.torchtitan import superpose  # noqa: E402
 
 FOLDER = Path(sys.argv[2])

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from runs import Fork, end_forks, speed
 
+from helpers.runs import Fork, end_forks, speed
 from tst_ext.train import launch, loop
 from tst_ext.train.config import DataConfig, ModelConfig, RunConfig, SuperpositionConfig, TrainConfig
 from tst_ext.train.loop import train

@@ -11,8 +11,8 @@ import signal
 
 import pytest
 import torch
-from runs import assert_same_run, lines, run, start, tensors, wait_for
 
+from helpers.runs import assert_same_run, lines, run, start, tensors, wait_for
 from tst_ext.__main__ import main
 from tst_ext.train import checkpoint, loop
 from tst_ext.train.config import SuperpositionConfig, UserError, save_config

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import torch
-from runs import lines, tst, wait_for
 
+from helpers.runs import lines, tst, wait_for
 from tst_ext.__main__ import main
 from tst_ext.train import cli, compare
 from tst_ext.train.config import UserError, load_config, save_config

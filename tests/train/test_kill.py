@@ -6,8 +6,8 @@ import signal
 import time
 
 import pytest
-from runs import assert_same_run, lines, start
 
+from helpers.runs import assert_same_run, lines, start
 from tst_ext.train import checkpoint
 from tst_ext.train.loop import train
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_run
 
+from helpers.runs import assert_same_run
 from tst_ext.train import loop
 from tst_ext.train.config import OptimizerConfig, UserError
 from tst_ext.train.data import Shard

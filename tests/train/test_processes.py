@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import VOCABULARY, write_split
-from runs import assert_same_run, lines, run, tensors
 
+from conftest import VOCABULARY, write_split
+from helpers.runs import assert_same_run, lines, run, tensors
 from tst_ext.train import checkpoint
 from tst_ext.train.batches import check_batches
 from tst_ext.train.config import SuperpositionConfig, UserError, save_config

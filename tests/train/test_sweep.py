@@ -8,8 +8,8 @@ import signal
 import subprocess
 
 import pytest
-from runs import lines, tst, wait_for
 
+from helpers.runs import lines, tst, wait_for
 from tst_ext.__main__ import main
 from tst_ext.train import launch, plot
 from tst_ext.train import sweep as module

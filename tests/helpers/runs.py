@@ -15,10 +15,10 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from processes import FORKS, METHOD
 from safetensors import safe_open
 from tqdm import tqdm
 
+from helpers.processes import FORKS, METHOD
 from tst_ext.__main__ import entry
 from tst_ext.train import checkpoint, launch, loop
 from tst_ext.train.config import save_config

@@ -2,12 +2,12 @@
 
 import itertools
 
-import emulated
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_accurate
 
+from helpers import emulated
+from helpers.numerics import assert_accurate
 from tst_ext import (
     _C,
     bag_embedding,

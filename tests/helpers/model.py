@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import IGNORE, generator
 from torch import nn
 
+from helpers.cases import IGNORE, generator
 from tst_ext.nn import BagEmbedding, LinearMultiHotCrossEntropy
 
 VOCABULARY, DIM, BAG = 29, 6, 3
