@@ -2,10 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "checks.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
+#include "tensor.h"
 
 #ifdef TST_WITH_CUDA
 namespace tst::cuda {
@@ -30,27 +30,21 @@ STABLE_TORCH_LIBRARY(tst_ext, m) {
   // so that an upstream gradient can still multiply them before the last rounding.
   m.def(
       "linear_multi_hot_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor position_scale, *, "
-      "Tensor? bias=None, Tensor? grad_loss=None, Tensor? grad_lse=None, str objective='mce', int ignore_index=-100, "
-      "str reduction='sum', float? logit_softcap=None, float z_loss=0.0, float label_smoothing=0.0, "
-      "SymInt? chunk_size=None, bool grad_hidden=False, bool grad_weight=False, bool grad_bias=False) "
+      "Tensor? bias=None, Tensor? grad_loss=None, Tensor? grad_lse=None, " TST_LOSS_SCHEMA
+      ", str reduction='sum', SymInt? chunk_size=None, bool grad_hidden=False, bool grad_weight=False, bool "
+      "grad_bias=False) "
       "-> (Tensor loss, Tensor lse, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
 
-  // The same of logits [..., V] that exist already; the backward writes their gradient over them.
-  m.def(
-      "multi_hot_cross_entropy(Tensor logits, Tensor labels, Tensor position_scale, *, str objective='mce', "
-      "int ignore_index=-100, str reduction='sum', float? logit_softcap=None, float z_loss=0.0, "
-      "float label_smoothing=0.0) -> (Tensor loss, Tensor lse)");
-  m.def(
-      "multi_hot_cross_entropy_backward_(Tensor(a!) logits, Tensor labels, Tensor position_scale, *, "
-      "Tensor? grad_loss=None, Tensor? grad_lse=None, str objective='mce', int ignore_index=-100, "
-      "float? logit_softcap=None, float z_loss=0.0, float label_smoothing=0.0) -> ()");
+  // The same of logits [..., V] that exist already.
+  m.def("multi_hot_cross_entropy(Tensor logits, Tensor labels, Tensor position_scale, *, " TST_LOSS_SCHEMA
+        ", str reduction='sum') -> (Tensor loss, Tensor lse)");
   // One pass over rows of logits [N, V], at any row stride: fills loss and lse [N] and with `gradient` writes the
-  // logits' gradient over them. What lies between the GEMMs of linear_multi_hot_cross_entropy on a GPU, and of the
-  // vocabulary-parallel one everywhere.
+  // logits' gradient over them. The backward pass of multi_hot_cross_entropy, and what lies between the GEMMs of
+  // linear_multi_hot_cross_entropy on a GPU, and of the vocabulary-parallel one everywhere.
   m.def(
       "multi_hot_cross_entropy_rows_(Tensor(a!) logits, Tensor labels, Tensor position_scale, Tensor(b!) loss, "
-      "Tensor(c!) lse, *, Tensor? grad_loss=None, Tensor? grad_lse=None, str objective='mce', int ignore_index=-100, "
-      "float? logit_softcap=None, float z_loss=0.0, float label_smoothing=0.0, bool gradient=False) -> ()");
+      "Tensor(c!) lse, *, Tensor? grad_loss=None, Tensor? grad_lse=None, " TST_LOSS_SCHEMA
+      ", bool gradient=False) -> ()");
   // out = factor * source, rounded once to out's dtype: float32 gradients of 16-bit parameters. factor: a scalar.
   m.def("scaled_copy_(Tensor(a!) out, Tensor source, Tensor factor) -> ()");
 }

@@ -13,7 +13,8 @@ from hypothesis import settings
 
 from helpers import emulated
 from helpers.cases import CAPABILITIES, DEVICES, KERNELS
-from tst_ext import _C, fallback
+from tst_ext import _C
+from tst_ext.ops import IN_PYTHON
 
 # The same examples in every run, so that a red one is a change's doing; --hypothesis-profile=explore draws others.
 settings.register_profile("default", deadline=None, max_examples=250, derandomize=True)
@@ -59,7 +60,7 @@ def without_kernels():
     library = torch.library.Library("tst_ext", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is replaced, and that there is none
-        for op in fallback.OPS:
+        for op in IN_PYTHON:
             for key in ("CPU", "CUDA"):
                 library.impl(op.__name__, op, key, allow_override=True)
         yield

@@ -22,7 +22,8 @@ from helpers.cases import (
     plain,
 )
 from helpers.numerics import relative_error
-from tst_ext import bag_embedding, fallback, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
+from tst_ext import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
+from tst_ext.ops import chunked, plain
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 ALL_OPTIONS = {
@@ -149,7 +150,7 @@ class TestEmbedding:
 
 class TestCitizenship:
     def test_kernels_are_there(self):
-        fallback._warn.cache_clear()
+        plain._warn.cache_clear()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             for function in FUNCTIONS:
@@ -157,7 +158,7 @@ class TestCitizenship:
             embed(*embedding_case((5, 3), 20, 8, torch.bfloat16, "cuda")[:2])
 
     def test_gemms_with_float32_results_are_there(self):
-        assert fallback._multiplies_to_float32(torch.bfloat16, torch.device("cuda"))
+        assert chunked._multiplies_to_float32(torch.bfloat16, torch.device("cuda"))
 
     def test_current_stream(self):
         hidden, weight, _, labels = loss_case(64, 64, 5000, 3, torch.float32, "cuda")
@@ -205,7 +206,7 @@ class TestCitizenship:
     def test_nothing_waits_for_the_device(self, options):
         case = loss_case(64, 64, 5000, 3, torch.bfloat16, "cuda")
         ids, table, _ = embedding_case((64, 3), 500, 64, torch.bfloat16, "cuda")
-        fallback._multiplies_to_float32(torch.bfloat16, case[0].device)  # else the first call finds out
+        chunked._multiplies_to_float32(torch.bfloat16, case[0].device)  # else the first call finds out
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -9,7 +9,9 @@ import torch
 
 from helpers import emulated
 from helpers.cases import FUNCTIONS, IGNORE, check_embedding, check_loss, embedding_case, fused, loss_case, on_logits
-from tst_ext import bag_embedding, fallback, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
+from tst_ext import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
+from tst_ext.ops import plain
+from tst_ext.ops.loss import LossOptions
 
 pytestmark = [
     pytest.mark.skipif(not emulated.LIBRARY, reason="runs in make cuda-host-test"),
@@ -61,7 +63,7 @@ class TestRows:
                 memory = torch.full((first + 3 * stride + 8,), 77, dtype=dtype)  # outside the rows it stays
                 z = memory.as_strided((3, vocabulary), (stride, 1), first)
                 z.copy_(torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(0)))
-                wanted = fallback._rows(z.double(), labels, scale.double(), None, None, True)
+                wanted = plain._rows(z.double(), labels, scale.double(), LossOptions(), None, None, True)
                 loss, lse = torch.full((2, 3), torch.nan, dtype=scale.dtype)
                 op_for_cuda("multi_hot_cross_entropy_rows_", z, labels, scale, loss, lse, gradient=True)
                 for mine, exact, relative in zip((loss, lse, z), wanted, (wide, wide, eps), strict=True):

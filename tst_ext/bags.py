@@ -6,7 +6,7 @@ Pure tensor code, no kernel. Notation: B sequences of L tokens, bag size s, l = 
 import torch
 from torch import Tensor
 
-from .checks import INTEGER, check_integer, check_tensor
+from ._checks import FLOATING, INTEGER, check_integer, check_tensor, values_of
 
 __all__ = ["document_offsets", "fold_inputs", "fold_labels", "position_weights"]
 
@@ -203,3 +203,24 @@ def position_weights(
             f"position weights: expected 'uniform', 'power_law', 'exponential', 'first' or 'fitted', got {name!r}"
         )
     return weights.to(dtype)
+
+
+def resolved_position_weights(given: str | Tensor | None, bag_size: int, like: Tensor) -> Tensor | None:
+    """The weights that an op is given, checked, on the device of `like`; None for none."""
+    if given is None:
+        return None
+    if isinstance(given, str):
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return position_weights(given, bag_size, device=like.device, dtype=dtype)
+    check_tensor("position_weights", given, FLOATING + INTEGER)
+    if given.shape != (bag_size,) or given.requires_grad:
+        raise ValueError(
+            f"position_weights: expected a constant tensor of shape ({bag_size},), got shape {tuple(given.shape)}, "
+            f"requires_grad={given.requires_grad}"
+        )
+    if given.is_meta and not like.is_meta:
+        raise ValueError(f"position_weights: expected a tensor with values for {like.device}, got one on meta")
+    for i, w in enumerate(values_of(given) or ()):
+        if not 0 <= w <= torch.finfo(torch.float32).max:
+            raise ValueError(f"position_weights[{i}]: expected a finite float32 number >= 0, got {w}")
+    return given.to(like.device)

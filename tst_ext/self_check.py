@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import fallback, reference
+from ._load import _C, BUILD, INSTALL, MINIMUM_TORCH, too_old
 from .bags import position_weights
-from .extension import _C, BUILD, INSTALL, MINIMUM_TORCH, too_old
 from .ops import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 
 __all__ = ["Finding", "findings", "self_check"]

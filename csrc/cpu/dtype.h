@@ -1,7 +1,7 @@
 // torch's dtypes in the terms of the raw kernels.
 #pragma once
 
-#include "../checks.h"
+#include "../tensor.h"
 #include "kernels.h"
 
 namespace tst::cpu {

@@ -5,11 +5,12 @@
 // it, so that the caller owns the threads. No result depends on how the rows are divided.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
+
+#include "../loss.h"
 
 namespace tst::cpu {
 
@@ -30,39 +31,16 @@ struct GatherSum {
   const double* coefficients;  // like index; nullptr: all 1
 };
 
-enum class Objective : int { kMce, kMceAlt };
-
-// Of the columns of a row so far.
-struct RowSums {
-  double maximum = -HUGE_VAL;  // m, of z
-  double exps = 0;             // sum_v exp(z_v - m)
-  double logits = 0;           // sum of z_v - m where z_v > -inf, and the number of those, for smoothing only
-  double columns = 0;
-};
-
-// One pass over a chunk of logits. A row's raw logits x are capped, z = logit_softcap * tanh(x / logit_softcap) (z = x
-// for a cap of 0). With e = label_smoothing, c_i = position_scale[i] where labels[i] is not ignore_index, else 0, and
-// S = sum c_i (kMceAlt: position_scale[0] where any label counts, else 0):
-//   lse  = m + log sum_v exp(z_v - m), m = max z
-//   fit  = sum_i c_i (lse - z[labels[i]])                               kMce
-//        = S (lse - log sum_{v in set(labels)} exp z_v)                 kMceAlt
-//   loss = (1 - e) fit + e S (lse - mean_v z_v) + z_loss S lse^2        the mean over the V' columns with z > -inf
-// and, if gradient, with g = grad_loss and u = grad_lse of the row,
-//   x_v <- ((g S (1 + 2 z_loss lse) + u) softmax(z)_v - g (1 - e) a_v - g e S / V') (1 - (z_v / logit_softcap)^2)
-//   a_v  = sum_{i : labels[i] = v} c_i                                  kMce
-//        = S exp(z_v) / sum_{w in set(labels)} exp z_w                  kMceAlt, for v in the set
+// One pass over a chunk of logits, by the formulas of loss.h: loss and lse, and with `gradient` the logits overwritten
+// by their gradient.
 struct LossRows {
   void* logits;    // [rows, vocabulary], or [rows, block_columns] of a block; row stride `stride`
   int64_t stride;  // in elements
   int64_t vocabulary;
   const int64_t* labels;  // [rows, bag_size], each in [0, vocabulary) or ignore_index
   int64_t bag_size;
-  int64_t ignore_index;
   const double* position_scale;  // [bag_size]
-  Objective objective;
-  double logit_softcap;
-  double z_loss;
-  double label_smoothing;
+  LossOptions options;
   bool gradient;
   const double* grad_loss;  // [rows]; nullptr: all 1
   const double* grad_lse;   // [rows]; nullptr: all 0
@@ -70,9 +48,9 @@ struct LossRows {
   double* lse;              // [rows]
   // Without gradient a row may come in blocks of columns, in order, in calls that each have a block's logits. The call
   // with the last block writes loss and lse.
-  RowSums* partial;      // [rows], RowSums{} before the first block; nullptr: whole rows
-  double* label_logits;  // [rows, bag_size]: what `partial` keeps of the labels
-  int64_t block_start;   // first column of the block
+  RowSums<double>* partial;  // [rows], RowSums{} before the first block; nullptr: whole rows
+  double* label_logits;      // [rows, bag_size]: what `partial` keeps of the labels
+  int64_t block_start;       // first column of the block
   int64_t block_columns;
 };
 

@@ -255,12 +255,12 @@ A base_of(A maximum) {
 // `plain`: no softcap, no smoothing. With `keep`, x_v becomes exp(z_v - m), which spares the second exp; the 16-bit
 // formats would lose digits, a softcap and smoothing need the logit itself, so they go without.
 template <typename T, bool plain, bool keep>
-RowSums row_sums(T* x, int64_t n, Acc<T> m, Acc<T> cap) {
+RowSums<double> row_sums(T* x, int64_t n, Acc<T> m, Acc<T> cap) {
   using A = Acc<T>;
   static_assert(plain || !keep);
   constexpr A kLowest = -std::numeric_limits<A>::infinity();
   constexpr int64_t kBlock = 128 * kLanes;  // each lane adds 128 terms, then moves to float64: lse within 16 eps
-  RowSums sums;
+  RowSums<double> sums;
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t stop = n - start < kBlock ? n : start + kBlock;
     Vec<A> exps = {}, logits = {}, columns = {};
@@ -312,114 +312,132 @@ void row_gradient(T* x, int64_t n, Acc<T> m, Acc<T> cap, Acc<T> factor, Acc<T> u
   if (v < n) store(x + v, gradient(load(x + v, n - v, A(0))), n - v);
 }
 
-// Adds a block of columns to the sums of those before it.
+struct Target {  // a distinct label of a row
+  int64_t label;
+  double logit;  // z
+  double pull;   // a_v of loss.h
+};
+
+// Adds a block of columns to the sums of those before it, and keeps the logits of the labels in it. Whether it is the
+// row's last one.
 template <typename T, bool plain>
-void add_block(RowSums& total, T* x, int64_t n, Acc<T> cap) {
+bool add_block(const LossRows& a, int64_t r, T* x) {
   using A = Acc<T>;
+  const int64_t n = a.block_columns;
+  const A cap = static_cast<A>(a.options.logit_softcap);
+  RowSums<double>& total = a.partial[r];
   const A before = static_cast<A>(total.maximum);
   const A m = maximum<A>(capped(Vec<A>{} + row_maximum(x, n), cap), Vec<A>{} + before)[0];
-  const RowSums block = row_sums<T, plain, false>(x, n, base_of(m), cap);
+  const RowSums<double> block = row_sums<T, plain, false>(x, n, base_of(m), cap);
   if (m > before) {
     if (total.columns > 0) total.logits -= total.columns * (double(m) - before);
     total.exps *= std::exp(double(before) - m);
   }
   total.maximum = m;
   total.exps += block.exps, total.logits += block.logits, total.columns += block.columns;
+  for (int64_t k = r * a.bag_size; k < (r + 1) * a.bag_size; ++k) {
+    const int64_t v = a.labels[k] - a.block_start;
+    if (a.labels[k] != a.options.ignore_index && v >= 0 && v < n)
+      a.label_logits[k] = capped(Vec<A>{} + load_one(x + v), cap)[0];
+  }
+  return a.block_start + n >= a.vocabulary;
 }
 
-struct Target {  // a distinct label of a row
-  int64_t label;
-  double logit;  // z
-  double pull;   // a_v of kernels.h
-};
+template <typename T, bool plain, bool keep>
+RowSums<double> whole_row(T* x, int64_t n, Acc<T> cap) {
+  const Acc<T> m = capped(Vec<Acc<T>>{} + row_maximum(x, n), cap)[0];
+  RowSums<double> sums = row_sums<T, plain, keep>(x, n, base_of(m), cap);
+  sums.maximum = m;
+  return sums;
+}
+
+// The distinct labels with their logits, which the gradient overwrites later. Returns S of loss.h.
+template <typename T>
+double read_targets(const LossRows& a, int64_t r, const T* x, std::vector<Target>& targets) {
+  using A = Acc<T>;
+  const int64_t* labels = a.labels + r * a.bag_size;
+  const A cap = static_cast<A>(a.options.logit_softcap);
+  double scale = 0;
+  targets.clear();
+  for (int64_t i = 0; i < a.bag_size; ++i) {
+    if (labels[i] == a.options.ignore_index || a.position_scale[i] == 0) continue;
+    scale = a.options.objective == Objective::kMceAlt ? a.position_scale[0] : scale + a.position_scale[i];
+    auto target = targets.begin();
+    while (target != targets.end() && target->label != labels[i]) ++target;
+    if (target == targets.end()) {
+      const double z =
+          a.partial ? a.label_logits[r * a.bag_size + i] : capped(Vec<A>{} + load_one(x + labels[i]), cap)[0];
+      target = targets.insert(target, {labels[i], z, 0.0});
+    }
+    target->pull += a.position_scale[i];
+  }
+  return scale;
+}
+
+// From a row's sums to its loss and the factors of its gradient; the pulls of a set of labels are known only here.
+RowTerms<double> finish_row(const LossRows& a, int64_t r, const RowSums<double>& sums, double scale,
+                            std::vector<Target>& targets) {
+  const double m = sums.maximum, log_sum = std::log(sums.exps);
+  double fit = 0;
+  if (a.options.objective == Objective::kMceAlt) {
+    double best = -std::numeric_limits<double>::infinity(), total = 0;
+    for (const Target& t : targets) best = t.logit > best ? t.logit : best;
+    for (Target& t : targets) total += t.pull = t.logit == best ? 1.0 : std::exp(t.logit - best);
+    for (Target& t : targets) t.pull *= scale / total;
+    const double nll = (m - best) + log_sum - std::log(total);
+    fit = scale * (nll < 0 ? 0.0 : nll);  // the labels are part of the vocabulary: below 0 only by rounding
+  } else {
+    for (const Target& t : targets) fit += t.pull * ((m - t.logit) + log_sum);
+  }
+  return row_terms<double>(a.options, sums, log_sum, scale, fit, a.grad_loss ? a.grad_loss[r] : 1.0,
+                           a.grad_lse ? a.grad_lse[r] : 0.0);
+}
+
+template <typename T, bool plain, bool kept>
+void write_gradient(const LossRows& a, T* x, const RowSums<double>& sums, const RowTerms<double>& row,
+                    const std::vector<Target>& targets) {
+  using A = Acc<T>;
+  if (row.nothing) {
+    std::memset(x, 0, a.vocabulary * sizeof(T));
+    return;
+  }
+  const A m = static_cast<A>(sums.maximum);
+  const double cap = a.options.logit_softcap;
+  row_gradient<T, plain, kept>(x, a.vocabulary, m, static_cast<A>(cap), static_cast<A>(row.factor),
+                               static_cast<A>(row.uniform));
+  for (const Target& t : targets) {
+    // From the saved logit and rounded once: subtracting from a probability already rounded to bfloat16 turns
+    // p = 0.999 into a zero gradient.
+    double gradient = row.factor * std::exp(t.logit - m) - row.pull * t.pull;
+    if (t.logit > -std::numeric_limits<double>::infinity()) gradient -= row.uniform;
+    if (cap != 0) gradient *= 1 - (t.logit / cap) * (t.logit / cap);
+    store_one(x + t.label, static_cast<A>(gradient));
+  }
+}
 
 template <typename T, bool plain>
 void loss_rows_as(const LossRows& a, int64_t begin, int64_t end) {
-  using A = Acc<T>;
   constexpr bool kKeep = plain && sizeof(T) > 2;
-  const int64_t n = a.partial ? a.block_columns : a.vocabulary, s = a.bag_size;
-  const A cap = static_cast<A>(a.logit_softcap);
-  const bool set = a.objective == Objective::kMceAlt;
+  const Acc<T> cap = static_cast<Acc<T>>(a.options.logit_softcap);
   std::vector<Target> targets;
-  targets.reserve(s);
+  targets.reserve(a.bag_size);
   for (int64_t r = begin; r < end; ++r) {
     T* x = static_cast<T*>(a.logits) + r * a.stride;
-    const int64_t* labels = a.labels + r * s;
-    double* label_logits = a.partial ? a.label_logits + r * s : nullptr;
-    if (a.partial) {
-      add_block<T, plain>(a.partial[r], x, n, cap);
-      for (int64_t i = 0; i < s; ++i) {
-        const int64_t v = labels[i] - a.block_start;
-        if (labels[i] != a.ignore_index && v >= 0 && v < n)
-          label_logits[i] = capped(Vec<A>{} + load_one(x + v), cap)[0];
-      }
-      if (a.block_start + n < a.vocabulary) continue;
-    }
-    double scale = 0;  // S
-    targets.clear();
-    for (int64_t i = 0; i < s; ++i) {
-      if (labels[i] == a.ignore_index || a.position_scale[i] == 0) continue;
-      scale = set ? a.position_scale[0] : scale + a.position_scale[i];
-      auto target = targets.begin();
-      while (target != targets.end() && target->label != labels[i]) ++target;
-      if (target == targets.end()) {  // its logit is read here, before the row is overwritten
-        const double z = a.partial ? label_logits[i] : capped(Vec<A>{} + load_one(x + labels[i]), cap)[0];
-        target = targets.insert(target, {labels[i], z, 0.0});
-      }
-      target->pull += a.position_scale[i];
-    }
-
-    RowSums sums;
-    if (a.partial) {
-      sums = a.partial[r];
-    } else {
-      const A m = capped(Vec<A>{} + row_maximum(x, n), cap)[0], base = base_of(m);
-      sums = a.gradient ? row_sums<T, plain, kKeep>(x, n, base, cap) : row_sums<T, plain, false>(x, n, base, cap);
-      sums.maximum = m;
-    }
-    const A m = static_cast<A>(sums.maximum);
-    const double log_sum = std::log(sums.exps), lse = m + log_sum;
-    a.lse[r] = lse;
-    // Differences from m rather than from lse: lse near 1e4 would cost three digits in float32.
-    double fit = 0;
-    if (set) {
-      double best = -std::numeric_limits<double>::infinity(), total = 0;
-      for (const Target& t : targets) best = t.logit > best ? t.logit : best;
-      for (Target& t : targets) total += t.pull = t.logit == best ? 1.0 : std::exp(t.logit - best);
-      for (Target& t : targets) t.pull *= scale / total;
-      const double nll = (double(m) - best) + log_sum - std::log(total);
-      fit = scale * (nll < 0 ? 0.0 : nll);  // the labels are part of the vocabulary: below 0 only by rounding
-    } else {
-      for (const Target& t : targets) fit += t.pull * ((double(m) - t.logit) + log_sum);
-    }
-    const double smoothing = a.label_smoothing;
-    double loss = (1 - smoothing) * fit + a.z_loss * scale * lse * lse;
-    if (smoothing != 0) loss += smoothing * scale * (log_sum - sums.logits / sums.columns);
-    a.loss[r] = scale == 0 ? 0.0 : loss;
-    if (!a.gradient) continue;
-
-    const double g = a.grad_loss ? a.grad_loss[r] : 1.0, u = a.grad_lse ? a.grad_lse[r] : 0.0;
-    if ((scale == 0 || g == 0) && u == 0) {  // nothing to learn from this row, whatever its logits are
-      std::memset(x, 0, n * sizeof(T));
-      continue;
-    }
-    const double factor = (g * scale * (1 + 2 * a.z_loss * lse) + u) / sums.exps;
-    const double uniform = smoothing == 0 ? 0.0 : g * smoothing * scale / sums.columns;
-    row_gradient<T, plain, kKeep>(x, n, m, cap, static_cast<A>(factor), static_cast<A>(uniform));
-    for (const Target& t : targets) {
-      // From the saved logit and rounded once: subtracting from a probability already rounded to bfloat16 turns
-      // p = 0.999 into a zero gradient.
-      double gradient = factor * std::exp(t.logit - m) - g * (1 - smoothing) * t.pull;
-      if (t.logit > -std::numeric_limits<double>::infinity()) gradient -= uniform;
-      if (a.logit_softcap != 0) gradient *= 1 - (t.logit / a.logit_softcap) * (t.logit / a.logit_softcap);
-      store_one(x + t.label, static_cast<A>(gradient));
-    }
+    if (a.partial && !add_block<T, plain>(a, r, x)) continue;
+    const double scale = read_targets(a, r, x, targets);
+    const RowSums<double> sums = a.partial    ? a.partial[r]
+                                 : a.gradient ? whole_row<T, plain, kKeep>(x, a.vocabulary, cap)
+                                              : whole_row<T, plain, false>(x, a.vocabulary, cap);
+    const RowTerms<double> row = finish_row(a, r, sums, scale, targets);
+    a.loss[r] = row.loss;
+    a.lse[r] = row.lse;
+    if (a.gradient) write_gradient<T, plain, kKeep>(a, x, sums, row, targets);
   }
 }
 
 template <typename T>
 void loss_rows(const LossRows& a, int64_t begin, int64_t end) {
-  if (a.logit_softcap == 0 && a.label_smoothing == 0)
+  if (a.options.plain())
     loss_rows_as<T, true>(a, begin, end);
   else
     loss_rows_as<T, false>(a, begin, end);

@@ -1,8 +1,8 @@
 // linear_multi_hot_cross_entropy on CPU: per chunk of rows one GEMM for the logits, one pass of ours that turns them
 // into their gradient, two GEMMs. The full logits [N, V] never exist.
 #include "gemm.h"
-#include "loss.h"
 #include "memory.h"
+#include "row_loss.h"
 
 namespace tst::cpu {
 namespace {
@@ -57,9 +57,8 @@ void forward_alone(RowLoss& loss, const Tensor& h, const Tensor& w, const std::o
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entropy(
     const Tensor& hidden, const Tensor& weight, const Tensor& labels, const Tensor& position_scale,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_lse,
-    const std::string& objective, int64_t ignore_index, const std::string& reduction,
-    std::optional<double> logit_softcap, double z_loss, double label_smoothing, std::optional<int64_t> chunk_size,
-    bool grad_hidden, bool grad_weight, bool grad_bias) {
+    TST_LOSS_PARAMETERS, const std::string& reduction, std::optional<int64_t> chunk_size, bool grad_hidden,
+    bool grad_weight, bool grad_bias) {
   STD_TORCH_CHECK(hidden.dim() >= 1 && weight.dim() == 2 && hidden.size(hidden.dim() - 1) == weight.size(1),
                   "hidden, weight: expected [..., d] and [V, d]");
   STD_TORCH_CHECK(
@@ -80,8 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
   const DType dtype = dtype_of("hidden", h);
   const bool wide = dtype != kBFloat16;
   const ScalarType accumulation = accumulation_type(dtype);
-  RowLoss loss(rows, vocabulary, labels, position_scale, grad_loss, grad_lse, objective, ignore_index, logit_softcap,
-               z_loss, label_smoothing);
+  RowLoss loss(rows, vocabulary, labels, position_scale, grad_loss, grad_lse, TST_LOSS_OPTIONS);
 
   const int64_t element_size = static_cast<int64_t>(h.element_size());
   const bool gradient = grad_hidden || grad_weight || grad_bias;

@@ -1,7 +1,7 @@
 // Memory of large results.
 #pragma once
 
-#include "../checks.h"
+#include "../tensor.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>

@@ -7,13 +7,6 @@
 
 namespace tst::cuda {
 
-std::string architectures() {
-  const int list[] = {__CUDA_ARCH_LIST__};
-  std::string names;
-  for (const int arch : list) names += (names.empty() ? "sm_" : ", sm_") + std::to_string(arch / 10);
-  return names;
-}
-
 namespace {
 
 constexpr int kThreads = 128;

@@ -1,15 +1,14 @@
 // The row kernel of the loss on CUDA: log-sum-exp, loss, and the logits overwritten by their gradient. Raw pointers, no
-// torch header. The formulas are those of cpu/kernels.h.
+// torch header. The formulas are those of ../loss.h.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 
+#include "../loss.h"
 #include "device.h"
 
 namespace tst::cuda {
-
-enum class Objective : int { kMce, kMceAlt };
 
 constexpr int kMaxThreads = 512;  // 1024 would leave 64 registers, which softcap and smoothing exceed
 // Loads in flight per thread. tanh and float64 take longer than they do, and long to compile.
@@ -23,12 +22,8 @@ struct LossRows {
   int vocabulary;
   const int64_t* labels;  // [rows, bag_size], each in [0, vocabulary) or ignore_index
   int bag_size;
-  int64_t ignore_index;
   const Acc<T>* position_scale;  // [bag_size]
-  Objective objective;
-  double logit_softcap;
-  double z_loss;
-  double label_smoothing;
+  LossOptions options;
   const Acc<T>* grad_loss;   // [rows], or one for all with grad_loss_stride 0; nullptr: 1
   int64_t grad_loss_stride;  // 0 or 1
   const Acc<T>* grad_lse;    // [rows]; nullptr: 0
@@ -53,30 +48,21 @@ __device__ inline Acc<T> power(Acc<T> x) {
     return exp(x);
 }
 
-// Of the columns seen so far; kernels.h has the same for the CPU.
-template <typename A>
-struct alignas(16) RowSums {
-  A maximum;  // m, of z
-  A exps;     // sum_v exp(z_v - m)
-  A logits;   // sum of z_v - m where z_v > -inf, and the number of those, for smoothing only
-  A columns;
-};
-
 template <typename A>
 struct Target {  // a label of the row
   int label;     // -1: counts for nothing
   bool leads;    // first of its kind in the bag: it stands for all of them
   A weight;
   A logit;  // z
-  A pull;   // a_v of kernels.h, of a leader
+  A pull;   // a_v of loss.h, of a leader
 };
 
 template <typename A>
 struct RowResult {
-  A maximum, factor, uniform, pull_factor;
-  A log2_factor;  // of its size, and the sign bits of a pair of 16-bit numbers where factor is below 0
+  A maximum;
+  RowTerms<A> terms;
+  A log2_factor;  // of its size, and the sign bits of a pair of 16-bit numbers where the factor is below 0
   uint32_t negative;
-  bool nothing;
 };
 
 template <typename A>
@@ -251,12 +237,12 @@ __device__ inline void read_targets(const LossRows<T>& a, int64_t r, const T* x,
   for (int i = lane(); i < a.bag_size; i += kWarp) {
     Target<A> target{-1, false, 0, 0, 0};
     const int64_t y = a.labels[r * a.bag_size + i];
-    if (y != a.ignore_index) {
+    if (y != a.options.ignore_index) {
       assert(y >= 0 && y < a.vocabulary && "labels: out of range");
       target.weight = a.position_scale[i];
       if (target.weight != 0) {
         target.label = static_cast<int>(y);
-        target.logit = capped(widen(x[y]), static_cast<A>(a.logit_softcap));
+        target.logit = capped(widen(x[y]), static_cast<A>(a.options.logit_softcap));
       }
     }
     targets[i] = target;
@@ -281,8 +267,8 @@ template <typename T>
 __device__ inline RowResult<Acc<T>> finish_row(const LossRows<T>& a, int64_t r, const RowSums<Acc<T>>& sums,
                                                Target<Acc<T>>* targets, bool write) {
   using A = Acc<T>;
-  const bool set = a.objective == Objective::kMceAlt;
-  const A log_sum = log(sums.exps), smoothing = static_cast<A>(a.label_smoothing);
+  const bool set = a.options.objective == Objective::kMceAlt;
+  const A log_sum = log(sums.exps);
   // Above 0 but for rounding: the labels are part of the vocabulary, and a mean is no maximum.
   const auto positive = [](A x) { return x < 0 ? A(0) : x; };
   // lse - z, from the maximum rather than from lse: lse near 1e4 would cost three digits in float32.
@@ -310,23 +296,13 @@ __device__ inline RowResult<Acc<T>> finish_row(const LossRows<T>& a, int64_t r, 
   } else {
     fit = warp_sum(fit);
   }
-  const A lse = sums.maximum + log_sum, z_loss = static_cast<A>(a.z_loss);
-  if (write && lane() == 0) {
-    A loss = (1 - smoothing) * fit + z_loss * scale * lse * lse;
-    if (smoothing != 0) loss += smoothing * scale * positive(log_sum - sums.logits / sums.columns);
-    a.loss[r] = scale == 0 ? A(0) : loss;
-    a.lse[r] = lse;
-  }
   const A g = a.grad_loss ? a.grad_loss[r * a.grad_loss_stride] : A(1), u = a.grad_lse ? a.grad_lse[r] : A(0);
-  RowResult<A> result;
-  result.maximum = sums.maximum;
-  result.factor = (g * scale * (1 + 2 * z_loss * lse) + u) / sums.exps;
-  result.log2_factor = log2(fabs(result.factor));
-  result.negative = result.factor < 0 ? 0x80008000u : 0;
-  result.uniform = smoothing == 0 ? A(0) : g * smoothing * scale / sums.columns;
-  result.pull_factor = g * (1 - smoothing);
-  result.nothing = (scale == 0 || g == 0) && u == 0;  // nothing to learn, whatever the row's logits are
-  return result;
+  const RowTerms<A> terms = row_terms<A>(a.options, sums, log_sum, scale, fit, g, u);
+  if (write && lane() == 0) {
+    a.loss[r] = terms.loss;
+    a.lse[r] = terms.lse;
+  }
+  return {sums.maximum, terms, log2(fabs(terms.factor)), terms.factor < 0 ? 0x80008000u : 0};
 }
 
 // x_v <- factor * exp(z_v - m), without `plain` minus `uniform` where z_v > -inf, times the derivative of the cap.
@@ -341,11 +317,12 @@ __device__ inline Pack<T, kPack<T>> gradient_pack(const Pack<T, kPack<T>>& pack,
     if constexpr (kScaled) {
       out[i] = exp2_fast(fma(pack[i] - row.maximum, kLog2E, row.log2_factor));
     } else if constexpr (plain) {
-      out[i] = row.factor * power<T>(pack[i] - row.maximum);
+      out[i] = row.terms.factor * power<T>(pack[i] - row.maximum);
     } else {
       const A z = capped(pack[i], cap), t = cap == 0 ? A(0) : z / cap;
-      out[i] = (row.factor * power<T>(z - row.maximum) - (z > -static_cast<A>(INFINITY) ? row.uniform : A(0))) *
-               (A(1) - t * t);
+      out[i] =
+          (row.terms.factor * power<T>(z - row.maximum) - (z > -static_cast<A>(INFINITY) ? row.terms.uniform : A(0))) *
+          (A(1) - t * t);
     }
   }
   Pack<T, kPack<T>> result = narrowed<T>(out);
@@ -372,7 +349,7 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T
   const int64_t r = blockIdx.x / blocks;
   const RowPacks<T> row(a.logits + r * a.stride, a.vocabulary);
   const Slice slice(row, blocks, rank);
-  const A cap = static_cast<A>(a.logit_softcap);
+  const A cap = static_cast<A>(a.options.logit_softcap);
   const bool has_labels = threadIdx.x >= blockDim.x - kWarp;
   const int step = static_cast<int>(blockDim.x) - kWarp;
 
@@ -422,7 +399,7 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T
       constexpr int kPacks = cached ? 1 : std::min(4, kBatch<T, plain>);  // shared memory is quick
       Words4* to = row.whole_packs() + slice.mine();
       const Words4* from = cached ? cache + slice.mine() - slice.first : to;
-      if (result.nothing) {
+      if (result.terms.nothing) {
         for (int p = slice.mine(); p < slice.end; p += step, to += step) store_global(to, Words4{0, 0, 0, 0});
       } else {
         for (int p = slice.mine(); p < slice.end; p += kPacks * step, to += kPacks * step, from += kPacks * step) {
@@ -440,18 +417,18 @@ __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T
         }
       }
       slice.edges([&](int p) {
-        row.store_edge(p, result.nothing ? P{} : gradient_pack<T, plain>(row.load_edge(p), result, cap));
+        row.store_edge(p, result.terms.nothing ? P{} : gradient_pack<T, plain>(row.load_edge(p), result, cap));
       });
     }
-    if (!result.nothing) {
+    if (!result.terms.nothing) {
       __syncthreads();
       for (int i = lane(); has_labels && i < a.bag_size; i += kWarp) {
         const Target<A>& t = targets[i];
         if (!t.leads || row.pack_of(t.label) < slice.first || row.pack_of(t.label) >= slice.last) continue;
         // From the saved logit and rounded once: subtracting from a probability already rounded to bfloat16 turns
         // p = 0.999 into a zero gradient.
-        A d = result.factor * power<T>(t.logit - result.maximum) - result.pull_factor * t.pull;
-        if (t.logit > -static_cast<A>(INFINITY)) d -= result.uniform;
+        A d = result.terms.factor * power<T>(t.logit - result.maximum) - result.terms.pull * t.pull;
+        if (t.logit > -static_cast<A>(INFINITY)) d -= result.terms.uniform;
         if (cap != 0) d *= 1 - (t.logit / cap) * (t.logit / cap);
         narrow(d, row.x[t.label]);
       }

@@ -1,5 +1,5 @@
-// The loss of logits on CUDA: multi_hot_cross_entropy, its backward, and the row pass of
-// linear_multi_hot_cross_entropy.
+// The loss of logits that exist already on CUDA, and the pass over rows of logits that can overwrite them by their
+// gradient.
 #include <tuple>
 
 #include "op.h"
@@ -29,29 +29,16 @@ auto kernel_of(Pass pass) {
   }
 }
 
-struct Options {
-  const std::string& objective;
-  int64_t ignore_index;
-  std::optional<double> logit_softcap;
-  double z_loss, label_smoothing;
-};
-
 // logits [N, V] with any row stride, loss and lse [N] contiguous; with `gradient` overwritten by it.
 void loss_rows(const Tensor& logits, const Tensor& labels, const Tensor& position_scale, const Tensor& loss,
                const Tensor& lse, const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_lse,
-               const Options& options, bool gradient) {
+               const LossOptions& options, bool gradient) {
   STD_TORCH_CHECK(logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1),
                   "logits: expected [N, V] with adjacent columns");
   const int64_t rows = logits.size(0), vocabulary = logits.size(1);
   STD_TORCH_CHECK(vocabulary < int64_t(1) << 30, "logits: expected fewer than 2^30 columns, got ", vocabulary);
   check_same_device("logits, labels", logits, labels);
   check_same_device("logits, position_scale", logits, position_scale);
-  STD_TORCH_CHECK(options.objective == "mce" || options.objective == "mce_alt",
-                  "objective: expected 'mce' or 'mce_alt', got '", options.objective, "'");
-  STD_TORCH_CHECK(!options.logit_softcap || (*options.logit_softcap > 0 && *options.logit_softcap < HUGE_VAL),
-                  "logit_softcap: expected a finite number > 0");
-  STD_TORCH_CHECK(options.z_loss >= 0 && options.z_loss < HUGE_VAL, "z_loss: expected a finite number >= 0");
-  STD_TORCH_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, "label_smoothing: expected 0 to 1");
   const ScalarType wide = accumulation_type(logits);
   const auto numbers = [&](const char* name, const Tensor& tensor) {
     check_same_device(name, logits, tensor);
@@ -84,12 +71,8 @@ void loss_rows(const Tensor& logits, const Tensor& labels, const Tensor& positio
     a.vocabulary = static_cast<int>(vocabulary);
     a.labels = data<int64_t>(bags);
     a.bag_size = static_cast<int>(bag_size);
-    a.ignore_index = options.ignore_index;
     a.position_scale = data<A>(scale);
-    a.objective = options.objective == "mce" ? Objective::kMce : Objective::kMceAlt;
-    a.logit_softcap = options.logit_softcap.value_or(0.0);
-    a.z_loss = options.z_loss;
-    a.label_smoothing = options.label_smoothing;
+    a.options = options;
     a.grad_loss = g ? data<A>(*g) : nullptr;
     a.grad_loss_stride = g && g->dim() == 1;
     a.grad_lse = u ? data<A>(*u) : nullptr;
@@ -97,56 +80,35 @@ void loss_rows(const Tensor& logits, const Tensor& labels, const Tensor& positio
     a.lse = mutable_data<A>(lse);
     const Shape shape = shape_of<T>(vocabulary, bag_size, gradient, device_facts());
     a.cache_bytes = shape.cache_bytes;
-    const bool plain = a.logit_softcap == 0 && a.label_smoothing == 0;
-    current.launch(plain ? kernel_of<T, true>(shape.pass) : kernel_of<T, false>(shape.pass),
+    current.launch(options.plain() ? kernel_of<T, true>(shape.pass) : kernel_of<T, false>(shape.pass),
                    {blocks_for(rows * shape.blocks, 1), static_cast<unsigned>(shape.threads),
                     static_cast<unsigned>(shape.blocks), static_cast<size_t>(shape.shared_bytes)},
                    a);
   });
 }
 
-Tensor new_rows(const Tensor& logits, int64_t rows) {
-  return torch::stable::new_empty(logits, {rows}, accumulation_type(logits));
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> multi_hot_cross_entropy(const Tensor& logits, const Tensor& labels,
-                                                   const Tensor& position_scale, const std::string& objective,
-                                                   int64_t ignore_index, const std::string& reduction,
-                                                   std::optional<double> logit_softcap, double z_loss,
-                                                   double label_smoothing) {
+                                                   const Tensor& position_scale, TST_LOSS_PARAMETERS,
+                                                   const std::string& reduction) {
   STD_TORCH_CHECK(reduction == "none" || reduction == "sum", "reduction: expected 'none' or 'sum', got '", reduction,
                   "'");
   const Tensor z = flatten_rows(logits);
-  const Tensor loss = new_rows(z, z.size(0)), lse = new_rows(z, z.size(0));
-  loss_rows(z, labels, position_scale, loss, lse, std::nullopt, std::nullopt,
-            {objective, ignore_index, logit_softcap, z_loss, label_smoothing}, false);
+  const auto row_values = [&] { return torch::stable::new_empty(z, {z.size(0)}, accumulation_type(z)); };
+  const Tensor loss = row_values(), lse = row_values();
+  loss_rows(z, labels, position_scale, loss, lse, std::nullopt, std::nullopt, TST_LOSS_OPTIONS, false);
   return {reduction == "none" ? loss : torch::stable::sum(loss), lse};
-}
-
-void multi_hot_cross_entropy_backward_(Tensor logits, const Tensor& labels, const Tensor& position_scale,
-                                       const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_lse,
-                                       const std::string& objective, int64_t ignore_index,
-                                       std::optional<double> logit_softcap, double z_loss, double label_smoothing) {
-  STD_TORCH_CHECK(logits.is_contiguous(), "logits: expected a contiguous tensor to overwrite");
-  const Tensor z = flatten_rows(logits);
-  loss_rows(z, labels, position_scale, new_rows(z, z.size(0)), new_rows(z, z.size(0)), grad_loss, grad_lse,
-            {objective, ignore_index, logit_softcap, z_loss, label_smoothing}, true);
 }
 
 void multi_hot_cross_entropy_rows_(Tensor logits, const Tensor& labels, const Tensor& position_scale, Tensor loss,
                                    Tensor lse, const std::optional<Tensor>& grad_loss,
-                                   const std::optional<Tensor>& grad_lse, const std::string& objective,
-                                   int64_t ignore_index, std::optional<double> logit_softcap, double z_loss,
-                                   double label_smoothing, bool gradient) {
-  loss_rows(logits, labels, position_scale, loss, lse, grad_loss, grad_lse,
-            {objective, ignore_index, logit_softcap, z_loss, label_smoothing}, gradient);
+                                   const std::optional<Tensor>& grad_lse, TST_LOSS_PARAMETERS, bool gradient) {
+  loss_rows(logits, labels, position_scale, loss, lse, grad_loss, grad_lse, TST_LOSS_OPTIONS, gradient);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tst_ext, CUDA, m) {
   m.impl("multi_hot_cross_entropy", TORCH_BOX(&multi_hot_cross_entropy));
-  m.impl("multi_hot_cross_entropy_backward_", TORCH_BOX(&multi_hot_cross_entropy_backward_));
   m.impl("multi_hot_cross_entropy_rows_", TORCH_BOX(&multi_hot_cross_entropy_rows_));
 }
 

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "../checks.h"
+#include "../tensor.h"
 #include "device.h"
 
 namespace tst::cuda {

@@ -16,7 +16,7 @@ from tst_ext import (
     position_weights,
     reference,
 )
-from tst_ext.arguments import position_scale_of
+from tst_ext.ops.loss import LossOptions, position_scale_of
 
 # Values of fixtures in conftest.py.
 KERNELS = ["compiled", "plain_torch", *(["emulated_cuda"] if emulated.LIBRARY else [])]
@@ -154,14 +154,11 @@ def loss_and_gradients(function, hidden, weight, bias, labels, upstream=1.0, **o
 def magnitudes(hidden, weight, bias, labels, upstream, options):
     """For the loss and hidden's, weight's and bias's gradient the root of the sum of the squares of its terms."""
     ignored, objective = options.get("ignore_index", IGNORE), options.get("objective", "mce")
-    weights, reduction = options.get("position_weights"), options.get("reduction", "mean")
-    if isinstance(weights, str):
-        weights = position_weights(weights, labels.shape[1], device=hidden.device, dtype=torch.float64)
-    elif weights is not None:
-        weights = weights.to(hidden.device)
-    scale = position_scale_of(
-        labels, torch.float64, weights, objective, ignored, reduction, options.get("normalizer")
-    )  # what one label of a position weighs
+    reduction = options.get("reduction", "mean")
+    row_options = LossOptions(objective=objective, ignore_index=ignored)
+    scale = position_scale_of(  # what one label of a position weighs
+        labels, hidden, row_options, reduction, options.get("normalizer"), options.get("position_weights")
+    )
     z, cap = F.linear(hidden, weight, bias), options.get("logit_softcap")
     z = z if cap is None else cap * torch.tanh(z / cap)
     valid = labels != ignored

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tst_ext import fallback
+from tst_ext.ops import IN_PYTHON
 
 LIBRARY = os.environ.get("TST_CUDA_HOST", "")
 if LIBRARY:
@@ -73,7 +73,7 @@ def ops_for_cuda() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is replaced
-        for op in fallback.OPS:
+        for op in IN_PYTHON:
             redirect(op.__name__)
     set_device("sm_90")
     launches()

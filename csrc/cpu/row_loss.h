@@ -1,4 +1,4 @@
-// What the two loss ops share on CPU: their options in the terms of the row kernel, and its call.
+// Calls of the row kernel on CPU, for all loss ops: tensors in its terms, threads, results.
 #pragma once
 
 #include <algorithm>
@@ -14,23 +14,16 @@ class RowLoss {
  public:
   // labels [..., s] for `rows` rows; position_scale [s]; grad_loss a scalar or one number a row; grad_lse one a row.
   RowLoss(int64_t rows, int64_t vocabulary, const Tensor& labels, const Tensor& position_scale,
-          const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_lse, const std::string& objective,
-          int64_t ignore_index, std::optional<double> logit_softcap, double z_loss, double label_smoothing)
+          const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_lse, const LossOptions& options)
       : labels_(as_int64("labels", labels)),
         position_scale_(numbers("position_scale", position_scale)),
         loss_(rows),
         lse_(rows) {
-    STD_TORCH_CHECK(objective == "mce" || objective == "mce_alt", "objective: expected 'mce' or 'mce_alt', got '",
-                    objective, "'");
-    STD_TORCH_CHECK(!logit_softcap || (*logit_softcap > 0 && *logit_softcap < HUGE_VAL),
-                    "logit_softcap: expected a finite number > 0");
-    STD_TORCH_CHECK(z_loss >= 0 && z_loss < HUGE_VAL, "z_loss: expected a finite number >= 0");
-    STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing: expected 0 to 1");
     const int64_t bag_size = static_cast<int64_t>(position_scale_.size()), count = labels_.numel();
     STD_TORCH_CHECK(bag_size >= 1 && count == rows * bag_size,
                     "labels, position_scale: expected [..., s] for each row, and [s]");
     const int64_t* data = labels_.const_data_ptr<int64_t>();
-    const int64_t bad = find_out_of_range(data, count, vocabulary, ignore_index);
+    const int64_t bad = find_out_of_range(data, count, vocabulary, options.ignore_index);
     if (bad >= 0) throw_out_of_range("labels", labels_, data, bad, vocabulary);
     if (grad_loss) {
       grad_loss_ = numbers("grad_loss", *grad_loss);
@@ -43,12 +36,8 @@ class RowLoss {
     }
     args_.vocabulary = vocabulary;
     args_.bag_size = bag_size;
-    args_.ignore_index = ignore_index;
     args_.position_scale = position_scale_.data();
-    args_.objective = objective == "mce" ? Objective::kMce : Objective::kMceAlt;
-    args_.logit_softcap = logit_softcap.value_or(0.0);
-    args_.z_loss = z_loss;
-    args_.label_smoothing = label_smoothing;
+    args_.options = options;
   }
 
   // Rows [start, start + logits.size(0)); logits [*, V], overwritten by their gradient if asked for.
@@ -113,7 +102,7 @@ class RowLoss {
 
   Tensor labels_;
   std::vector<double> position_scale_, grad_loss_, grad_lse_, loss_, lse_, label_logits_;
-  std::vector<RowSums> partial_;
+  std::vector<RowSums<double>> partial_;
   LossRows args_ = {};
 };
 

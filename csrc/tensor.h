@@ -1,4 +1,4 @@
-// What every op checks, and how it calls ATen: the only header here that knows torch, through its stable ABI alone.
+// Helpers on torch's tensors: the only header here that knows torch, through its stable ABI alone.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -45,3 +45,9 @@ def check_integer(name: str, value: int, least: int = -(2**63)) -> None:
     if not isinstance(value, int | torch.SymInt) or not least <= value < 2**63:
         wanted = "an integer of 64 bits" if least < 0 else f"an integer >= {least}"
         raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+
+
+def values_of(tensor: Tensor) -> list[float] | None:
+    """The numbers of a small tensor where reading them costs nothing: on the CPU, and not while tracing."""
+    readable = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+    return tensor.flatten().tolist() if readable and not torch.compiler.is_compiling() else None

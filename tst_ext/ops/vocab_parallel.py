@@ -11,12 +11,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import fallback
-from .arguments import row_scale_of
+from .chunked import chunk_rows, in_chunks
+from .loss import LossOptions, row_scale_of
+from .plain import capped, row_factors, row_loss, slope
 
 __all__: list[str] = []
 
 ELSEWHERE = -1  # stands for a label that is ignored, or another process's: it cannot be a row of this one's
+
+
+def checked_rows(hidden: Tensor, tp_group: "dist.ProcessGroup | None", sequence_parallel: bool) -> torch.Size:
+    """The shape of the rows of hidden, those of the whole sequence where hidden is a part of it."""
+    rows = hidden.shape[:-1]
+    if tp_group is None:
+        if sequence_parallel:
+            raise ValueError("sequence_parallel: only with tp_group")
+        return rows
+    if tp_group is dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returns there
+        raise ValueError("tp_group: expected a group that this process is in")
+    if not isinstance(tp_group, dist.ProcessGroup):
+        wanted = ": mesh.get_group() of a DeviceMesh" if hasattr(tp_group, "get_group") else ""
+        raise TypeError(f"tp_group: expected a torch.distributed ProcessGroup{wanted}, got {type(tp_group).__name__}")
+    if not sequence_parallel:
+        return rows
+    if not rows:
+        raise ValueError(f"hidden: expected [..., l / processes, d] with sequence_parallel, got {tuple(hidden.shape)}")
+    return torch.Size((*rows[:-1], rows[-1] * dist.get_world_size(tp_group)))
 
 
 def shard_of(weight: Tensor, group: "dist.ProcessGroup") -> tuple[Tensor, Tensor]:
@@ -28,44 +48,53 @@ def shard_of(weight: Tensor, group: "dist.ProcessGroup") -> tuple[Tensor, Tensor
 
 
 def linear_multi_hot_cross_entropy(
+    tp_group: "dist.ProcessGroup",
+    sequence_parallel: bool,
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     position_scale: Tensor,
     *,
-    tp_group: "dist.ProcessGroup",
-    sequence_parallel: bool,
+    bias: Tensor | None,
+    grad_loss: Tensor | None,
+    grad_lse: Tensor | None,
+    reduction: str,
     chunk_size: int | None,
-    ignore_index: int,
-    grad_hidden: bool = False,
-    **options: Any,
+    grad_hidden: bool,
+    grad_weight: bool,
+    grad_bias: bool,
+    **given: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op of that name; losses and lse are the group's, the gradients of weight and bias those of its own rows."""
+    options = LossOptions(**given)
     first, vocabulary = shard_of(weight, tp_group)
-    valid = labels != ignore_index
+    valid = labels != options.ignore_index
     outside = valid & ((labels < 0) | (labels >= vocabulary))
     if labels.device.type == "cpu" and outside.any():
         at = outside.nonzero()[0].tolist()
         raise IndexError(
             f"labels{at} = {labels[tuple(at)]} is out of range: expected 0 <= id < {int(vocabulary)}, the rows of all "
-            f"processes, or ignore_index = {ignore_index}"
+            f"processes, or ignore_index = {options.ignore_index}"
         )
     if sequence_parallel:
         hidden = hidden.contiguous()
         parts = [torch.empty_like(hidden) for _ in range(dist.get_world_size(tp_group))]
         dist.all_gather(parts, hidden, group=tp_group)
         hidden = torch.cat(parts, -2)
-    loss, lse, dhidden, dweight, dbias = fallback.linear_multi_hot_cross_entropy(
+    loss, lse, dhidden, dweight, dbias = in_chunks(
+        partial(_rows, tp_group, first, vocabulary, options),
         hidden,
         weight,
         labels,
         position_scale,
-        # The same number of chunks, and so of exchanges, in all processes: not a function of the size of a shard.
-        chunk_size=chunk_size or (8192 if hidden.device.type == "cuda" else 512),
-        ignore_index=ignore_index,
+        bias=bias,
+        grad_loss=grad_loss,
+        grad_lse=grad_lse,
+        reduction=reduction,
+        chunk_size=chunk_size or chunk_rows(len(labels), None, hidden.element_size(), hidden.device),
         grad_hidden=grad_hidden,
-        row_pass=partial(_rows, group=tp_group, first=first, vocabulary=vocabulary),
-        **options,
+        grad_weight=grad_weight,
+        grad_bias=grad_bias,
     )
     if grad_hidden and sequence_parallel:
         parts = [part.contiguous() for part in dhidden.chunk(dist.get_world_size(tp_group), -2)]
@@ -77,27 +106,23 @@ def linear_multi_hot_cross_entropy(
 
 
 def _rows(
-    logits: Tensor,  # [N, V of this process], overwritten by their gradient if asked for
-    labels: Tensor,  # [N, s], ids of the whole vocabulary
-    position_scale: Tensor,  # [s]
-    loss: Tensor,  # [N], filled
-    lse: Tensor,  # [N], filled
-    *,
-    grad_loss: Tensor | None = None,  # [] or [N]
-    grad_lse: Tensor | None = None,  # [N]
-    gradient: bool,
     group: "dist.ProcessGroup",
     first: Tensor,
     vocabulary: Tensor,
-    objective: str,
-    ignore_index: int,
-    logit_softcap: float | None,
-    z_loss: float,
-    label_smoothing: float,
+    options: LossOptions,
+    logits: Tensor,  # [N, V of this process], overwritten by their gradient if asked for
+    labels: Tensor,  # [N, s]
+    position_scale: Tensor,  # [s]
+    loss: Tensor,  # [N]
+    lse: Tensor,  # [N]
+    *,
+    grad_loss: Tensor | None,  # [] or [N]
+    grad_lse: Tensor | None,  # [N]
+    gradient: bool,
 ) -> None:
     """A row pass of the whole group: docs/ops.md, "A head divided over processes", has the formulas."""
     shard = logits.shape[1]
-    valid = labels != ignore_index
+    valid = labels != options.ignore_index
     own = labels - first
     own = torch.where(valid & (own >= 0) & (own < shard), own, ELSEWHERE)
     # An id outside the vocabulary stays one, for the device's own check to stop at.
@@ -107,19 +132,17 @@ def _rows(
         logits,
         own,
         position_scale,
-        objective=objective,
-        ignore_index=ELSEWHERE,
-        logit_softcap=logit_softcap,
+        **options._replace(ignore_index=ELSEWHERE, z_loss=0.0, label_smoothing=0.0)._asdict(),
     )
     kernel(loss, lse)
     wide = position_scale.double()
-    scale = row_scale_of(labels, wide, objective, ignore_index)
-    own_scale = row_scale_of(own, wide, objective, ELSEWHERE)
+    scale = row_scale_of(labels, wide, options.objective, options.ignore_index)
+    own_scale = row_scale_of(own, wide, options.objective, ELSEWHERE)
     own_loss, own_lse = (t.to(torch.float64, copy=True) for t in (loss, lse))  # which are overwritten below
 
     # What is added up: exp(own_lse), and of the labels sum_i c_i z_yi ("mce_alt": exp of their own log-sum-exp). As
     # differences from the largest; that of float32 numbers is exact, so a row whose labels are here keeps its digits.
-    alternatives = objective == "mce_alt"
+    alternatives = options.objective == "mce_alt"
     at_labels = torch.where(own_scale == 0, 0, own_scale * own_lse - own_loss)
     if alternatives:
         at_labels = torch.where(own_scale == 0, -torch.inf, own_lse - own_loss / own_scale)
@@ -128,13 +151,12 @@ def _rows(
     largest = torch.where(largest.isfinite(), largest, 0)
     sums = [(own_lse - largest[0]).exp(), (at_labels - largest[1]).exp() if alternatives else at_labels]
     uniform = torch.zeros((), device=logits.device)
-    if label_smoothing:
-        z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        z = z if logit_softcap is None else logit_softcap * torch.tanh(z / logit_softcap)
+    if options.label_smoothing:
+        z = capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), options)
         uniform = (z > -torch.inf).to(z.dtype)  # [N, V of this process]
         sums += [torch.where(uniform > 0, z, 0).sum(1, dtype=torch.float64), uniform.sum(1, dtype=torch.float64)]
-        if logit_softcap is not None:
-            uniform *= 1 - (z / logit_softcap).square()
+        if options.logit_softcap is not None:
+            uniform *= slope(z, options)
     total = torch.stack(sums)
     dist.all_reduce(total, group=group)
 
@@ -143,20 +165,15 @@ def _rows(
     fit = scale * all_lse - total[1]
     if alternatives:
         fit = scale * (all_lse - largest[1] - total[1].log()).clamp_min(0)
-    row_loss = (1 - label_smoothing) * fit + z_loss * scale * all_lse.square()
-    if label_smoothing:
-        row_loss += label_smoothing * scale * (all_lse - total[2] / total[3])
-    loss.copy_(torch.where(scale == 0, 0, row_loss))
+    above_mean = all_lse - total[2] / total[3] if options.label_smoothing else 0
+    loss.copy_(row_loss(options, scale, all_lse, fit, above_mean))
     lse.copy_(all_lse)
     if not gradient:
         return
 
     # The kernel's gradient is (pull S + push) softmax(own logits) - pull a, with S and a those of its own labels.
-    g = torch.ones_like(scale) if grad_loss is None else grad_loss.double().expand_as(scale)
-    factor = torch.where(g * scale == 0, 0, g * scale * (1 + 2 * z_loss * all_lse))
-    factor = factor if grad_lse is None else factor + grad_lse.double()
+    factor, pull, g = row_factors(options, scale, all_lse, grad_loss, grad_lse)
     share = torch.where(factor == 0, 0, factor * ((own_lse - largest[0]) - log_sum).exp())
-    pull = (1 - label_smoothing) * g
     if alternatives:
         part = torch.where(total[1] == 0, 0, ((at_labels - largest[1]) - total[1].log()).exp())  # 0: all masked
         pull = torch.where((own_scale == 0) | (pull == 0), 0, pull * part)
@@ -168,5 +185,6 @@ def _rows(
         grad_lse=push.to(loss.dtype),
         gradient=True,
     )
-    if label_smoothing:
-        logits -= uniform * torch.where(g * scale == 0, 0, label_smoothing * g * scale / total[3]).unsqueeze(1)
+    if options.label_smoothing:
+        taken = torch.where(g * scale == 0, 0, options.label_smoothing * g * scale / total[3])
+        logits -= uniform * taken.unsqueeze(1)

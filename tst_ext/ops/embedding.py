@@ -1,0 +1,124 @@
+"""bag_embedding: the public function, its autograd Function, and the fakes that torch.compile traces."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import FLOATING, INTEGER, check_integer, check_same_device, check_tensor
+from ..bags import resolved_position_weights
+from .second_derivative import first_derivative, link
+
+__all__ = ["bag_embedding"]
+
+
+def bag_embedding(
+    input_ids: Tensor,
+    weight: Tensor,
+    *,
+    mode: str = "mean",
+    padding_idx: int | None = None,
+    position_weights: str | Tensor | None = None,
+) -> Tensor:
+    """One embedding a bag: the mean (or sum) of the embeddings of its tokens.
+
+    `out[..., :] = sum_i w_i weight[input_ids[..., i], :] / sum_i w_i` over the positions i whose id is not
+    `padding_idx`, with w_i = 1 by default, summed in float32 (float64 for float64) and rounded once. A token that
+    occurs twice in a bag counts twice. The gradient of `weight` is dense, summed in float32 in a fixed order: repeated
+    calls are bitwise equal, whatever the number of threads.
+
+    Args:
+        input_ids: `[..., s]`, int64 or int32, each in `[0, V)` or `padding_idx`. The last dimension is the bag; s = 1
+            is an ordinary embedding.
+        weight: `[V, d]`, float32, bfloat16, float16 or float64.
+        mode: "mean" or "sum" (without the divisor).
+        padding_idx: the id of empty slots, which count neither in the sum nor in the divisor; a bag of them alone is
+            zeros. Compared as it is, so a number outside the vocabulary, such as -100, serves and no token is lost.
+        position_weights: weights w_i of the bag positions: a name that `tst_ext.position_weights` knows, or a tensor
+            `[s]`, finite and >= 0, constant (no gradient).
+
+    Returns:
+        `[..., d]` in weight's dtype.
+
+    Raises:
+        TypeError: a dtype other than those above, or a DTensor.
+        ValueError: a shape, device, weight or mode other than those above.
+        IndexError: an id outside `[0, V)` that is not `padding_idx`; names the id and its place. On other devices than
+            the CPU the device's own check stops instead, as in torch's embedding.
+        RuntimeError: on a second derivative, which is not implemented.
+
+    Source: arXiv 2605.06546, the input of the superposition phase.
+    """
+    check_tensor("input_ids", input_ids, INTEGER)
+    check_tensor("weight", weight, FLOATING)
+    if input_ids.dim() < 1 or input_ids.shape[-1] < 1:
+        raise ValueError(f"input_ids: expected [..., bag_size] with bag_size >= 1, got shape {tuple(input_ids.shape)}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected [num_embeddings, embedding_dim], got shape {tuple(weight.shape)}")
+    if mode not in ("mean", "sum"):
+        raise ValueError(f"mode: expected 'mean' or 'sum', got {mode!r}")
+    if padding_idx is not None:
+        check_integer("padding_idx", padding_idx)
+    check_same_device(input_ids=input_ids, weight=weight)
+    weights = resolved_position_weights(position_weights, input_ids.shape[-1], weight)
+    return _BagEmbedding.apply(input_ids, weight, mode, padding_idx, weights, link(weight))
+
+
+class _BagEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        input_ids: Tensor,
+        weight: Tensor,
+        mode: str,
+        padding_idx: int | None,
+        position_weights: Tensor | None,
+        link: Tensor | None,
+    ) -> Tensor:
+        return torch.ops.tst_ext.bag_embedding(
+            input_ids, weight, mode, padding_idx=padding_idx, position_weights=position_weights
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input_ids, weight, ctx.mode, ctx.padding_idx, position_weights, link = inputs
+        ctx.save_for_backward(input_ids, position_weights, link)
+        ctx.num_embeddings = weight.shape[0]
+
+    @staticmethod
+    @first_derivative
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input_ids, position_weights, _ = ctx.saved_tensors
+        gradient = torch.ops.tst_ext.bag_embedding_backward(
+            grad,
+            input_ids,
+            ctx.num_embeddings,
+            ctx.mode,
+            padding_idx=ctx.padding_idx,
+            position_weights=position_weights,
+        )
+        return None, gradient, None, None, None, None
+
+
+@torch.library.register_fake("tst_ext::bag_embedding")
+def _(
+    input_ids: Tensor,
+    weight: Tensor,
+    mode: str,
+    *,
+    padding_idx: int | None = None,
+    position_weights: Tensor | None = None,
+) -> Tensor:
+    return weight.new_empty(*input_ids.shape[:-1], weight.shape[1])
+
+
+@torch.library.register_fake("tst_ext::bag_embedding_backward")
+def _(
+    grad: Tensor,
+    input_ids: Tensor,
+    num_embeddings: int,
+    mode: str,
+    *,
+    padding_idx: int | None = None,
+    position_weights: Tensor | None = None,
+) -> Tensor:
+    return grad.new_empty(num_embeddings, grad.shape[-1])

@@ -1,0 +1,117 @@
+"""multi_hot_cross_entropy, of logits that exist already: the public function, its autograd Function, and the fakes."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import FLOATING, check_tensor
+from .loss import LossOptions, check_reduction, checked_bags, checked_options, position_scale_of, results
+from .second_derivative import first_derivative, link
+
+__all__ = ["multi_hot_cross_entropy"]
+
+
+def multi_hot_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    position_weights: str | Tensor | None = None,
+    objective: str = "mce",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    logit_softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    return_lse: bool = False,
+    return_z_loss: bool = False,
+    inplace: bool = False,
+) -> Any:
+    """Multi-hot cross-entropy of logits that exist already, one pass over them forward and one backward.
+
+    The options, the result and the errors are those of `linear_multi_hot_cross_entropy`, which spares the logits.
+
+    Args:
+        logits: `[..., V]`, float32, bfloat16, float16 or float64.
+        labels: `[..., s]`, or `[...]` for s = 1.
+        inplace: the backward pass writes the gradient over the logits instead of into memory of its own. They must be
+            contiguous, not a leaf that requires grad, and not needed by another op's backward; a second backward
+            through a kept graph raises RuntimeError. Under torch.compile, which places memory itself, without effect.
+
+    Source: arXiv 2605.06546, multi-hot cross-entropy and its sum-to-one variant.
+    """
+    check_tensor("logits", logits, FLOATING)
+    options = checked_options(LossOptions(objective, ignore_index, logit_softcap, z_loss, label_smoothing))
+    check_reduction(reduction, normalizer)
+    if logits.dim() < 1:
+        raise ValueError("logits: expected [..., V], got a 0-d tensor")
+    if inplace and (not logits.is_contiguous() or (logits.is_leaf and logits.requires_grad)):
+        raise ValueError(
+            "inplace: expected contiguous logits that are not a leaf that requires grad, got strides "
+            f"{logits.stride()} for shape {tuple(logits.shape)}, is_leaf={logits.is_leaf}"
+        )
+    rows = logits.shape[:-1]
+    bags = checked_bags(labels, rows, logits, "logits")
+    scale = position_scale_of(bags, logits, options, reduction, normalizer, position_weights)
+    loss, lse = _MultiHotCrossEntropy.apply(logits, bags, scale, options, reduction == "none", inplace, link(logits))
+    return results(loss, lse, rows, bags, scale, options, reduction, return_lse, return_z_loss)
+
+
+class _MultiHotCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        bags: Tensor,
+        position_scale: Tensor,
+        options: LossOptions,
+        per_row: bool,
+        inplace: bool,
+        link: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return torch.ops.tst_ext.multi_hot_cross_entropy(
+            logits, bags, position_scale, reduction="none" if per_row else "sum", **options._asdict()
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        logits, bags, position_scale, ctx.options, _, ctx.inplace, link = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, bags, position_scale, link)
+
+    @staticmethod
+    @first_derivative
+    def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, bags, position_scale, _ = ctx.saved_tensors
+        # A compiler decides about memory itself, and does not see that another op needs these logits.
+        inplace = ctx.inplace and not torch.compiler.is_compiling()
+        gradient = logits if inplace else logits.clone(memory_format=torch.contiguous_format)
+        torch.ops.tst_ext.multi_hot_cross_entropy_rows_(
+            gradient.view(len(bags), logits.shape[-1]),
+            bags,
+            position_scale,
+            position_scale.new_empty(len(bags)),
+            position_scale.new_empty(len(bags)),
+            grad_loss=position_scale.new_zeros(()) if grad_loss is None else grad_loss,
+            grad_lse=grad_lse,
+            gradient=True,
+            **ctx.options._asdict(),
+        )
+        if inplace:
+            torch.autograd.graph.increment_version(logits)  # a second backward finds its saved logits changed
+        return gradient, None, None, None, None, None, None
+
+
+@torch.library.register_fake("tst_ext::multi_hot_cross_entropy")
+def _(
+    logits: Tensor, labels: Tensor, position_scale: Tensor, *, reduction: str = "sum", **options: Any
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    rows = math.prod(logits.shape[:-1])
+    return logits.new_empty((rows,) if reduction == "none" else (), dtype=dtype), logits.new_empty(rows, dtype=dtype)
+
+
+@torch.library.register_fake("tst_ext::multi_hot_cross_entropy_rows_")
+def _(logits: Tensor, labels: Tensor, position_scale: Tensor, loss: Tensor, lse: Tensor, **options: Any) -> None:
+    return None

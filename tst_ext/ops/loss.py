@@ -1,0 +1,139 @@
+"""What the losses have in common: their options and the checks of them, the normalisation, and what they return."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import FLOATING, INTEGER, check_integer, check_number, check_same_device, check_tensor, values_of
+from ..bags import resolved_position_weights
+
+__all__: list[str] = []
+
+
+class LossOptions(NamedTuple):
+    """The options of a row's loss: those of csrc/loss.h, by the names that the ops take them by."""
+
+    objective: str = "mce"
+    ignore_index: int = -100
+    logit_softcap: float | None = None
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+
+
+def checked_options(options: LossOptions) -> LossOptions:
+    """The options in the types of the ops; ValueError names one that is out of its range."""
+    if options.objective not in ("mce", "mce_alt"):
+        raise ValueError(f"objective: expected 'mce' or 'mce_alt', got {options.objective!r}")
+    check_integer("ignore_index", options.ignore_index)
+    cap = options.logit_softcap
+    if cap is not None:
+        least, most = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+        if not isinstance(cap, int | float) or not least <= cap <= most:
+            raise ValueError(f"logit_softcap: expected a float32 number > 0, or None for no cap, got {cap!r}")
+    check_number("z_loss", options.z_loss)
+    check_number("label_smoothing", options.label_smoothing, 1)
+    return options._replace(z_loss=float(options.z_loss), label_smoothing=float(options.label_smoothing))
+
+
+def check_reduction(reduction: str, normalizer: float | Tensor | None) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    if normalizer is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"normalizer: it is the divisor of reduction 'mean', got reduction {reduction!r}")
+    if isinstance(normalizer, Tensor):
+        check_tensor("normalizer", normalizer, FLOATING + INTEGER)
+        if normalizer.dim() or normalizer.requires_grad:
+            raise ValueError(
+                f"normalizer: expected a number or a constant 0-d tensor, got shape {tuple(normalizer.shape)}, "
+                f"requires_grad={normalizer.requires_grad}"
+            )
+        for value in values_of(normalizer) or ():
+            check_number("normalizer", value)
+    else:
+        check_number("normalizer", normalizer)
+
+
+def checked_bags(labels: Tensor, rows: torch.Size, like: Tensor, name: str) -> Tensor:
+    """The labels of `rows`, which are those of the tensor `like` called `name`, as `[N, s]`."""
+    check_tensor("labels", labels, INTEGER)
+    check_same_device(**{name: like, "labels": labels})
+    bag_size = 1 if labels.shape == rows else labels.shape[-1] if labels.shape[:-1] == rows else 0
+    if bag_size < 1:
+        raise ValueError(
+            f"labels: expected {tuple(rows)} or {(*rows, 's')} with s >= 1 for {name} of shape {tuple(like.shape)}, "
+            f"got shape {tuple(labels.shape)}"
+        )
+    return labels.reshape(math.prod(rows), bag_size)
+
+
+def position_scale_of(
+    labels: Tensor,  # [N, s]
+    like: Tensor,
+    options: LossOptions,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    position_weights: str | Tensor | None,
+) -> Tensor:
+    """What one valid label of each position weighs in the loss: `[s]`; for mce_alt what one row weighs, s times.
+
+    Pure tensor code without a look at the numbers, so that nothing waits for the device.
+    """
+    if options.objective == "mce_alt" and position_weights is not None:
+        raise ValueError("position_weights: objective 'mce_alt' sees a bag as a set, which has no positions")
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    given = resolved_position_weights(position_weights, labels.shape[1], like)
+    if given is None:
+        w = labels.new_ones(labels.shape[1], dtype=dtype)
+    else:
+        w = given.to(torch.promote_types(given.dtype, dtype))
+    divisor: float | Tensor
+    if normalizer is not None:
+        divisor = normalizer.to(w.device) if isinstance(normalizer, Tensor) else normalizer
+    else:
+        count = torch.ones_like(w)
+        if reduction == "mean":
+            valid = labels != options.ignore_index
+            if options.objective == "mce_alt":
+                valid = valid.any(1, keepdim=True).expand_as(valid)
+            count = valid.sum(0).to(w.dtype)
+            w = torch.where(count == 0, 0, w)
+        if options.objective == "mce":
+            w = torch.where(w == 0, 0, w / w.amax())  # so that their sum is finite too
+            count = count * w.sum()
+        divisor = count
+    return torch.where(w == 0, 0, w / divisor).to(dtype)  # 0 / 0 where a position, or the batch, has no valid label
+
+
+def row_scale_of(labels: Tensor, position_scale: Tensor, objective: str, ignore_index: int) -> Tensor:
+    """What the row's terms that are not a label's weigh: `[N]`; S of csrc/loss.h."""
+    valid = labels != ignore_index
+    if objective == "mce_alt":
+        return torch.where(valid.any(1), position_scale[0], 0)
+    return torch.where(valid, position_scale, 0).sum(1)
+
+
+def results(
+    loss: Tensor,
+    lse: Tensor,  # [N]
+    rows: torch.Size,
+    labels: Tensor,  # [N, s]
+    position_scale: Tensor,
+    options: LossOptions,
+    reduction: str,
+    return_lse: bool,
+    return_z_loss: bool,
+) -> Any:
+    """What the public functions return, from the loss and lse of the op."""
+    per_row = reduction == "none"
+    returned = [loss.view(rows) if per_row else loss]
+    if return_lse:
+        returned.append(lse.view(rows))
+    if return_z_loss:
+        scale = row_scale_of(labels, position_scale, options.objective, options.ignore_index)
+        z = options.z_loss * scale * torch.where(scale == 0, 0, lse).square()
+        returned.append(z.view(rows) if per_row else z.sum())
+    return tuple(returned) if len(returned) > 1 else returned[0]
