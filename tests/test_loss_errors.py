@@ -43,10 +43,6 @@ class TestErrors:
             (H, W, Y, {"bias": B.to("meta")}, ValueError, "bias on meta"),
             (H, W, Y, {"chunk_size": 0}, ValueError, "chunk_size.*0"),
             (H, W, Y, {"chunk_size": 2.5}, ValueError, "chunk_size.*2.5"),
-            (H, W, Y, {"memory_budget": 2.5}, ValueError, "memory_budget.*2.5"),
-            (H, W, Y, {"memory_budget": 39}, ValueError, "memory_budget.*40.*39"),
-            (H.half(), W.half(), Y, {"memory_budget": 39}, ValueError, "memory_budget.*40.*39"),
-            (H, W, Y, {"memory_budget": 400, "chunk_size": 2}, ValueError, "chunk_size, memory_budget.*2.*400"),
         ],
     )  # fmt: skip
     def test_arguments(self, hidden, weight, labels, options, error, message):

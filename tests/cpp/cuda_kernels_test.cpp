@@ -27,15 +27,13 @@ void run_loss_rows(const LossRows& in, int64_t begin, int64_t end) {
   cuda::LossRows<T> a{};
   a.logits = static_cast<T*>(in.logits) + begin * in.stride, a.stride = in.stride;
   a.vocabulary = static_cast<int>(in.vocabulary);
-  a.labels = in.labels + begin * s, a.bag_size = static_cast<int>(s), a.ignore_index = in.ignore_index;
-  a.position_scale = scale.data();
-  a.objective = in.objective == Objective::kMce ? cuda::Objective::kMce : cuda::Objective::kMceAlt;
-  a.logit_softcap = in.logit_softcap, a.z_loss = in.z_loss, a.label_smoothing = in.label_smoothing;
+  a.labels = in.labels + begin * s, a.bag_size = static_cast<int>(s);
+  a.position_scale = scale.data(), a.options = in.options;
   a.grad_loss = grad_loss.empty() ? nullptr : grad_loss.data(), a.grad_loss_stride = 1;
   a.grad_lse = grad_lse.empty() ? nullptr : grad_lse.data();
   a.loss = loss.data(), a.lse = lse.data();
   a.cache_bytes = cached && in.gradient ? static_cast<int>(cuda::slice_bytes<T>(in.vocabulary, blocks)) : 0;
-  const bool plain = in.logit_softcap == 0 && in.label_smoothing == 0;
+  const bool plain = in.options.plain();
   constexpr unsigned kThreads = blocks > 1 || cached ? 96 : 192;  // 5 warps of columns: a lane joins the sums of two
   emulator::launch({static_cast<unsigned>(rows * blocks), 1, 1}, kThreads, blocks,
                    static_cast<size_t>(cuda::loss_rows_memory<T>(s) + a.cache_bytes), [&] {
@@ -296,7 +294,7 @@ TEST(CudaLossTest, LabelsOutOfRangeStop) {
     double loss = 0, lse = 0;
     LossRows args{};
     args.logits = logits.data(), args.stride = args.vocabulary = 5;
-    args.labels = &bad, args.bag_size = 1, args.ignore_index = -100, args.position_scale = &scale;
+    args.labels = &bad, args.bag_size = 1, args.options.ignore_index = -100, args.position_scale = &scale;
     args.gradient = true, args.loss = &loss, args.lse = &lse;
     EXPECT_THROW(emulated_loss_rows("cuda_cached", kFloat32)(args, 0, 1), std::out_of_range);
     EXPECT_EQ(logits, std::vector<float>(5, 0)) << "nothing was written";
@@ -310,7 +308,7 @@ TEST(CudaLossTest, NaNOfAThreadWithNothingElseShows) {
   double loss = 0, lse = 0;
   LossRows args{};
   args.logits = logits, args.stride = args.vocabulary = 12;
-  args.labels = &label, args.bag_size = 1, args.ignore_index = -100, args.position_scale = &scale;
+  args.labels = &label, args.bag_size = 1, args.options.ignore_index = -100, args.position_scale = &scale;
   args.loss = &loss, args.lse = &lse;
   emulated_loss_rows("cuda_cached", kFloat32)(args, 0, 1);
   EXPECT_TRUE(std::isnan(loss) && std::isnan(lse)) << loss << ", " << lse;

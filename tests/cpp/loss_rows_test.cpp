@@ -34,12 +34,14 @@ struct Expected {
 
 Expected expected_row(const std::vector<double>& x, const int64_t* labels, const LossRows& a, int64_t r) {
   const size_t n = x.size();
-  const long double g = a.grad_loss ? a.grad_loss[r] : 1, u = a.grad_lse ? a.grad_lse[r] : 0, e = a.label_smoothing;
+  const long double g = a.grad_loss ? a.grad_loss[r] : 1, u = a.grad_lse ? a.grad_lse[r] : 0,
+                    e = a.options.label_smoothing;
   std::vector<long double> z(n), pull(n, 0);
   std::vector<bool> labelled(n, false);
   long double m = -INFINITY, sum = 0, scale = 0, mean = 0, columns = 0, set = 0, fit = 0;
   for (size_t v = 0; v < n; ++v) {
-    z[v] = a.logit_softcap ? a.logit_softcap * std::tanh((long double)x[v] / a.logit_softcap) : (long double)x[v];
+    z[v] = a.options.logit_softcap ? a.options.logit_softcap * std::tanh((long double)x[v] / a.options.logit_softcap)
+                                   : (long double)x[v];
     m = std::max(m, z[v]);
     if (z[v] > -INFINITY) mean += z[v], columns += 1;
   }
@@ -47,32 +49,33 @@ Expected expected_row(const std::vector<double>& x, const int64_t* labels, const
   for (const long double value : z) sum += std::exp(value - m);
   const long double lse = m + std::log(sum);
   for (int64_t i = 0; i < a.bag_size; ++i) {
-    if (labels[i] == a.ignore_index) continue;
-    scale = a.objective == Objective::kMce ? scale + a.position_scale[i] : a.position_scale[0];
+    if (labels[i] == a.options.ignore_index) continue;
+    scale = a.options.objective == Objective::kMce ? scale + a.position_scale[i] : a.position_scale[0];
     labelled[labels[i]] = true;
-    if (a.objective == Objective::kMce) {
+    if (a.options.objective == Objective::kMce) {
       pull[labels[i]] += a.position_scale[i];
       if (a.position_scale[i] != 0) fit += a.position_scale[i] * (m - z[labels[i]] + std::log(sum));
     }
   }
-  if (a.objective == Objective::kMceAlt && scale != 0) {
+  if (a.options.objective == Objective::kMceAlt && scale != 0) {
     for (size_t v = 0; v < n; ++v) set += labelled[v] ? std::exp(z[v] - m) : 0.0L;
     for (size_t v = 0; v < n; ++v) pull[v] = labelled[v] ? scale * std::exp(z[v] - m) / set : 0.0L;
     fit = scale * std::log(sum / set);
   }
   Expected out;
   out.lse = double(lse);
-  out.loss =
-      scale == 0 ? 0.0 : double((1 - e) * fit + (e ? e * scale * (lse - mean) : 0) + a.z_loss * scale * lse * lse);
-  out.size = double(fit + scale + a.z_loss * scale * lse * lse);
+  out.loss = scale == 0
+                 ? 0.0
+                 : double((1 - e) * fit + (e ? e * scale * (lse - mean) : 0) + a.options.z_loss * scale * lse * lse);
+  out.size = double(fit + scale + a.options.z_loss * scale * lse * lse);
   for (size_t v = 0; v < n; ++v) {
-    const long double p = std::exp(z[v] - m) / sum, attraction = g * scale * (1 + 2 * a.z_loss * lse) + u;
-    const long double uniform = z[v] > -INFINITY ? g * e * scale / columns : 0.0L, t = z[v] / a.logit_softcap;
-    const long double slope = a.logit_softcap ? 1 - t * t : 1.0L;
+    const long double p = std::exp(z[v] - m) / sum, attraction = g * scale * (1 + 2 * a.options.z_loss * lse) + u;
+    const long double uniform = z[v] > -INFINITY ? g * e * scale / columns : 0.0L, t = z[v] / a.options.logit_softcap;
+    const long double slope = a.options.logit_softcap ? 1 - t * t : 1.0L;
     const bool nothing = (scale == 0 || g == 0) && u == 0;
     out.gradient.push_back(nothing ? 0.0 : double((attraction * p - g * (1 - e) * pull[v] - uniform) * slope));
     // kMceAlt's pull is a quotient of exponentials, always in double; kMce's is a sum of a few numbers.
-    const long double pulled = std::fabs(g) * pull[v] / (a.objective == Objective::kMce ? 16 : 2);
+    const long double pulled = std::fabs(g) * pull[v] / (a.options.objective == Objective::kMce ? 16 : 2);
     out.gradient_size.push_back(double(std::fabs(attraction) * p + pulled + std::fabs(uniform)));
   }
   return out;
@@ -100,7 +103,7 @@ const LossOptions kLossOptions[] = {
 // Loss and lse, columns coming in blocks of `width`.
 std::pair<std::vector<double>, std::vector<double>> in_blocks(LossRows args, DType dtype, int64_t rows, int64_t width) {
   std::vector<double> loss(rows, -1), lse(rows, -1), label_logits(rows * args.bag_size);
-  std::vector<RowSums> partial(rows);
+  std::vector<RowSums<double>> partial(rows);
   char* logits = static_cast<char*>(args.logits);
   args.gradient = false, args.loss = loss.data(), args.lse = lse.data();
   if (!LossTest::emulated_.empty()) {  // on CUDA whole rows alone
@@ -145,10 +148,10 @@ TEST_P(LossTest, LossRows) {
         std::vector<double> loss(rows, -1), lse(rows, -1), loss_only(rows, -1), lse_only(rows, -1);
         LossRows forward{};
         forward.logits = logits.bytes.data(), forward.stride = stride, forward.vocabulary = vocabulary;
-        forward.labels = labels.data(), forward.bag_size = bag_size, forward.ignore_index = kIgnore;
-        forward.position_scale = scale.data(), forward.objective = options.objective;
-        forward.logit_softcap = options.logit_softcap, forward.z_loss = options.z_loss;
-        forward.label_smoothing = options.label_smoothing;
+        forward.labels = labels.data(), forward.bag_size = bag_size, forward.options.ignore_index = kIgnore;
+        forward.position_scale = scale.data(), forward.options.objective = options.objective;
+        forward.options.logit_softcap = options.logit_softcap, forward.options.z_loss = options.z_loss;
+        forward.options.label_smoothing = options.label_smoothing;
         forward.loss = loss_only.data(), forward.lse = lse_only.data();
         if (options.upstream) forward.grad_loss = grad_loss.data(), forward.grad_lse = grad_lse.data();
         loss_rows(dtype())(forward, 0, rows);
@@ -206,8 +209,8 @@ TEST_P(LossTest, LossRowsExtremes) {
     std::vector<double> loss(4), lse(4);
     LossRows args{};
     args.logits = logits.bytes.data(), args.stride = args.vocabulary = vocabulary;
-    args.labels = labels.data(), args.bag_size = 1, args.ignore_index = kIgnore, args.position_scale = &scale;
-    args.objective = options.objective, args.label_smoothing = options.label_smoothing;
+    args.labels = labels.data(), args.bag_size = 1, args.options.ignore_index = kIgnore, args.position_scale = &scale;
+    args.options.objective = options.objective, args.options.label_smoothing = options.label_smoothing;
     args.gradient = true, args.loss = loss.data(), args.lse = lse.data();
     for (const int64_t width : {1, 7, 67, 69}) {
       const std::vector<double> blocks = in_blocks(args, dtype(), 4, width).first;
@@ -255,7 +258,7 @@ TEST_P(LossTest, LargeLogits) {
         double loss = 0, lse = 0;
         LossRows args{};
         args.logits = logits.bytes.data(), args.stride = args.vocabulary = vocabulary;
-        args.labels = &label, args.bag_size = 1, args.ignore_index = kIgnore, args.position_scale = &scale;
+        args.labels = &label, args.bag_size = 1, args.options.ignore_index = kIgnore, args.position_scale = &scale;
         args.grad_loss = &upstream, args.gradient = true, args.loss = &loss, args.lse = &lse;
         loss_rows(dtype())(args, 0, 1);
         const Expected wanted = expected_row(x, &label, args, 0);
@@ -284,7 +287,7 @@ TEST_P(LossTest, MaximumInEveryColumn) {
   std::vector<double> loss(n), lse(n);
   LossRows args{};
   args.logits = logits.bytes.data(), args.stride = args.vocabulary = n;
-  args.labels = labels.data(), args.bag_size = 1, args.ignore_index = kIgnore, args.position_scale = &scale;
+  args.labels = labels.data(), args.bag_size = 1, args.options.ignore_index = kIgnore, args.position_scale = &scale;
   args.gradient = true, args.loss = loss.data(), args.lse = lse.data();
   for (const int64_t width : {1, 33, 129}) {
     if (!emulated_.empty() && width > 1) continue;  // which has no blocks of columns
@@ -308,7 +311,8 @@ struct SmallRow {
     for (int64_t v = 0; v < 9; ++v) logits.set(v, v == 3 ? logit : 0.0);
     LossRows args{};
     args.logits = logits.bytes.data(), args.stride = args.vocabulary = 9;
-    args.labels = labels.data(), args.bag_size = 2, args.ignore_index = kIgnore, args.position_scale = scale.data();
+    args.labels = labels.data(), args.bag_size = 2, args.options.ignore_index = kIgnore,
+    args.position_scale = scale.data();
     args.gradient = true, args.grad_loss = grad_loss, args.loss = &loss, args.lse = &lse;
     loss_rows(dtype)(args, 0, 1);
   }
@@ -338,8 +342,8 @@ TEST_P(LossTest, MaskedColumnsGetNoSmoothing) {
   double loss, lse;
   LossRows args{};
   args.logits = logits.bytes.data(), args.stride = args.vocabulary = vocabulary;
-  args.labels = &label, args.bag_size = 1, args.ignore_index = kIgnore, args.position_scale = &scale;
-  args.label_smoothing = 0.5, args.gradient = true, args.loss = &loss, args.lse = &lse;
+  args.labels = &label, args.bag_size = 1, args.options.ignore_index = kIgnore, args.position_scale = &scale;
+  args.options.label_smoothing = 0.5, args.gradient = true, args.loss = &loss, args.lse = &lse;
   loss_rows(dtype())(args, 0, 1);
   const double total = 10 * std::exp(1.0) + 10 * std::exp(-1.0);
   EXPECT_NEAR(loss, 0.5 * (std::log(total) + 1) + 0.5 * std::log(total), 16 * accumulation_eps());
@@ -360,8 +364,9 @@ TEST_P(LossTest, SetObjectiveWithMaskedLabels) {
     double loss, lse;
     LossRows args{};
     args.logits = logits.bytes.data(), args.stride = args.vocabulary = vocabulary;
-    args.labels = labels.data(), args.bag_size = 3, args.ignore_index = kIgnore, args.position_scale = scale.data();
-    args.objective = Objective::kMceAlt, args.gradient = true, args.loss = &loss, args.lse = &lse;
+    args.labels = labels.data(), args.bag_size = 3, args.options.ignore_index = kIgnore,
+    args.position_scale = scale.data();
+    args.options.objective = Objective::kMceAlt, args.gradient = true, args.loss = &loss, args.lse = &lse;
     loss_rows(dtype())(args, 0, 1);
     const double tolerance = 16 * accumulation_eps() + eps(dtype());
     if (both) {
