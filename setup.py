@@ -84,7 +84,12 @@ cpp_extension.CUDA_HOME = cuda_home(
 )
 if build_cuda():
     extension = cpp_extension.CUDAExtension
-    sources += ["csrc/cuda/bag_embedding.cu", "csrc/cuda/multi_hot_cross_entropy.cu", "csrc/cuda/scaled_copy.cu", "csrc/cuda/build.cu"]
+    sources += [
+        "csrc/cuda/bag_embedding.cu",
+        "csrc/cuda/multi_hot_cross_entropy.cu",
+        "csrc/cuda/scaled_copy.cu",
+        "csrc/cuda/build.cu",
+    ]
     macros += [("TST_WITH_CUDA", None), ("USE_CUDA", None)]
     compile_args["nvcc"] = ["-O3", "--expt-relaxed-constexpr"]
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:

@@ -434,7 +434,10 @@ class TestGradients:
             without = function(hidden, weight, bias, labels)
         assert not without.requires_grad and relative_error(without, with_graph) < 1e-14
 
-    def test_a_second_gradient_does_not_share_memory_with_the_first(self, device):
+    @pytest.mark.parametrize("tells", [True, False], ids=["torch tells of the graph", "a torch that does not"])
+    def test_a_second_gradient_does_not_share_memory_with_the_first(self, device, tells, monkeypatch):
+        if not tells:
+            monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
         hidden, weight, bias, labels = loss_case(6, 8, 50, 4, torch.float64, device)
         hidden.requires_grad_(), weight.requires_grad_()
         loss = fused(hidden, weight, bias, labels)

@@ -29,8 +29,8 @@ from torchtitan.trainer import Trainer
 
 from .. import SuperpositionSchedule, bag_embedding, fold_inputs, fold_labels, linear_multi_hot_cross_entropy
 from .. import position_weights as named_position_weights
-from ..arguments import check_loss_options
-from ..checks import check_integer
+from .._checks import check_integer
+from ..ops.loss import LossOptions, checked_options
 
 __all__ = ["BagEmbedding", "LossHead", "SuperpositionLoss", "SuperpositionTrainer", "superpose"]
 
@@ -105,7 +105,7 @@ class SuperpositionLoss(ChunkedLossWrapper):
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
         weights = config.position_weights
-        check_loss_options(config.objective, IGNORE_INDEX, "mean", None, weights, None, config.z_loss, 0.0)
+        checked_options(LossOptions(config.objective, IGNORE_INDEX, None, config.z_loss), weights)
         if weights is not None:
             named_position_weights(weights, 1)
         if config.chunk_size is not None:

@@ -6,7 +6,7 @@ The loop over chunks of rows is in csrc/cpu/linear_multi_hot_cross_entropy.cpp f
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,7 +107,8 @@ def linear_multi_hot_cross_entropy(
     check_tensor("weight", weight, FLOATING)
     if bias is not None:
         check_tensor("bias", bias, FLOATING)
-    options = checked_options(LossOptions(objective, ignore_index, logit_softcap, z_loss, label_smoothing))
+    options = LossOptions(objective, ignore_index, logit_softcap, z_loss, label_smoothing)
+    options = checked_options(options, position_weights)
     check_reduction(reduction, normalizer)
     device_type = hidden.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta has no autocast and raises
@@ -140,37 +141,45 @@ def linear_multi_hot_cross_entropy(
     now = torch.is_grad_enabled() and reduction != "none"
     wants = tuple(now and t is not None and t.requires_grad for t in (hidden, weight, bias))
     keep = reduction == "none" or return_lse or return_z_loss  # hidden and weight: the backward may need the logits
-    call = (run, options, "none" if reduction == "none" else "sum", chunk_size)
-    loss, lse = apply(hidden, weight, bias, bags, scale, call, wants, keep, link(hidden, weight, bias))[:2]
+    call = _Call(run, options, "none" if reduction == "none" else "sum", chunk_size)
+    loss, lse = apply(hidden, weight, bias, labels, scale, call, wants, keep, link(hidden, weight, bias))[:2]
     return results(loss, lse, rows, bags, scale, options, reduction, return_lse, return_z_loss)
 
 
+class _Call(NamedTuple):
+    """What a call hands to the op beside tensors."""
+
+    run: Callable[..., tuple[Tensor, ...]]  # the op, or the one for a divided head
+    options: LossOptions
+    reduction: str
+    chunk_size: int | None
+
+
 def _run(
-    call: tuple[Callable[..., tuple[Tensor, ...]], LossOptions, str, int | None],
+    call: _Call,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    bags: Tensor,
+    labels: Tensor,
     position_scale: Tensor,
     wants: tuple[bool, ...],  # the gradients of hidden, weight and bias
     grad_loss: Tensor | None = None,
     grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    run, options, reduction, chunk_size = call
-    return run(
+    return call.run(
         hidden,
         weight,
-        bags,
+        labels,
         position_scale,
         bias=bias,
         grad_loss=grad_loss,
         grad_lse=grad_lse,
-        reduction=reduction,
-        chunk_size=chunk_size,
+        reduction=call.reduction,
+        chunk_size=call.chunk_size,
         grad_hidden=wants[0],
         grad_weight=wants[1],
         grad_bias=wants[2],
-        **options._asdict(),
+        **call.options._asdict(),
     )
 
 
@@ -180,14 +189,14 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        bags: Tensor,
+        labels: Tensor,
         position_scale: Tensor,
-        call: tuple[Any, ...],
+        call: _Call,
         wants: tuple[bool, ...],  # gradients computed now: hidden's, weight's, bias's
         keep: bool,
         link: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        return _run(call, hidden, weight, bias, bags, position_scale, wants)
+        return _run(call, hidden, weight, bias, labels, position_scale, wants)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -202,15 +211,15 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
     @staticmethod
     @first_derivative
     def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        *ready, hidden, weight, bias, bags, position_scale, _ = ctx.saved_tensors
-        per_row = ctx.call[2] == "none"
+        *ready, hidden, weight, bias, labels, position_scale, _ = ctx.saved_tensors
+        per_row = ctx.call.reduction == "none"
         gradients: list[Tensor | None] = [None, None, None]
         if grad_loss is not None and not per_row:
             gradients = [None if g is None else _scaled(g, grad_loss, ctx.dtype) for g in ready]
         if hidden is not None and (grad_lse is not None or (per_row and grad_loss is not None)):
             upstream = grad_loss if per_row and grad_loss is not None else position_scale.new_zeros(())
             needs = ctx.needs_input_grad[:3]
-            more = _run(ctx.call, hidden, weight, bias, bags, position_scale, needs, upstream, grad_lse)[2:]
+            more = _run(ctx.call, hidden, weight, bias, labels, position_scale, needs, upstream, grad_lse)[2:]
             gradients = [_sum(g, m, ctx.dtype) if n else None for g, m, n in zip(gradients, more, needs, strict=True)]
         return *gradients, None, None, None, None, None, None
 

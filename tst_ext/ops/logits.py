@@ -43,7 +43,8 @@ def multi_hot_cross_entropy(
     Source: arXiv 2605.06546, multi-hot cross-entropy and its sum-to-one variant.
     """
     check_tensor("logits", logits, FLOATING)
-    options = checked_options(LossOptions(objective, ignore_index, logit_softcap, z_loss, label_smoothing))
+    options = LossOptions(objective, ignore_index, logit_softcap, z_loss, label_smoothing)
+    options = checked_options(options, position_weights)
     check_reduction(reduction, normalizer)
     if logits.dim() < 1:
         raise ValueError("logits: expected [..., V], got a 0-d tensor")
@@ -55,7 +56,7 @@ def multi_hot_cross_entropy(
     rows = logits.shape[:-1]
     bags = checked_bags(labels, rows, logits, "logits")
     scale = position_scale_of(bags, logits, options, reduction, normalizer, position_weights)
-    loss, lse = _MultiHotCrossEntropy.apply(logits, bags, scale, options, reduction == "none", inplace, link(logits))
+    loss, lse = _MultiHotCrossEntropy.apply(logits, labels, scale, options, reduction == "none", inplace, link(logits))
     return results(loss, lse, rows, bags, scale, options, reduction, return_lse, return_z_loss)
 
 
@@ -63,7 +64,7 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         logits: Tensor,
-        bags: Tensor,
+        labels: Tensor,
         position_scale: Tensor,
         options: LossOptions,
         per_row: bool,
@@ -71,28 +72,29 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
         link: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         return torch.ops.tst_ext.multi_hot_cross_entropy(
-            logits, bags, position_scale, reduction="none" if per_row else "sum", **options._asdict()
+            logits, labels, position_scale, reduction="none" if per_row else "sum", **options._asdict()
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        logits, bags, position_scale, ctx.options, _, ctx.inplace, link = inputs
+        logits, labels, position_scale, ctx.options, _, ctx.inplace, link = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, bags, position_scale, link)
+        ctx.save_for_backward(logits, labels, position_scale, link)
 
     @staticmethod
     @first_derivative
     def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, bags, position_scale, _ = ctx.saved_tensors
+        logits, labels, position_scale, _ = ctx.saved_tensors
         # A compiler decides about memory itself, and does not see that another op needs these logits.
         inplace = ctx.inplace and not torch.compiler.is_compiling()
         gradient = logits if inplace else logits.clone(memory_format=torch.contiguous_format)
+        rows = math.prod(logits.shape[:-1])
         torch.ops.tst_ext.multi_hot_cross_entropy_rows_(
-            gradient.view(len(bags), logits.shape[-1]),
-            bags,
+            gradient.view(rows, logits.shape[-1]),
+            labels,
             position_scale,
-            position_scale.new_empty(len(bags)),
-            position_scale.new_empty(len(bags)),
+            position_scale.new_empty(rows),
+            position_scale.new_empty(rows),
             grad_loss=position_scale.new_zeros(()) if grad_loss is None else grad_loss,
             grad_lse=grad_lse,
             gradient=True,

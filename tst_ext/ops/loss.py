@@ -22,10 +22,12 @@ class LossOptions(NamedTuple):
     label_smoothing: float = 0.0
 
 
-def checked_options(options: LossOptions) -> LossOptions:
+def checked_options(options: LossOptions, position_weights: str | Tensor | None) -> LossOptions:
     """The options in the types of the ops; ValueError names one that is out of its range."""
     if options.objective not in ("mce", "mce_alt"):
         raise ValueError(f"objective: expected 'mce' or 'mce_alt', got {options.objective!r}")
+    if options.objective == "mce_alt" and position_weights is not None:
+        raise ValueError("position_weights: objective 'mce_alt' sees a bag as a set, which has no positions")
     check_integer("ignore_index", options.ignore_index)
     cap = options.logit_softcap
     if cap is not None:
@@ -82,8 +84,6 @@ def position_scale_of(
 
     Pure tensor code without a look at the numbers, so that nothing waits for the device.
     """
-    if options.objective == "mce_alt" and position_weights is not None:
-        raise ValueError("position_weights: objective 'mce_alt' sees a bag as a set, which has no positions")
     dtype = torch.promote_types(like.dtype, torch.float32)
     given = resolved_position_weights(position_weights, labels.shape[1], like)
     if given is None:
