@@ -146,3 +146,8 @@ class TestDocumentation:
         ]
         assert links
         assert [(page, target) for page, target in links if not (ROOT / "docs" / target).is_file()] == []
+
+    @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+    def test_every_link_of_the_first_pages_has_a_target(self, page):
+        targets = re.findall(r"\]\(([^)#:]+)[)#]", (ROOT / page).read_text())
+        assert targets and [target for target in targets if not (ROOT / target).exists()] == []
