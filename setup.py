@@ -22,6 +22,12 @@ from setuptools import setup  # noqa: E402
 from torch.utils import cpp_extension  # noqa: E402
 
 
+def files(pattern: str) -> list[str]:
+    """Find the source files that match a pattern, in an order that does not depend on the file system."""
+    root = Path(__file__).resolve().parent
+    return sorted(path.relative_to(root).as_posix() for path in root.glob(pattern))
+
+
 def cuda_home(found: str | None, chosen: bool, standard: str = "/usr/local/cuda") -> str | None:
     """The toolkit to build with: `found` by torch, unless it is only the parent folder of a script that calls nvcc.
 
@@ -60,20 +66,8 @@ def build_cuda() -> bool:
     return wanted != "0" and bool(torch.version.cuda) and nvcc
 
 
-sources = ["csrc/library.cpp"] + [
-    f"csrc/cpu/{name}.cpp"
-    for name in (
-        "bag_embedding",
-        "bags",
-        "capability",
-        "gemm",
-        "kernels_avx2",
-        "kernels_avx512",
-        "kernels_default",
-        "linear_multi_hot_cross_entropy",
-        "multi_hot_cross_entropy",
-    )
-]
+# CMakeLists.txt finds the same files: tests/test_build.py compares the two.
+sources = files("csrc/*.cpp") + files("csrc/cpu/*.cpp")
 # The C++ side of torch's ABI is not used, so one build serves every torch from this version on.
 macros = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
 cxx_flags = ["-O3", "-g0", "-Wall", "-fvisibility=hidden", "-Wno-psabi", "-Wno-unknown-pragmas"]
@@ -84,12 +78,7 @@ cpp_extension.CUDA_HOME = cuda_home(
 )
 if build_cuda():
     extension = cpp_extension.CUDAExtension
-    sources += [
-        "csrc/cuda/bag_embedding.cu",
-        "csrc/cuda/multi_hot_cross_entropy.cu",
-        "csrc/cuda/scaled_copy.cu",
-        "csrc/cuda/build.cu",
-    ]
+    sources += files("csrc/cuda/*.cu")
     macros += [("TST_WITH_CUDA", None), ("USE_CUDA", None)]
     compile_args["nvcc"] = ["-O3", "--expt-relaxed-constexpr"]
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:

@@ -1,7 +1,8 @@
 """How the benchmarks measure: `race` runs us, our peers and the floors in one go, in random order, round by round.
 
 pytest-benchmark times us. Each of its rounds runs the others too, some before and some after, so that whatever the
-machine does in the meantime falls on all alike; their times, peak memory and our ratios to them are in `extra_info`.
+machine does in the meantime falls on all alike; their median times, spread, peak memory and our ratios to them are in
+`extra_info`. The file of results has these alone, not the samples.
 Each timed call follows an untimed one of the same contender: it finds the memory and the pages that it left itself, as
 in a training loop, not those of its predecessor. Peers that take more than twice our time are timed three times,
 without that, and those of them that take more than `patience` seconds once: their rank is not in doubt.
@@ -12,6 +13,7 @@ of the device as in a training loop. pytest-benchmark reads its clock from these
 
 import ctypes
 import gc
+import json
 import math
 import platform
 import random
@@ -23,6 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 from peers import COMPILED
+from results_file import shortened, summary
 from torch import Tensor
 
 from tst_ext import _C, __version__
@@ -47,6 +50,13 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         gemm=_C.cpu_gemm(),
         quick=config.getoption("quick"),
     )
+
+
+def pytest_unconfigure(config):
+    """Shorten the file that --benchmark-json named; pytest-benchmark has written it by now."""
+    path = config.getoption("benchmark_json", None)
+    if path and path.exists():
+        path.write_text(shortened(json.loads(path.read_text())))
 
 
 def processor() -> str:
@@ -158,6 +168,7 @@ def race(benchmark, request, evict):
         runners = {OURS: ours, **peers, **floors}
         table = {name: {"unavailable": f} for name, f in peers.items() if isinstance(f, str)}
         times: dict[str, list[float]] = {}
+        once: dict[str, list[float]] = {}
         far: set[str] = set()
         our_time, agreed = math.inf, None
         for name, function in runners.items():
@@ -184,7 +195,7 @@ def race(benchmark, request, evict):
             if name in peers and again > 2 * our_time:
                 far.add(name)
             if name in far and again > patience:
-                row["seconds"] = [again]
+                once[name] = [again]
             else:
                 times[name] = [again] if name in far else []
             if found is not None:
@@ -225,13 +236,10 @@ def race(benchmark, request, evict):
                 timed(name)
 
         benchmark.pedantic(waited, setup=before_ours, teardown=after_ours, rounds=rounds)
-        for name, values in times.items():
-            table[name]["seconds"] = values
         mine = statistics.median(times[OURS])
-        for row in table.values():
-            if row.get("seconds"):  # with --benchmark-disable the others never had a turn
-                median = statistics.median(row["seconds"])
-                row.update(ms=median * 1e3, rounds=len(row["seconds"]), ours_over_this=mine / median)
+        for name, values in (times | once).items():
+            if values:  # with --benchmark-disable the others never had a turn
+                table[name].update(summary(values, mine))
         for name, amount in (work or {}).items():
             facts[f"{name}/s"] = amount / mine
         benchmark.extra_info.update(facts, contenders=table)

@@ -60,7 +60,7 @@ def markdown(cases: list[dict]) -> str:
         out.append("|---|" + "---:|" * (len(names) + 2))
         for case, rows in zip(group, rows_of, strict=True):
             cells = [f"{case['shape']}, s = {case['s']}, {case['dtype']}"]
-            cells += [number(rows[OURS]["ms"], 1), number(rows[OURS]["extra_mib"], 0)]
+            cells += [number(rows[OURS]["ms"], 1), number(rows[OURS].get("extra_mib"), 0)]
             for name in names:
                 row = rows.get(name, {})
                 memory = f" ({number(row['extra_mib'], 0)})" if name not in floors and row.get("extra_mib") else ""

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from results_file import summary
 
 from conftest import DEVICE, OURS, clock, zipf_ids
 from tst_ext.train import loop
@@ -107,16 +108,7 @@ def test_overhead_of_the_loop(benchmark, request, monkeypatch, shards, s, size, 
 
     benchmark.pedantic(replay, rounds=rounds)
     mine = statistics.median(rows[OURS])
-    contenders = {
-        name: {
-            "floor": name != OURS,
-            "seconds": values,
-            "ms": statistics.median(values) * 1e3,
-            "rounds": rounds,
-            "ours_over_this": mine / statistics.median(values),
-        }
-        for name, values in rows.items()
-    }
+    contenders = {name: {"floor": name != OURS, **summary(values, mine)} for name, values in rows.items()}
     parameters = sum(p.numel() for p in made[0].parameters()) / 1e6
     shape = f"{parameters:.1f} M parameters, {config.batch}x{config.latent_tokens} latent tokens, V {VOCABULARY}"
     benchmark.extra_info.update(

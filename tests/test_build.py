@@ -1,5 +1,6 @@
 """The built extension and what setup.py says when it cannot build."""
 
+import json
 import os
 import runpy
 import shutil
@@ -65,7 +66,7 @@ class TestSetupForCuda:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")  # so that setup.py's change is undone afterwards
         monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
         monkeypatch.setattr(cpp_extension, "CUDA_HOME", cpp_extension.CUDA_HOME)
-        return lambda: runpy.run_path(str(ROOT / "setup.py")) | given
+        return lambda root=ROOT: runpy.run_path(str(root / "setup.py")) | given
 
     @staticmethod
     def toolkit(folder, release, runtime="lib64"):
@@ -96,6 +97,31 @@ class TestSetupForCuda:
         assert os.environ["TORCH_CUDA_ARCH_LIST"] == wanted
         assert any(source.endswith(".cu") for source in extension.sources)
         assert str(tmp_path / "lib64") in extension.library_dirs
+
+    @pytest.mark.extended
+    @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs CMake")
+    def test_both_builds_find_a_new_file(self, run, monkeypatch, tmp_path):
+        root, build = tmp_path / "root", tmp_path / "build"
+        for folder in ("csrc", "tests/cpp"):
+            shutil.copytree(ROOT / folder, root / folder)
+        for name in ("setup.py", "CMakeLists.txt"):
+            shutil.copy(ROOT / name, root)
+        new = {"csrc/cpu/new_kernel.cpp", "csrc/cuda/new_op.cu"}
+        for name in new:
+            (root / name).touch()
+        options = ["-DTST_CUDA_HOST=ON", f"-DPython3_EXECUTABLE={sys.executable}"]
+        subprocess.run(["cmake", "-S", root, "-B", build, *options], check=True, capture_output=True)
+        commands = json.loads((build / "compile_commands.json").read_text())
+        by_cmake = {os.path.relpath(command["file"], root) for command in commands}
+
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(cpp_extension, "CUDA_HOME", self.toolkit(tmp_path, "13.0"))
+        monkeypatch.setenv("TST_CUDA", "1")
+        (extension,) = run(root)["ext_modules"]
+        assert new <= set(extension.sources) and new <= by_cmake
+        ops = {name for name in extension.sources if "torch::" in (root / name).read_text() and ".cpp" in name}
+        raw_and_cuda = {name for name in by_cmake if name.startswith("csrc")}
+        assert raw_and_cuda == set(extension.sources) - ops - {"csrc/library.cpp"}
 
     def test_architectures_of_the_user(self, run, monkeypatch, tmp_path):
         monkeypatch.setattr(torch.version, "cuda", "13.0")

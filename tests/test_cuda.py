@@ -23,7 +23,8 @@ from helpers.cases import (
 )
 from helpers.numerics import relative_error
 from tst_ext import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
-from tst_ext.ops import chunked, plain
+from tst_ext.ops import chunked
+from tst_ext.ops import plain as plain_ops
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 ALL_OPTIONS = {
@@ -150,7 +151,7 @@ class TestEmbedding:
 
 class TestCitizenship:
     def test_kernels_are_there(self):
-        plain._warn.cache_clear()
+        plain_ops._warn.cache_clear()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             for function in FUNCTIONS:

@@ -96,6 +96,34 @@ class TestVersion:
             assert VERSION not in (ROOT / name).read_text()
 
 
+class TestPins:
+    """Exact versions are in constraints.txt alone."""
+
+    PIN = re.compile(r"^([\w.-]+)==(\S+)$", re.MULTILINE)
+    PINS = dict(PIN.findall((ROOT / "constraints.txt").read_text()))
+    EXTRAS = PROJECT["project"]["optional-dependencies"]
+
+    def test_every_direct_requirement_has_one(self):
+        requirements = [*PROJECT["build-system"]["requires"], *PROJECT["project"]["dependencies"]]
+        requirements += [requirement for extra in self.EXTRAS.values() for requirement in extra]
+        names = {re.match(r"[\w.-]+", requirement)[0] for requirement in requirements} - {"tst-ext"}
+        assert names - set(self.PINS) == set()
+
+    def test_the_project_asks_for_ranges(self):
+        requirements = [*PROJECT["project"]["dependencies"], *(r for extra in self.EXTRAS.values() for r in extra)]
+        assert [text for text in requirements if "==" in text.partition(";")[0]] == []
+
+    def test_torch_of_an_isolated_build(self):
+        (pinned,) = [r for r in PROJECT["build-system"]["requires"] if "==" in r]
+        assert pinned == f"torch=={self.PINS['torch']}"
+
+    def test_pre_commit_has_no_versions_of_its_own(self):
+        path = ROOT / ".pre-commit-config.yaml"
+        if not path.exists():
+            pytest.skip("needs the repository")
+        assert re.findall(r"^ *- repo: *(\S+)", path.read_text(), re.MULTILINE) == ["local"]
+
+
 class TestDocumentation:
     def test_the_program_of_the_first_page_runs_and_learns(self, capsys):
         (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/index.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -118,3 +146,8 @@ class TestDocumentation:
         ]
         assert links
         assert [(page, target) for page, target in links if not (ROOT / "docs" / target).is_file()] == []
+
+    @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+    def test_every_link_of_the_first_pages_has_a_target(self, page):
+        targets = re.findall(r"\]\(([^)#:]+)[)#]", (ROOT / page).read_text())
+        assert targets and [target for target in targets if not (ROOT / target).exists()] == []
