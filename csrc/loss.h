@@ -51,10 +51,11 @@ struct LossOptions {
 
 // Throws std::invalid_argument, which Python sees as ValueError.
 inline LossOptions checked_options(TST_LOSS_PARAMETERS) {
-  const auto check = [](bool valid, const char* message) {
+  const auto check = [](bool valid, const std::string& message) {
     if (!valid) throw std::invalid_argument(message);
   };
-  check(objective == "mce" || objective == "mce_alt", "objective: expected 'mce' or 'mce_alt'");
+  check(objective == "mce" || objective == "mce_alt",
+        "objective: expected 'mce' or 'mce_alt', got '" + objective + "'");
   check(!logit_softcap || (*logit_softcap > 0 && *logit_softcap < HUGE_VAL),
         "logit_softcap: expected a finite number > 0");
   check(z_loss >= 0 && z_loss < HUGE_VAL, "z_loss: expected a finite number >= 0");

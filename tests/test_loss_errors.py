@@ -105,3 +105,29 @@ class TestErrors:
     def test_options(self, function, options, error, message):
         with pytest.raises(error, match=message):
             function(self.H, self.W, None, self.Y, **options)
+
+
+class TestRawOps:
+    """The one check in C++, for who calls torch.ops.tst_ext."""
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"objective": "mse"}, "objective: expected 'mce' or 'mce_alt', got 'mse'"),
+            ({"logit_softcap": -1.0}, "logit_softcap: expected a finite number > 0"),
+            ({"logit_softcap": float("inf")}, "logit_softcap"),
+            ({"z_loss": -0.1}, "z_loss: expected a finite number >= 0"),
+            ({"z_loss": float("nan")}, "z_loss"),
+            ({"label_smoothing": 1.5}, "label_smoothing: expected 0 to 1"),
+        ],
+        ids=str,
+    )
+    def test_options(self, options, message):
+        hidden, weight, _, labels = loss_case(6, 8, 10, 1, torch.float32, "cpu")
+        logits, scale, rows = hidden @ weight.T, torch.ones(1), torch.empty(2, 6).unbind()
+        with pytest.raises(ValueError, match=message):
+            torch.ops.tst_ext.multi_hot_cross_entropy(logits, labels, scale, **options)
+        with pytest.raises(ValueError, match=message):
+            torch.ops.tst_ext.multi_hot_cross_entropy_rows_(logits, labels, scale, *rows, **options)
+        with pytest.raises(ValueError, match=message):
+            torch.ops.tst_ext.linear_multi_hot_cross_entropy(hidden, weight, labels, scale, **options)

@@ -102,7 +102,7 @@ class LinearMultiHotCrossEntropy(torch_nn.Linear):
         bias: whether the head has one.
         logit_softcap: as in `linear_multi_hot_cross_entropy`.
         options: every other option of `linear_multi_hot_cross_entropy` that is not a tensor of the batch, such as
-            position_weights, objective, ignore_index, reduction, z_loss, chunk_size or memory_budget. What depends on
+            position_weights, objective, ignore_index, reduction, z_loss or chunk_size. What depends on
             the batch, such as `normalizer`, goes to the call: `head(hidden, labels, normalizer=tokens)`.
 
     Raises:

@@ -25,7 +25,7 @@ LossRowsFn loss_rows(DType dtype) {
   return LossTest::emulated_.empty() ? kernels().loss_rows[dtype] : emulated_loss_rows(LossTest::emulated_, dtype);
 }
 
-// The formulas of kernels.h, row by row in long double: a plain sum of thousands of doubles would err more than what it
+// The formulas of loss.h, row by row in long double: a plain sum of thousands of doubles would err more than what it
 // judges.
 struct Expected {
   double loss, lse, size;  // size: of the terms of the loss, for its tolerance
