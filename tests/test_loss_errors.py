@@ -1,0 +1,111 @@
+"""Arguments that the losses refuse: each error names the argument, what was expected and what came."""
+
+import math
+
+import pytest
+import torch
+
+from helpers.cases import fused, loss_case, on_logits
+from tst_ext import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
+
+
+class TestErrors:
+    H, W, B, Y = loss_case(6, 8, 10, 4, torch.float32, "cpu", ignored=0, bias=True)
+
+    @pytest.mark.parametrize("bad", [10, -1, -101, 2**40])
+    def test_label_out_of_range(self, bad):
+        labels = self.Y.clone().view(2, 3, 4)
+        labels[1, 2, 3] = bad
+        hidden = self.H.view(2, 3, 8)
+        for function in (fused, on_logits):
+            with pytest.raises(IndexError, match=rf"labels\[1, 2, 3\] = {bad} .* 0 <= id < 10"):
+                function(hidden, self.W, None, labels)
+
+    @pytest.mark.parametrize(
+        ("hidden", "weight", "labels", "options", "error", "message"),
+        [
+            (H.long(), W, Y, {}, TypeError, "hidden.*int64"),
+            (H, W, Y.float(), {}, TypeError, "labels.*float32"),
+            (H, W.T, Y, {}, ValueError, r"weight.*\(8, 10\)"),
+            (H, W[0], Y, {}, ValueError, r"weight.*\(8,\)"),
+            (torch.tensor(1.0), W, Y, {}, ValueError, r"hidden.*\(\)"),
+            (H, W, Y[:5], {}, ValueError, r"labels.*\(6, 's'\).*\(5, 4\)"),
+            (H, W, Y[:, :0], {}, ValueError, r"labels.*\(6, 0\)"),
+            (H, W, torch.tensor(3), {}, ValueError, r"labels.*\(\)"),
+            (H.view(2, 3, 8), W, Y, {}, ValueError, r"labels.*\(2, 3, 's'\).*\(6, 4\)"),
+            (H, None, Y, {}, TypeError, "weight.*NoneType"),
+            (H, W.to_sparse(), Y, {}, ValueError, "weight.*sparse"),
+            (H, W, Y[:, 0] + torch.tensor([0, 0, 0, 77, 0, 0]), {}, IndexError, r"labels\[3\] = [78]"),
+            (H, W, Y.to("meta"), {}, ValueError, "cpu.*meta"),
+            (H, W, Y, {"bias": W}, ValueError, r"bias.*\(10,\).*\(10, 8\)"),
+            (H, W, Y, {"bias": B[:9]}, ValueError, r"bias.*\(10,\).*\(9,\)"),
+            (H, W, Y, {"bias": 1.0}, TypeError, "bias.*float"),
+            (H, W, Y, {"bias": B.to("meta")}, ValueError, "bias on meta"),
+            (H, W, Y, {"chunk_size": 0}, ValueError, "chunk_size.*0"),
+            (H, W, Y, {"chunk_size": 2.5}, ValueError, "chunk_size.*2.5"),
+            (H, W, Y, {"memory_budget": 2.5}, ValueError, "memory_budget.*2.5"),
+            (H, W, Y, {"memory_budget": 39}, ValueError, "memory_budget.*40.*39"),
+            (H.half(), W.half(), Y, {"memory_budget": 39}, ValueError, "memory_budget.*40.*39"),
+            (H, W, Y, {"memory_budget": 400, "chunk_size": 2}, ValueError, "chunk_size, memory_budget.*2.*400"),
+        ],
+    )  # fmt: skip
+    def test_arguments(self, hidden, weight, labels, options, error, message):
+        with pytest.raises(error, match=message):
+            linear_multi_hot_cross_entropy(hidden, weight, labels, **options)
+
+    @pytest.mark.parametrize(
+        ("logits", "labels", "options", "error", "message"),
+        [
+            (H.long(), Y, {}, TypeError, "logits.*int64"),
+            (torch.tensor(1.0), Y, {}, ValueError, r"logits.*0-d"),
+            (H, Y[:5], {}, ValueError, r"labels.*\(6, 's'\).*\(5, 4\)"),
+            (H, Y.to("meta"), {}, ValueError, "cpu.*meta"),
+            (H[:, ::2], Y, {"inplace": True}, ValueError, "inplace.*contiguous"),
+            (H.clone().requires_grad_(), Y, {"inplace": True}, ValueError, "inplace.*is_leaf=True"),
+        ],
+    )  # fmt: skip
+    def test_arguments_on_logits(self, logits, labels, options, error, message):
+        with pytest.raises(error, match=message):
+            multi_hot_cross_entropy(logits, labels, **options)
+
+    @pytest.mark.parametrize("function", [fused, on_logits])
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            (dict(objective="bce"), ValueError, "objective.*'bce'"),
+            (dict(reduction="max"), ValueError, "reduction.*'max'"),
+            (dict(objective="mce_alt", position_weights="power_law"), ValueError, "position_weights.*mce_alt"),
+            (dict(position_weights=[1, 1, 1, 1]), TypeError, "position_weights.*list"),
+            (dict(position_weights="cubic"), ValueError, "'cubic'"),
+            (dict(position_weights=torch.ones(3)), ValueError, r"position_weights.*\(4,\).*\(3,\)"),
+            (dict(position_weights=torch.ones(4, requires_grad=True)), ValueError, "position_weights.*requires_grad"),
+            (dict(position_weights=torch.tensor([1, 1, -1.0, 1])), ValueError, r"position_weights\[2\].*-1"),
+            (dict(position_weights=torch.tensor([1, torch.nan, 1, 1])), ValueError, r"position_weights\[1\].*nan"),
+            (dict(position_weights=torch.tensor([1, 1, 1, 1e39], dtype=torch.float64)), ValueError, r"\[3\].*1e\+39"),
+            (dict(ignore_index=None), ValueError, "ignore_index.*None"),
+            (dict(ignore_index=2**64), ValueError, f"ignore_index.*{2**64}"),
+            (dict(position_weights=torch.ones(4, device="meta")), ValueError, "position_weights.*cpu.*meta"),
+            (dict(logit_softcap=0), ValueError, "logit_softcap.*> 0"),
+            (dict(logit_softcap=1e39), ValueError, "logit_softcap.*1e\\+39"),
+            (dict(logit_softcap=1e-50), ValueError, "logit_softcap.*1e-50"),
+            (dict(z_loss=10**400), ValueError, "z_loss.*1000"),
+            (dict(logit_softcap=-30.0), ValueError, "logit_softcap.*-30"),
+            (dict(logit_softcap=math.inf), ValueError, "logit_softcap.*inf"),
+            (dict(z_loss=-0.1), ValueError, "z_loss.*-0.1"),
+            (dict(z_loss="1e-4"), ValueError, "z_loss.*'1e-4'"),
+            (dict(z_loss=math.nan), ValueError, "z_loss.*nan"),
+            (dict(label_smoothing=1.5), ValueError, "label_smoothing.*1.5"),
+            (dict(label_smoothing=-0.1), ValueError, "label_smoothing.*-0.1"),
+            (dict(normalizer=3, reduction="sum"), ValueError, "normalizer.*'sum'"),
+            (dict(normalizer=3, reduction="none"), ValueError, "normalizer.*'none'"),
+            (dict(normalizer=-3), ValueError, "normalizer.*-3"),
+            (dict(normalizer=torch.tensor(-3)), ValueError, "normalizer.*-3"),
+            (dict(normalizer=torch.tensor(math.nan)), ValueError, "normalizer.*nan"),
+            (dict(normalizer=torch.ones(1)), ValueError, r"normalizer.*0-d.*\(1,\)"),
+            (dict(normalizer=torch.tensor(1.0, requires_grad=True)), ValueError, "normalizer.*requires_grad=True"),
+        ],
+        ids=lambda value: str(value) if isinstance(value, dict) else "",
+    )  # fmt: skip
+    def test_options(self, function, options, error, message):
+        with pytest.raises(error, match=message):
+            function(self.H, self.W, None, self.Y, **options)
