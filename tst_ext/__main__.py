@@ -24,8 +24,8 @@ INFO_USAGE = """usage: tst info [--check]
 
 Prints the facts of this installation: what a bug report needs.
 
-  --check  also runs every op on small cases, on each device, in each dtype and with each CPU instruction set, beside
-           plain torch in float64, and says what to do about each problem; exit status 1 where there is one"""
+  --check  also tests it: compares every op with plain torch in float64, on the CPU with each of its instruction sets
+           and on the GPU, in each dtype, and says what to do about each problem; exit status 1 if there is one"""
 
 
 def info() -> str:

@@ -1,0 +1,251 @@
+"""SuperpositionTrainer beside the Trainer of the installed transformers, on tiny models, on CPU."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+from transformers import AutoModelForCausalLM, Trainer
+
+from helpers.hf_cases import LENGTH, VOCABULARY, Rows, arguments, build, tokens
+from tst_ext import SuperpositionSchedule
+from tst_ext.integrations.hf import SuperpositionTrainer, restore
+
+
+class Stream(IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return (self.rows[i] for i in range(len(self.rows)))
+
+
+class Recorder(SuperpositionTrainer):
+    """Keeps what each micro-batch was."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.seen = [*getattr(self, "seen", []), {k: v.clone() for k, v in inputs.items()}]
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def losses(trainer):
+    return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+class TestTrainer:
+    def test_two_phases(self, tmp_path):
+        model = build("llama")
+        model.get_output_embeddings().weight.data.mul_(0.01)  # near uniform at first
+        trainer = Recorder(model, arguments(tmp_path, max_steps=40), train_dataset=Rows(), bag_size=3, ratio=0.4)
+        trainer.train()
+        assert [tuple(s["input_ids"].shape) for s in trainer.seen] == [(2, LENGTH, 3)] * 16 + [(2, LENGTH)] * 24
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert [entry["bag_size"] for entry in history] == [3] * 16 + [1] * 24
+        uniform = torch.tensor(float(VOCABULARY)).log()
+        assert abs(history[0]["loss"] - uniform) < 0.05
+        assert history[15]["loss"] < uniform - 1 and history[-1]["loss"] < history[16]["loss"] - 0.5
+
+    @pytest.mark.parametrize(
+        ("loss_options", "expected"),
+        [
+            (dict(position_weights="power_law"), math.log(VOCABULARY)),
+            (dict(position_weights=torch.tensor([5.0, 0.0, 1.0])), math.log(VOCABULARY)),
+            (dict(objective="mce_alt"), math.log(VOCABULARY / 3)),  # three labels of a bag, all different
+        ],
+    )
+    def test_the_first_loss_is_that_of_chance(self, tmp_path, loss_options, expected):
+        model = build("llama")
+        model.get_output_embeddings().weight.data.mul_(1e-3)
+        options = dict(max_steps=2, gradient_accumulation_steps=2)
+        trainer = SuperpositionTrainer(
+            model, arguments(tmp_path, **options), train_dataset=Rows(), bag_size=3, ratio=1, loss_options=loss_options
+        )
+        trainer.train()
+        assert losses(trainer)[0][1] == pytest.approx(expected, abs=0.03)
+
+    def test_columns(self, tmp_path):
+        """What the model does not take is left out, as by transformers' own Trainer; or refused by name."""
+        rows = [dict(Rows()[i], text="words", number=i) for i in range(40)]
+        for data in (rows, datasets.Dataset.from_list(rows)):
+            trainer = SuperpositionTrainer(
+                build("llama"), arguments(tmp_path), train_dataset=data, bag_size=3, ratio=0.5
+            )
+            trainer.train()
+            assert len(losses(trainer)) == 10
+        trainer = SuperpositionTrainer(
+            build("llama"), arguments(tmp_path, remove_unused_columns=False), train_dataset=rows, bag_size=3, ratio=0.5
+        )
+        with pytest.raises(TypeError, match=r"^train_dataset: expected a list or tensor as '(text|number)', got"):
+            trainer.train()
+
+    def test_accumulation_and_bfloat16(self, tmp_path):
+        """Micro-batches add up to the whole batch, in both phases, by the labels that count."""
+        runs = []
+        for size, accumulation in ((4, 1), (1, 4)):
+            options = dict(per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
+            trainer = Recorder(
+                build("llama"), arguments(tmp_path, **options), train_dataset=Rows(), bag_size=3, ratio=0.5
+            )
+            trainer.train()
+            runs.append((losses(trainer), torch.cat([s["input_ids"].flatten() for s in trainer.seen])))
+        assert torch.equal(runs[0][1], runs[1][1])
+        torch.testing.assert_close(*(torch.tensor(run) for run, _ in runs), rtol=1e-4, atol=0)
+        low = SuperpositionTrainer(
+            build("llama"), arguments(tmp_path, bf16=True), train_dataset=Rows(), bag_size=3, ratio=0.5
+        )
+        low.train()
+        first = (losses(low)[0][1], runs[0][0][0][1])
+        assert first[0] != first[1] and abs(first[0] - first[1]) < torch.finfo(torch.bfloat16).eps * first[1]
+
+    def test_after_the_switch_it_is_an_ordinary_run(self, tmp_path):
+        """From the checkpoint of the switch, transformers' own Trainer gets the same weights."""
+        rows = Rows()
+        options = dict(save_strategy="steps", save_steps=4, train_sampling_strategy="sequential")
+        trainer = Recorder(build("qwen3"), arguments(tmp_path, **options), train_dataset=rows, bag_size=3, ratio=0.4)
+        trainer.train()
+        read = 4 * 2 * 3  # rows of the 4 steps of 2 samples of 3 rows
+        # The Trainer skips what its steps would have read, 8 rows, and has to find the rest after them.
+        rest = torch.utils.data.Subset(rows, [0] * 8 + list(range(read, read + 12)))
+        plain = Trainer(build("qwen3"), arguments(tmp_path, **options), train_dataset=rest)
+        plain.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        assert losses(plain)[4:] == losses(trainer)[4:] and len(losses(trainer)) == 10
+        for a, b in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+        trainer.save_model(str(tmp_path / "out"))
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+        ids = tokens(1, LENGTH)
+        assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
+
+    @pytest.mark.parametrize("stop", [2, 7], ids=["superposition", "recovery"])
+    @pytest.mark.parametrize("data", [Rows, lambda: Stream(Rows())], ids=["map", "iterable"])
+    def test_goes_on_from_a_checkpoint(self, tmp_path, stop, data):
+        options = dict(save_strategy="steps", save_steps=stop)
+        whole = Recorder(build("gpt2"), arguments(tmp_path, **options), train_dataset=data(), bag_size=3, ratio=0.5)
+        whole.train()
+        again = Recorder(
+            build("gpt2", seed=9), arguments(tmp_path, **options), train_dataset=data(), bag_size=3, ratio=0.5
+        )
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+        assert losses(again) == losses(whole) and len(again.seen) == 10 - stop
+        for a, b in zip(again.seen, whole.seen[stop:], strict=True):
+            assert torch.equal(a["input_ids"], b["input_ids"])
+
+    def test_every_row_is_read_once_a_pass_and_bags_are_of_neighbours(self, tmp_path):
+        ids = torch.arange(3, 3 + 90).view(30, 3)
+        rows = [dict(input_ids=row, labels=row) for row in ids]
+        trainer = Recorder(
+            build("llama"),
+            arguments(tmp_path, max_steps=-1, num_train_epochs=2, per_device_train_batch_size=2, learning_rate=0),
+            train_dataset=rows,
+            bag_size=3,
+            ratio=0.5,
+        )
+        trainer.train()
+        # Two passes are 60 rows; a step reads 2 * 3 rows or 2, on average 4.
+        assert trainer.state.max_steps == 15 and trainer.schedule == SuperpositionSchedule(15, 0.5, 3)
+        switch = trainer.schedule.switch_step
+        assert switch == 8
+        bags = torch.cat([s["input_ids"] for s in trainer.seen[:switch]])  # [16, 3, 3]
+        assert torch.equal(bags[:, 1:, 0], bags[:, :-1, 0] + 3)  # rows of a sample are neighbours
+        singles = torch.cat([s["input_ids"] for s in trainer.seen[switch:]])  # [14, 3]
+        assert (singles[1:, 0] == singles[:-1, 0] + 3).sum() < 5  # in groups of 3 it would be 8
+        read = torch.cat([bags.flatten(0, 1)[:, 0], singles[:, 0]])
+        assert sorted(read[:30].tolist()) == ids[:, 0].tolist()  # the first pass
+        assert sorted(read[30:60].tolist()) == ids[:, 0].tolist()  # the second, in which the phases change
+        assert read[:30].tolist() != sorted(read[:30].tolist())
+
+    def test_logs_do_not_mix_the_phases(self, tmp_path):
+        each = SuperpositionTrainer(build("llama"), arguments(tmp_path), train_dataset=Rows(), bag_size=3, ratio=0.5)
+        each.train()
+        some = SuperpositionTrainer(
+            build("llama"), arguments(tmp_path, logging_steps=4), train_dataset=Rows(), bag_size=3, ratio=0.5
+        )
+        some.train()
+        by_step = dict(losses(each))
+        assert [step for step, _ in losses(some)] == [4, 5, 8]
+        assert losses(some)[1][1] == pytest.approx(by_step[5], abs=1e-4)
+        assert losses(some)[2][1] == pytest.approx(sum(by_step[i] for i in (6, 7, 8)) / 3, abs=1e-4)
+
+    def test_evaluation_is_next_token_in_both_phases(self, tmp_path):
+        model, rows = build("llama"), Rows(8)
+        options = dict(eval_strategy="steps", eval_steps=1, max_steps=2, learning_rate=0.0)
+        trainer = SuperpositionTrainer(
+            model, arguments(tmp_path, **options), train_dataset=rows, eval_dataset=rows, bag_size=3, ratio=0.5
+        )
+        trainer.train()
+        own = restore(model).eval()(input_ids=rows.ids, labels=rows.ids).loss.item()
+        found = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        assert found == pytest.approx([own, own], rel=1e-5)
+
+    @pytest.mark.parametrize(
+        ("options", "changes", "message"),
+        [
+            (dict(label_smoothing_factor=0.1), {}, "^label_smoothing_factor: "),
+            (dict(train_sampling_strategy="group_by_length"), {}, "^train_sampling_strategy: .*group_by_length"),
+            (dict(ignore_data_skip=True), {}, "^ignore_data_skip: "),
+            (dict(neftune_noise_alpha=5.0), {}, "^neftune_noise_alpha: "),
+            (dict(dataloader_num_workers=1), dict(train_dataset=Stream(Rows())), "^dataloader_num_workers: "),
+            (dict(accelerator_config=dict(split_batches=True)), {}, "^accelerator_config: .*split_batches"),
+            ({}, dict(compute_loss_func=lambda *a, **k: 0), "^compute_loss_func: "),
+            ({}, dict(model_init=lambda: build("llama"), model=None), "^model_init: "),
+            ({}, dict(bag_size=0), "^bag_size: expected"),
+            ({}, dict(ratio=1.5), "^ratio: expected"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_what_cannot_work_is_refused_at_once(self, tmp_path, options, changes, message):
+        given = dict(model=build("llama"), train_dataset=Rows(), bag_size=3, ratio=0.5) | changes
+        with pytest.raises(ValueError, match=message):
+            SuperpositionTrainer(args=arguments(tmp_path, **options), **given)
+        assert given["model"] is None or "forward" not in vars(given["model"])
+
+    def test_too_few_rows(self, tmp_path):
+        trainer = SuperpositionTrainer(
+            build("llama"), arguments(tmp_path), train_dataset=Rows(2), bag_size=3, ratio=0.5
+        )
+        with pytest.raises(ValueError, match="^train_dataset: expected at least bag_size = 3 rows, got 2"):
+            trainer.train()
+        assert len(trainer.train_dataset) == 2
+
+    def test_a_second_run_counts_its_own_rows(self, tmp_path):
+        options = dict(max_steps=-1, num_train_epochs=1)
+        trainer = SuperpositionTrainer(
+            build("llama"), arguments(tmp_path, **options), train_dataset=Rows(16), bag_size=3, ratio=0.5
+        )
+        steps = []
+        for rows in (16, 32):
+            trainer.train_dataset = Rows(rows)
+            trainer.train()
+            steps.append(trainer.state.max_steps)
+        assert steps == [4, 8]
+
+
+@pytest.mark.extended
+def test_two_processes_are_one(tmp_path):
+    """DDP by accelerate: the same losses at the same global batch. Run as users do."""
+    alone, both = tmp_path / "alone.json", tmp_path / "both.json"
+    script = str(Path(__file__).with_name("hf_run.py"))
+    single = subprocess.Popen([sys.executable, script, str(alone), "4"])
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        script,
+        str(both),
+        "2",
+    ]
+    subprocess.run(launch, check=True, timeout=240)
+    assert single.wait(timeout=240) == 0
+    one, two = (json.loads(path.read_text()) for path in (alone, both))
+    assert [entry["bag_size"] for entry in one] == [entry["bag_size"] for entry in two] == [3] * 3 + [1] * 3
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
