@@ -56,18 +56,9 @@ class TestLoopForCuda:
     @pytest.mark.parametrize("bias", [False, True])
     def test_rows_are_padded_where_no_bias_would_be_rounded(self, bias):
         hidden, weight, bias, labels = loss_case(6, 8, 50, 4, torch.float32, "cpu", bias=bias)
-        strides, nothing = [], dict(grad_loss=None, grad_lse=None, reduction="sum", chunk_size=6)
+        strides = []
         chunked.in_chunks(
-            lambda z, *_, **__: strides.append(z.stride(0)),
-            hidden,
-            weight,
-            labels,
-            torch.ones(4),
-            bias=bias,
-            grad_hidden=False,
-            grad_weight=False,
-            grad_bias=False,
-            **nothing,
+            lambda z, *_, **__: strides.append(z.stride(0)), 6, hidden, weight, labels, torch.ones(4), bias=bias
         )
         assert strides == [64 if bias is None else 50]
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .loss import LossOptions
+
 __all__: list[str] = []
 
 
@@ -24,33 +26,15 @@ def linear_multi_hot_cross_entropy(
     labels: Tensor,
     position_scale: Tensor,
     *,
-    bias: Tensor | None = None,
-    grad_loss: Tensor | None = None,
-    grad_lse: Tensor | None = None,
-    reduction: str = "sum",
     chunk_size: int | None = None,
-    grad_hidden: bool = False,
-    grad_weight: bool = False,
-    grad_bias: bool = False,
-    **options: Any,
+    **keywords: Any,  # the others of the schema
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = math.prod(hidden.shape[:-1])
-    size = 4 if hidden.dtype == torch.float16 else hidden.element_size()  # of a logit
-    return in_chunks(
-        partial(torch.ops.tst_ext.multi_hot_cross_entropy_rows_, **options),
-        hidden,
-        weight,
-        labels,
-        position_scale,
-        bias=bias,
-        grad_loss=grad_loss,
-        grad_lse=grad_lse,
-        reduction=reduction,
-        chunk_size=chunk_size or chunk_rows(rows, len(weight), size, hidden.device),
-        grad_hidden=grad_hidden,
-        grad_weight=grad_weight,
-        grad_bias=grad_bias,
-    )
+    options = {name: keywords.pop(name) for name in LossOptions._fields if name in keywords}
+    row_pass = partial(torch.ops.tst_ext.multi_hot_cross_entropy_rows_, **options)
+    if chunk_size is None:
+        element = 4 if hidden.dtype == torch.float16 else hidden.element_size()
+        chunk_size = chunk_rows(math.prod(hidden.shape[:-1]), len(weight), element, hidden.device)
+    return in_chunks(row_pass, chunk_size, hidden, weight, labels, position_scale, **keywords)
 
 
 def chunk_rows(rows: int, vocabulary: int | None, element_size: int, device: torch.device) -> int:
@@ -80,19 +64,19 @@ def padded_columns(vocabulary: int, bias: bool) -> int:
 @torch.no_grad()
 def in_chunks(
     row_pass: Callable[..., None],
+    chunk_size: int,
     hidden: Tensor,  # [..., d]
     weight: Tensor,  # [V, d]
     labels: Tensor,  # [..., s]
     position_scale: Tensor,  # [s]
     *,
-    bias: Tensor | None,
-    grad_loss: Tensor | None,
-    grad_lse: Tensor | None,
-    reduction: str,
-    chunk_size: int,
-    grad_hidden: bool,
-    grad_weight: bool,
-    grad_bias: bool,
+    bias: Tensor | None = None,
+    grad_loss: Tensor | None = None,
+    grad_lse: Tensor | None = None,
+    reduction: str = "sum",
+    grad_hidden: bool = False,
+    grad_weight: bool = False,
+    grad_bias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op, with a row pass that takes the tensors of multi_hot_cross_entropy_rows_, and its gradient=."""
     device, gradient = hidden.device, grad_hidden or grad_weight or grad_bias

@@ -55,18 +55,12 @@ def linear_multi_hot_cross_entropy(
     labels: Tensor,
     position_scale: Tensor,
     *,
-    bias: Tensor | None,
-    grad_loss: Tensor | None,
-    grad_lse: Tensor | None,
-    reduction: str,
-    chunk_size: int | None,
-    grad_hidden: bool,
-    grad_weight: bool,
-    grad_bias: bool,
-    **given: Any,
+    chunk_size: int | None = None,
+    grad_hidden: bool = False,
+    **keywords: Any,  # the others of the op
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op of that name; losses and lse are the group's, the gradients of weight and bias those of its own rows."""
-    options = LossOptions(**given)
+    options = LossOptions(**{name: keywords.pop(name) for name in LossOptions._fields if name in keywords})
     first, vocabulary = shard_of(weight, tp_group)
     valid = labels != options.ignore_index
     outside = valid & ((labels < 0) | (labels >= vocabulary))
@@ -83,18 +77,13 @@ def linear_multi_hot_cross_entropy(
         hidden = torch.cat(parts, -2)
     loss, lse, dhidden, dweight, dbias = in_chunks(
         partial(_rows, tp_group, first, vocabulary, options),
+        chunk_size or chunk_rows(len(labels), None, hidden.element_size(), hidden.device),
         hidden,
         weight,
         labels,
         position_scale,
-        bias=bias,
-        grad_loss=grad_loss,
-        grad_lse=grad_lse,
-        reduction=reduction,
-        chunk_size=chunk_size or chunk_rows(len(labels), None, hidden.element_size(), hidden.device),
         grad_hidden=grad_hidden,
-        grad_weight=grad_weight,
-        grad_bias=grad_bias,
+        **keywords,
     )
     if grad_hidden and sequence_parallel:
         parts = [part.contiguous() for part in dhidden.chunk(dist.get_world_size(tp_group), -2)]
