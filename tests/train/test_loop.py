@@ -10,12 +10,14 @@ import torch
 
 from helpers.runs import assert_same_run
 from tst_ext.train import loop
-from tst_ext.train.config import OptimizerConfig, UserError
+from tst_ext.train.config import OptimizerConfig
 from tst_ext.train.data import Shard
-from tst_ext.train.loop import learning_rate, parameter_groups, train, validate
+from tst_ext.train.distributed import Processes
+from tst_ext.train.files import UserError
+from tst_ext.train.loop import train, validate
 from tst_ext.train.metrics import read_metrics
 from tst_ext.train.model import Transformer
-from tst_ext.train.processes import Processes
+from tst_ext.train.optimizer import learning_rate, parameter_groups
 
 GOLDEN = Path(__file__).with_name("golden.json")
 

@@ -22,7 +22,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .config import DataConfig, UserError
+from .config import DataConfig
+from .files import UserError
 
 __all__ = ["Shard", "cache_folder", "load_tokenizer", "prepare", "prepared_folder", "read_documents"]
 

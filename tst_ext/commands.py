@@ -1,4 +1,4 @@
-"""The trainer's commands. Each takes its own command line; `tst_ext.__main__` chooses among them."""
+"""Run the commands of the trainer and the lab. Each parses its own command line; `tst_ext.__main__` chooses one."""
 
 import dataclasses
 import json
@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from .config import DataConfig, RunConfig, TrainConfig, UserError, check_out, load_config
-from .presets import PRESETS, preset
+from .train.config import DataConfig, RunConfig, TrainConfig, load_config
+from .train.files import UserError, check_out
+from .train.presets import PRESETS, preset
 
 __all__ = ["COMMANDS"]
 
@@ -32,7 +33,7 @@ def _default_out() -> Path:
 class TrainArguments:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     out: Path = field(default_factory=_default_out)
-    """Folder for the run. One that holds a run goes on with it, by its own configuration."""
+    """Folder for the run. A folder that holds a run resumes it, by its own configuration."""
     resume: str = "auto"
     """auto: from the latest checkpoint, if there is one; or a checkpoint's name; never: only in an empty folder."""
     progress: bool = True
@@ -45,9 +46,9 @@ class CompareArguments:
         default_factory=lambda: TrainConfig(run=RunConfig(device="cpu"))
     )
     out: Path = field(default_factory=_default_out)
-    """Folder for both runs, the table and the figure; must not hold anything yet."""
+    """Folder for the runs, the table and loss.png. With the options of an earlier call its runs are resumed."""
     seeds: tuple[int, ...] = ()
-    """Seeds to compare, one pair of runs each; default: --seed alone."""
+    """Seeds to compare, two runs each; default: --seed alone."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,9 @@ class SweepArguments:
     file: tyro.conf.Positional[Path]
     """A .toml file with the options of tst train and tables [[grid]]; docs/trainer.md describes it."""
     out: Path | None = None
-    """Folder for the runs, the table and the figures; one that holds a part of the sweep goes on with it. Default:
-    runs/NAME OF FILE."""
+    """Folder for the runs, the table and the figures; a sweep begun there is resumed. Default: runs/NAME OF FILE."""
     jobs: int = 0
-    """Runs at a time; 0: as many as the cores are enough for, or on GPUs one each."""
+    """Runs at a time; 0: as many as the cores are enough for, or one per GPU."""
     only: tuple[str, ...] | None = None
     """Names of grids or runs; no others are run."""
     list: bool = False
@@ -76,11 +76,9 @@ class PrepareArguments:
 class PlanArguments:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     gpus: int
-    """GPUs of the run, a process each."""
+    """GPUs of the run, one process each."""
     tokens_per_second_per_gpu: float
-    """What an ordinary run without superposition shows: positions of the model a second."""
-    gpu_memory_gib: float | None = None
-    """Memory of a GPU, to say whether the run fits."""
+    """Throughput of a run without superposition, in tokens per second per GPU."""
 
 
 @dataclass(frozen=True)
@@ -96,24 +94,26 @@ class FitWeightsArguments:
     """Fit what exceeds the estimate for independent tokens; the paper's constants do not."""
 
 
-@dataclass(frozen=True)
-class ExportArguments:
+@dataclass(frozen=True, kw_only=True)
+class RunArguments:
     run: tyro.conf.Positional[Path]
     """Folder of a run."""
+    checkpoint: str = "auto"
+    """auto: the latest checkpoint; or the name of one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArguments(RunArguments):
     out: Path
     """Folder to write; must not hold anything yet."""
     format: Literal["hf"] = "hf"
     """hf: config.json, safetensors and tokenizer, as transformers loads them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights in the files."""
-    checkpoint: str = "auto"
-    """auto, the latest, or the name of one."""
 
 
-@dataclass(frozen=True)
-class GenerateArguments:
-    run: tyro.conf.Positional[Path]
-    """Folder of a run."""
+@dataclass(frozen=True, kw_only=True)
+class GenerateArguments(RunArguments):
     prompt: str = ""
     """Text to continue; without any a new document begins."""
     max_tokens: int = 200
@@ -121,17 +121,13 @@ class GenerateArguments:
     temperature: float = 0.8
     """Divides the logits; 0 takes the most probable token each time."""
     top_k: int = 50
-    """Draws among that many most probable tokens; 0: among all."""
+    """Draw among that many most probable tokens; 0: among all."""
     seed: int = 0
     """Seed of the draws."""
-    checkpoint: str = "auto"
-    """auto, the latest, or the name of one."""
 
 
-@dataclass(frozen=True)
-class EvalArguments:
-    run: tyro.conf.Positional[Path]
-    """Folder of a run."""
+@dataclass(frozen=True, kw_only=True)
+class EvalArguments(RunArguments):
     data: tuple[Path, ...] = ()
     """Files (.txt, .jsonl), folders of those, or one folder that `tst prepare` wrote, of which the held-out split is
     read. Default: the run's own held-out split."""
@@ -141,12 +137,10 @@ class EvalArguments:
     """Sequences at a time."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
-    checkpoint: str = "auto"
-    """auto, the latest, or the name of one."""
 
 
 def _parse(kind: type[T], argv: list[str], command: str, description: str) -> T:
-    """Parses argv into `kind`; flags carry no section names (--dim, not --config.model.dim)."""
+    """Parse argv into `kind`; flags carry no section names (--dim, not --config.model.dim)."""
     parser: dict[str, Any] = {}
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     if "config" in {f.name for f in fields}:
@@ -166,9 +160,9 @@ def _parse(kind: type[T], argv: list[str], command: str, description: str) -> T:
 
 
 def _defaults(argv: list[str]) -> tuple[TrainConfig | None, list[str]]:
-    """The configuration that the options of argv override, and argv without --config and --preset.
+    """Return the configuration that the options of argv override, and argv without --config and --preset.
 
-    That of --config or --preset; else that of the run in the folder --out; else the default.
+    It is that of --config or --preset; else that of the run in the folder --out; else the default.
     """
     argv = [
         part for a in argv for part in (a.split("=", 1) if a.startswith(("--config=", "--preset=", "--out=")) else [a])
@@ -193,37 +187,39 @@ def _defaults(argv: list[str]) -> tuple[TrainConfig | None, list[str]]:
 
 
 def train_command(argv: list[str]) -> int:
-    arguments = _parse(TrainArguments, argv, "train", f"Trains one model through both phases. {CONFIG_HELP}")
-    from .loop import Stopped, train
+    arguments = _parse(TrainArguments, argv, "train", f"Train one model through both phases. {CONFIG_HELP}")
+    from .train.loop import train
+    from .train.signals import Stopped
 
+    first = os.environ.get("RANK", "0") == "0"
     try:
         result = train(arguments.config, arguments.out, resume=arguments.resume, progress=arguments.progress)
     except Stopped as stopped:
-        if os.environ.get("RANK", "0") == "0":
+        if first:
             print(f"tst train: {stopped}", file=sys.stderr)
         return stopped.status
-    if os.environ.get("RANK", "0") == "0":
+    if first:
         print(f"held-out loss {result['val_loss']:.4f} after {result['steps']} steps; run folder {arguments.out}")
     return 0
 
 
 def compare_command(argv: list[str]) -> int:
     arguments = _parse(
-        CompareArguments, argv, "compare", f"Trains a baseline and TST at equal FLOPs, side by side. {CONFIG_HELP}"
+        CompareArguments,
+        argv,
+        "compare",
+        f"Train a baseline and TST at equal FLOPs, or resume such runs: a sweep over seeds. {CONFIG_HELP}",
     )
-    from .compare import compare, table
+    from .lab.compare import compare
 
-    # SIGTERM, from a job queue or `timeout`, as an exception: so that both runs are ended with it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    summary = compare(arguments.config, arguments.out, arguments.seeds or (arguments.config.seed,))
-    print(table(summary))
-    print(f"table, figure (loss.png) and both runs: {arguments.out}")
-    return 0
+    _exit_on_sigterm()
+    results = compare(arguments.config, arguments.out, arguments.seeds or (arguments.config.seed,))
+    return _report(results, "compare", arguments.out)
 
 
 def sweep_command(argv: list[str]) -> int:
-    arguments = _parse(SweepArguments, argv, "sweep FILE", "Does a grid of runs, or goes on with it.")
-    from .sweep import load_sweep, run_sweep, table
+    arguments = _parse(SweepArguments, argv, "sweep FILE", "Do a grid of runs, or resume it.")
+    from .lab.sweep import load_sweep, run_sweep
 
     sweep = load_sweep(arguments.file)
     if arguments.list:
@@ -235,19 +231,30 @@ def sweep_command(argv: list[str]) -> int:
     if arguments.jobs < 0:
         raise UserError(f"jobs: expected an integer >= 0, got {arguments.jobs}")
     folder = arguments.out or Path("runs") / arguments.file.stem
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as in compare
-    results = run_sweep(sweep, folder, jobs=arguments.jobs, only=arguments.only)
+    _exit_on_sigterm()
+    return _report(run_sweep(sweep, folder, jobs=arguments.jobs, only=arguments.only), "sweep", folder)
+
+
+def _exit_on_sigterm() -> None:
+    """Make SIGTERM, from a job queue or `timeout`, an exception, so that the runs are ended with this process."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def _report(results: dict[str, Any], command: str, folder: Path) -> int:
+    """Print the table of a sweep and the runs that failed; return the exit status."""
+    from .lab.sweep import table
+
     print(table(results))
     print(f"table (results.csv, results.json), figures and runs: {folder}")
     failed = [row for row in results["runs"] if row["status"] not in ("done", "to do")]
     for row in failed:
-        print(f"tst sweep: {row['name']} {row['status']}", file=sys.stderr)
+        print(f"tst {command}: {row['name']} {row['status']}", file=sys.stderr)
     return 1 if failed else 0
 
 
 def prepare_command(argv: list[str]) -> int:
-    arguments = _parse(PrepareArguments, argv, "prepare", "Writes text as token shards with a BPE trained on it.")
-    from .data import prepare, read_documents
+    arguments = _parse(PrepareArguments, argv, "prepare", "Write text as token shards with a BPE trained on it.")
+    from .train.data import prepare, read_documents
 
     check_out(arguments.out)
     prepare(read_documents(arguments.data), arguments.data, arguments.out)
@@ -262,17 +269,12 @@ def plan_command(argv: list[str]) -> int:
         PlanArguments,
         argv,
         "plan PRESET|FILE",
-        f"Tokens, FLOPs, hours and memory of a run, before it is paid for. {CONFIG_HELP}",
+        f"Print tokens, FLOPs and hours of a run before it is paid for, and when TST is worth it. {CONFIG_HELP}",
     )
-    from .plan import plan, report
+    from .lab.plan import plan, report
 
-    planned = plan(
-        arguments.config,
-        gpus=arguments.gpus,
-        tokens_per_second_per_gpu=arguments.tokens_per_second_per_gpu,
-        gpu_memory_gib=arguments.gpu_memory_gib,
-    )
-    print(report(planned), end="")
+    config, gpus, rate = arguments.config, arguments.gpus, arguments.tokens_per_second_per_gpu
+    print(report(plan(config, gpus=gpus, tokens_per_second_per_gpu=rate)), end="")
     return 0
 
 
@@ -281,10 +283,10 @@ def fit_weights_command(argv: list[str]) -> int:
         FitWeightsArguments,
         argv,
         "fit-weights",
-        "Measures how the mutual information of two tokens decays with their distance and fits position weights to it.",
+        "Measure how the mutual information of two tokens decays with their distance and fit position weights to it.",
     )
-    from .data import Shard, prepared_folder
-    from .fit_weights import fit_weights
+    from .lab.fit_weights import fit_weights
+    from .train.data import Shard, prepared_folder
 
     check_out(arguments.out)
     shard = Shard(prepared_folder(arguments.data), "train")
@@ -303,11 +305,11 @@ def fit_weights_command(argv: list[str]) -> int:
 
 
 def export_command(argv: list[str]) -> int:
-    arguments = _parse(ExportArguments, argv, "export", "Writes a run's model in a format that other software loads.")
+    arguments = _parse(ExportArguments, argv, "export", "Write a run's model in a format that other software loads.")
     import torch
 
-    from .export import export_hf
-    from .folder import load_run
+    from .lab.export import export_hf
+    from .train.run_folder import load_run
 
     run = load_run(arguments.run, arguments.checkpoint)
     dtype = getattr(torch, arguments.dtype)
@@ -317,9 +319,9 @@ def export_command(argv: list[str]) -> int:
 
 
 def generate_command(argv: list[str]) -> int:
-    arguments = _parse(GenerateArguments, argv, "generate", "Continues a text with a run's model.")
-    from .folder import load_run
-    from .generate import generate
+    arguments = _parse(GenerateArguments, argv, "generate", "Continue a text with a run's model.")
+    from .lab.generate import generate
+    from .train.run_folder import load_run
 
     run = load_run(arguments.run, arguments.checkpoint)
     text = generate(
@@ -338,11 +340,11 @@ def generate_command(argv: list[str]) -> int:
 
 
 def eval_command(argv: list[str]) -> int:
-    arguments = _parse(EvalArguments, argv, "eval", "Next-token loss and bits per byte of a text under a run's model.")
-    from .data import Shard, prepared_folder, read_documents
-    from .evaluate import evaluate, evaluate_shard
-    from .folder import load_run
-    from .processes import choose_device
+    arguments = _parse(EvalArguments, argv, "eval", "Print next-token loss and bits per byte of a text.")
+    from .lab.evaluate import evaluate, evaluate_shard
+    from .train.data import Shard, prepared_folder, read_documents
+    from .train.distributed import choose_device
+    from .train.run_folder import load_run
 
     run = load_run(arguments.run, arguments.checkpoint)
     device = choose_device(arguments.device)

@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
-from tst_ext.train.config import ModelConfig, TrainConfig, UserError
+from tst_ext.lab.plan import plan, report
+from tst_ext.train.config import ModelConfig, TrainConfig
+from tst_ext.train.files import UserError
 from tst_ext.train.flops import parameters
 from tst_ext.train.model import Block, Transformer
-from tst_ext.train.plan import plan, report
 from tst_ext.train.presets import PRESETS
 
 TOTALS = {"270m": 267_225_408, "600m": 600_208_320, "3b": 3_337_766_912}

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from .config import UserError
-from .data import Shard
-from .model import Transformer
+from ..train.data import Shard
+from ..train.files import UserError
+from ..train.model import Transformer
 
 __all__ = ["evaluate", "evaluate_shard"]
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from .. import SuperpositionSchedule
 from ..fallback import cuda_chunk_rows
-from .config import TrainConfig, UserError
-from .flops import matrix_parameters, parameters, step_flops
-from .presets import PRESETS
+from ..train.config import TrainConfig
+from ..train.files import UserError
+from ..train.flops import matrix_parameters, parameters, step_flops
+from ..train.presets import PRESETS
 
 __all__ = ["plan", "recommend", "report"]
 

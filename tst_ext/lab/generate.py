@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .config import UserError
-from .model import Transformer
+from ..train.files import UserError
+from ..train.model import Transformer
 
 __all__ = ["generate"]
 

@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import UNFINISHED, ModelConfig, TrainConfig, UserError, check_out
-from .data import load_tokenizer
-from .model import Transformer
+from ..train.config import ModelConfig, TrainConfig
+from ..train.data import load_tokenizer
+from ..train.files import UNFINISHED, UserError, check_out
+from ..train.model import Transformer
 
 __all__ = ["export_hf"]
 

@@ -1,0 +1,70 @@
+"""Files that are whole or absent, folders that one process has, and the error that a user can put right."""
+
+import fcntl
+import os
+from pathlib import Path
+
+__all__ = ["UNFINISHED", "UserError", "check_out", "check_writable", "in_use", "lock", "sync", "write_text"]
+
+UNFINISHED = ".unfinished-"  # begins the name of what is being written; a process that is killed leaves it behind
+
+
+class UserError(Exception):
+    """Something the user can put right; the command line prints it in one line, without a traceback."""
+
+
+def check_writable(folder: Path) -> None:
+    """Check, before any work is done, that `folder` can be made or written to; raise UserError otherwise."""
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"out {folder}: {existing} is not a folder that can be written to")
+
+
+def check_out(folder: Path) -> None:
+    """Check, before any work is done, that `folder` can be made or is an empty one.
+
+    Raises:
+        UserError: it holds something, is a file, or lies where nothing can be written.
+    """
+    check_writable(folder)
+    if folder.exists() and any(not p.name.startswith(UNFINISHED) for p in folder.iterdir()):
+        raise UserError(f"out {folder}: the folder is not empty; choose another or remove it")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: under another name, then renamed."""
+    unfinished = path.with_name(UNFINISHED + path.name)
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else a loss of power can leave an empty file by the new name
+    unfinished.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk, so that a rename cannot get there before it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(path: Path) -> int | None:
+    """Locks a folder for this process until it closes what is returned, or ends, however; None: another one has it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def in_use(path: Path) -> bool:
+    """Whether a process has that folder locked."""
+    handle = lock(path) if path.exists() else None
+    if handle is None:
+        return path.exists()
+    os.close(handle)
+    return False
