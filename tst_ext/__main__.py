@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tst {argv[0]}: {error.name} is missing: pip install 'tst-ext[train]'", file=sys.stderr)
         return 2
     try:
-        return commands.COMMANDS[argv[0]](argv[1:])
+        return commands.run(argv[0], argv[1:])
     except (UserError, OSError) as error:
         print(f"tst {argv[0]}: {error}", file=sys.stderr)
         return 2

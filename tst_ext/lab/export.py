@@ -7,8 +7,6 @@ embedding are already laid out as Llama's, the halves of a head.
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from ..train.config import ModelConfig, TrainConfig
 from ..train.data import load_tokenizer
-from ..train.files import UNFINISHED, UserError, check_out
+from ..train.files import UserError, check_out, whole_folder
 from ..train.model import Transformer
 
 __all__ = ["export_hf"]
@@ -55,7 +53,6 @@ def export_hf(
         UserError: the folder is not empty or cannot be written, or the tokenizer cannot be read.
     """
     check_out(folder)
-    folder = folder.resolve()  # its sibling, also for "." and for a link
     tokenizer_files = {} if tokenizer_path is None else _tokenizer_files(tokenizer_path, end_of_text, config)
     special = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}  # null too: Llama's defaults are 1 and 2
     files: dict[str, Any] = {
@@ -64,20 +61,12 @@ def export_hf(
         **tokenizer_files,
     }
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=UNFINISHED))
-    except OSError as error:
+        with whole_folder(folder) as unfinished:
+            _save_weights(list(_llama_tensors(model, config.model)), unfinished, dtype, file_bytes)
+            for name, content in files.items():
+                _write_json(unfinished / name, content)
+    except SafetensorError as error:
         raise UserError(f"out {folder}: {error}") from error
-    try:
-        _save_weights(list(_llama_tensors(model, config.model)), unfinished, dtype, file_bytes)
-        for name, content in files.items():
-            _write_json(unfinished / name, content)
-        unfinished.chmod(0o755)  # mkdtemp's 0700 would keep the model from other users
-        unfinished.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"out {folder}: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _llama_config(config: TrainConfig, vocabulary: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A reference, to read and to look at samples with: every token runs the whole window through the same code as training.
 A cache of keys and values would make a token cost one position instead of all, and would be a second way through the
-attention that could be wrong in its own way; to serve a model, export it (`tst_ext.train.export`) to software made for
+attention that could be wrong in its own way; to serve a model, export it (`tst_ext.lab.export`) to software made for
 that. The head, in a small model the largest matrix, runs on the last position alone.
 """
 

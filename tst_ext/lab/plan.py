@@ -128,7 +128,8 @@ def recommend(config: TrainConfig) -> dict[str, Any]:
             models is the careful choice (docs/evidence.md)"""
     else:
         s, r = 6, 0.3
-        evidence = "at 12.6 to 785 the paper has these gain 0.04 to 0.13 nats, with 267 M to 3.3 B parameters (docs/evidence.md)"
+        evidence = """at 12.6 to 785 the paper has these gain 0.04 to 0.13 nats, with 267 M to 3.3 B parameters
+            (docs/evidence.md)"""
     return {
         "bag_size": s,
         "ratio": r,

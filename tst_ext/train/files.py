@@ -2,9 +2,15 @@
 
 import fcntl
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["UNFINISHED", "UserError", "check_out", "check_writable", "in_use", "lock", "sync", "write_text"]
+__all__ = [
+    "UNFINISHED", "UserError", "check_out", "check_writable", "in_use", "lock", "sync", "whole_folder", "write_text",
+]  # fmt: skip
 
 UNFINISHED = ".unfinished-"  # begins the name of what is being written; a process that is killed leaves it behind
 
@@ -39,6 +45,28 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())  # else a loss of power can leave an empty file by the new name
     unfinished.replace(path)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder next to `folder`, which gets that name at the end, or is removed after an error.
+
+    Raises:
+        UserError: the folder cannot be written, or that of the name is not empty.
+    """
+    folder = folder.resolve()  # it has a neighbour also if it is "." or a link
+    unfinished = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=UNFINISHED))
+        yield unfinished
+        unfinished.chmod(0o755)  # mkdtemp's 0700 would keep it from other users
+        unfinished.rename(folder)
+    except OSError as error:
+        raise UserError(f"out {folder}: {error}") from error
+    finally:
+        if unfinished:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
