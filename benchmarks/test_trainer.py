@@ -85,7 +85,7 @@ def test_overhead_of_the_loop(benchmark, request, monkeypatch, shards, s, size, 
         return time.perf_counter()
 
     def between_rounds(step):
-        """Called by the loop before each step: ends a round of it and runs one of the bare steps, in the same thread."""
+        """Called by the loop before each step: ends a round of it and runs one of bare steps, in the same thread."""
         nonlocal began
         if step % STEPS == 0 and step:
             times[OURS].append(synchronised() - began)

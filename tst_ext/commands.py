@@ -1,5 +1,6 @@
 """Run the commands of the trainer and the lab: a function each, whose signature and docstring are its command line."""
 
+import argparse
 import functools
 import inspect
 import json
@@ -59,25 +60,22 @@ def _defaults(argv: list[str]) -> tuple[TrainConfig | None, list[str]]:
 
     It is that of --config or --preset; else that of the run in the folder --out; else the default.
     """
-    argv = [
-        part for a in argv for part in (a.split("=", 1) if a.startswith(("--config=", "--preset=", "--out=")) else [a])
-    ]
-    values: dict[str, str] = {}
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for option in ("--config", "--preset", "--out"):
-        if option in argv:
-            at = len(argv) - 1 - argv[::-1].index(option)  # the last one, as the parser takes it
-            if at + 1 == len(argv):
-                raise UserError(f"{option}: expected a value after it")
-            values[option] = argv[at + 1]
-            if option != "--out":
-                argv = argv[:at] + argv[at + 2 :]
-    if len(values.keys() - {"--out"}) == 2:
+        parser.add_argument(option)
+    try:
+        given, argv = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name}: expected a value after it") from error
+    if given.config is not None and given.preset is not None:
         raise UserError("config, preset: expected one of them")
-    if "--config" in values:
-        return load_config(Path(values["--config"])), argv
-    if "--preset" in values:
-        return preset(values["--preset"]), argv
-    run = Path(values["--out"]) / "config.json" if "--out" in values else None
+    run = None
+    if given.out is not None:
+        argv, run = [*argv, f"--out={given.out}"], Path(given.out) / "config.json"
+    if given.preset is not None:
+        return preset(given.preset), argv
+    if given.config is not None:
+        return load_config(Path(given.config)), argv
     return (load_config(run) if run and run.exists() else None), argv
 
 

@@ -16,7 +16,7 @@ from ..train.flops import parameters, step_flops
 
 __all__ = ["plan", "recommend", "report"]
 
-MULTIPLES = (1.1, 1.25, 1.5, 1.8)  # the last is the paper's at 3B: 36,000 steps of a baseline to the loss of 20,000
+MULTIPLE = 1.8  # the paper's 3B run: a baseline takes 36,000 steps to the loss of TST's 20,000
 SUMMED = ("steps", "latent_tokens", "data_tokens", "flops", "hours")
 
 
@@ -30,10 +30,10 @@ def plan(config: TrainConfig, *, gpus: int, tokens_per_second_per_gpu: float) ->
 
     Returns:
         parameters; phases, each with steps, bag_size, latent_tokens, data_tokens, flops and hours; their total; the
-        baseline of equal steps; superposed_share of the steps; break_even, a row per multiple of the steps that a
-        baseline may need (none without superposition); recommended, as `recommend` returns it. Hours are of training
-        steps alone, without validation and checkpoints; with scale "batch", whose attention is cheaper, they are an
-        upper bound.
+        baseline of equal steps; break_even (None without superposition): the superposed share of the steps, and at the
+        paper's multiple of a baseline's steps the hours saved and the slowdown of a superposition step that would
+        undo it; recommended, as `recommend` returns it. Hours are of training steps alone, without validation and
+        checkpoints; with scale "batch", whose attention is cheaper, they are an upper bound.
 
     Raises:
         UserError: a number outside its range, or a batch that the trainer could not share out.
@@ -71,18 +71,14 @@ def plan(config: TrainConfig, *, gpus: int, tokens_per_second_per_gpu: float) ->
     total = {"phase": "total", "bag_size": None, **{key: sum(p[key] for p in phases) for key in SUMMED}}
     weights = parameters(model, vocabulary)
     superposed = sum(p["steps"] for p in phases if p["bag_size"] > 1) / config.steps
-    # TST takes 1 + r x times as long where each of its superposition steps takes 1 + x times as long as a baseline's,
-    # and the baseline m times as long: they are even at x = (m - 1) / r.
-    even = [
-        {
-            "multiple": m,
-            "steps": m * config.steps,
-            "hours": m * total["hours"],
-            "hours_saved": (m - 1) * total["hours"],
-            "slowdown": (m - 1) / superposed,
-        }
-        for m in (MULTIPLES if superposed else ())
-    ]
+    # With superposition steps of 1 + x times a baseline's, TST takes 1 + r x times as long, and a baseline of m times
+    # the steps m times: they are even at x = (m - 1) / r.
+    even = superposed and {
+        "share": superposed,
+        "multiple": MULTIPLE,
+        "hours_saved": (MULTIPLE - 1) * total["hours"],
+        "slowdown": (MULTIPLE - 1) / superposed,
+    }
     return {
         "gpus": gpus,
         "tokens_per_second_per_gpu": tokens_per_second_per_gpu,
@@ -90,8 +86,7 @@ def plan(config: TrainConfig, *, gpus: int, tokens_per_second_per_gpu: float) ->
         "phases": phases,
         "total": total,
         "baseline": phase("baseline of equal steps", config.steps, 1),
-        "superposed_share": superposed,
-        "break_even": even,
+        "break_even": even or None,
         "recommended": recommend(config),
     }
 
@@ -158,20 +153,15 @@ def report(plan: dict[str, Any]) -> str:
             ),
         ),
     ]
-    if plan["break_even"]:
+    if even := plan["break_even"]:
         text += [
             "## When is TST worth it?",
-            _paragraph("""When a baseline needs more steps for the final loss of TST, m times as many. The hours of
-                that baseline follow, and by how much a superposition step may be slower than a baseline step before
-                nothing is saved. The paper measured m = 1.8 at 3B; docs/evidence.md has ours."""),
-            _table(
-                ["m", "steps of the baseline", "its hours", "hours saved", "GPU-hours saved", "slower steps"],
-                *(
-                    [f"{r['multiple']:g}", f"{r['steps']:,.0f}", _hours(r["hours"]), _hours(r["hours_saved"])]
-                    + [_hours(gpus * r["hours_saved"]), f"{100 * r['slowdown']:.0f} %"]
-                    for r in plan["break_even"]
-                ),
-            ),
+            _paragraph(f"""When a baseline needs more than {total["steps"]:,} steps for the final loss of TST. If it
+                needs m times as many, TST saves (m - 1) * {_hours(total["hours"])} hours. Nothing is saved if a
+                superposition step takes (m - 1) / {even["share"]:.3g} longer than a baseline step. The paper measured
+                m = {even["multiple"]:g} at 3B: {_hours(even["hours_saved"])} hours,
+                {_hours(gpus * even["hours_saved"])} GPU-hours, {100 * even["slowdown"]:.0f} % longer. docs/evidence.md
+                has what we measured."""),
         ]
     options = f"--bag-size {start['bag_size']} --ratio {start['ratio']} --position-weights {start['position_weights']}"
     advice = options if start["ratio"] else "--ratio 0, without superposition"
