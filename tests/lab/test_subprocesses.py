@@ -41,7 +41,7 @@ def test_a_line_every_30_seconds_with_steps_losses_and_the_time_left(tiny, tmp_p
     reached(tmp_path / "a", 40, 2.5)
     progress.show(["a", "b"])
     # 20 steps took a minute, 360 are left.
-    assert capsys.readouterr().err == "10%, 18 min left; a 40/100 loss 2.500; b 0/300\n"
+    assert capsys.readouterr().err == "10%, 0:18:00 left; a 40/100 loss 2.500; b 0/300\n"
     clock.now = 89.0
     progress.show(["a", "b"])
     assert capsys.readouterr().err == ""
@@ -63,7 +63,7 @@ def test_a_terminal_shows_one_line(tiny, tmp_path, clock, monkeypatch):
     progress.show(["a"])
     progress.ended({"name": "a", "val_loss": 1.5, "seconds": 75.0})
     progress.close()
-    cut, whole = "50%, 1 min l", "1/1 a: 1.5000 after 75 s"
+    cut, whole = "50%, 0:01:00 left", "1/1 a: 1.5000 after 75 s"
     assert sys.stderr.getvalue() == f"\r{cut[:11]}\x1b[K\r{whole}\x1b[K\n\r\x1b[K\r"
 
 

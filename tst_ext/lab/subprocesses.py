@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ class Progress:
         total, done = sum(map(run_flops, self.runs.values())), self._flops()
         texts = [f"{done / total:.0%}"]
         if done > self.before:
-            texts[0] += f", {(now - self.begin) / (done - self.before) * (total - done) / 60:.0f} min left"
+            left = (now - self.begin) / (done - self.before) * (total - done)
+            texts[0] += f", {timedelta(seconds=round(left))} left"
         for name, line in lines.items():
             loss = f" loss {line['loss']:.3f}" if "loss" in line else ""
             texts.append(f"{name} {line['step']}/{self.runs[name].steps}{loss}")
