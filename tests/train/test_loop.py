@@ -113,6 +113,19 @@ class TestRun:
         # The source has 0.95 nats of entropy a token, a model that knows nothing log 64 = 4.16.
         assert 0.9 < result["val_loss"] < 2.0
 
+    def test_on_step_is_called_before_each_step(self, tiny, tiny_run, tmp_path):
+        config, called = dataclasses.replace(tiny, run=dataclasses.replace(tiny.run, checkpoint_every=20)), []
+
+        def on_step(step):
+            assert len(losses(tmp_path / "run")) == step  # a line of the metrics each
+            called.append(step)
+
+        train(config, tmp_path / "run", progress=False, on_step=on_step)
+        assert called == list(range(30))
+        train(config, tmp_path / "run", resume="step-00000020", progress=False, on_step=on_step)
+        assert called[30:] == list(range(20, 30))
+        assert_same_run(tiny_run, tmp_path / "run")
+
     def test_files_of_a_run(self, tiny_run):
         names = {p.name for p in tiny_run.iterdir()}
         assert names == {"checkpoints", "config.json", "environment.json", "loss.png", "metrics.jsonl", "result.json"}

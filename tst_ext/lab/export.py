@@ -1,4 +1,4 @@
-"""A trained model in the files that Hugging Face's transformers, and what reads its format, load.
+"""Export a trained model to files that Hugging Face's transformers, and what reads its format, load.
 
 What superposition leaves behind is an ordinary causal language model, here one of Llama's shape, so the export is a
 matter of names and layout: each fused matrix becomes the matrices it stands for, and the configuration is spelt in
@@ -34,7 +34,7 @@ def export_hf(
     dtype: torch.dtype = torch.float32,
     file_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes `folder`, whole or not at all, as `transformers.AutoModelForCausalLM.from_pretrained` reads it.
+    """Write `folder`, whole or not at all, as `transformers.AutoModelForCausalLM.from_pretrained` reads it.
 
     Weights go to model.safetensors, or, where they are more than `file_bytes`, to several files and
     model.safetensors.index.json; beside them config.json and generation_config.json, and with a tokenizer

@@ -1,4 +1,4 @@
-"""Position weights measured on your own text: how the mutual information of two tokens decays with their distance.
+"""Measure position weights on your own text: how the mutual information of two tokens decays with their distance.
 
 The idea (arXiv 2605.06546, Figure 10): what has been read says much about the next token and less about each one after
 it, so the labels of a bag deserve less and less weight. How much less is measured. I(d), the mutual information between
@@ -107,7 +107,7 @@ def fit(distances: np.ndarray, values: np.ndarray) -> tuple[float, float, float]
 
 
 def fit_weights(shard: Shard, *, tokens: int, distances: int, subtract_floor: bool, folder: Path) -> dict[str, Any]:
-    """Measures a shard and fits its position weights; writes fit_weights.json and fit_weights.png to `folder`.
+    """Measure a shard and fit its position weights; write fit_weights.json and fit_weights.png to `folder`.
 
     Args:
         shard: the text; documents are kept apart where it names an end-of-text token.

@@ -12,7 +12,7 @@ __all__ = ["plot_grid"]
 
 
 def plot_grid(rows: list[dict[str, Any]], grid: str, options: tuple[str, ...], path: Path) -> None:
-    """Draws the final losses of one grid of a sweep to `path`: over its first option, a colour for each of the others.
+    """Draw the final losses of one grid of a sweep to `path`: over its first option, a colour for each of the others.
 
     Points are means over seeds, bars their standard deviations, dashes the baselines of the same seeds: one for all
     that have the same, else each in the colour of the first that has it. Runs whose baseline is not done are left out,
@@ -48,7 +48,7 @@ def plot_grid(rows: list[dict[str, Any]], grid: str, options: tuple[str, ...], p
 
 
 def _baselines(axes: Any, lines: dict[str, Any], all_rows: dict[str, Any], rest: list[str], style: str) -> None:
-    """Draws the baselines of all lines, those of several lines once: across where they are the same at all places."""
+    """Draw the baselines of all lines, those of several lines once: across where they are the same at all places."""
     kinds: dict[tuple[tuple[Any, tuple[str, ...]], ...], tuple[str, str]] = {}  # names by place -> color, label
     for i, (label, points) in enumerate(lines.items()):
         names = {p: tuple(sorted(row["baseline"] for row in group)) for p, group in sorted(points.items())}
@@ -81,5 +81,5 @@ def _points(axes: Any, rows: dict[Any, list[dict[str, Any]]], color: str, style:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib draws as it is: between two dollar signs it takes it for a formula."""
+    """Escape text for matplotlib, which takes what is between two dollar signs for a formula."""
     return text.replace("$", r"\$")

@@ -24,17 +24,17 @@ LOG_SECONDS = 30  # between lines of progress where there is no terminal to show
 
 
 def available_cores() -> int:
-    """Cores this process may use, which a container can make fewer than the machine has."""
+    """Count the cores this process may use, which a container can make fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def on_cpu(config: TrainConfig) -> bool:
-    """Whether the run will be one on the CPU."""
+    """Tell whether the run will be on the CPU."""
     return config.run.device == "cpu" or (config.run.device == "auto" and not torch.cuda.is_available())
 
 
 def start(config: TrainConfig, folder: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Begins a run or goes on with it; its output goes to FOLDER.log, its options to FOLDER.config.json."""
+    """Start or resume a run; its output goes to FOLDER.log, its options to FOLDER.config.json."""
     path = folder.with_name(f"{folder.name}.config.json")
     save_config(config, path)
     command = [sys.executable, "-m", "tst_ext", "train", "--config", str(path), "--out", str(folder), "--no-progress"]
@@ -49,12 +49,12 @@ def start(config: TrainConfig, folder: Path, environment: Mapping[str, str] | No
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a run is going in that folder, one of `start` or another."""
+    """Tell whether a run is going in that folder, one of `start` or another."""
     return in_use(_log(folder)) or in_use(folder)
 
 
 def failure(folder: Path, status: int) -> str:
-    """What became of a run that ended with this exit status, other than 0."""
+    """Say what became of a run that ended with this exit status, other than 0."""
     if status < 0:
         return f"was killed by signal {-status} (log {_log(folder)})"
     last = _log(folder).read_text(errors="replace").strip().splitlines()[-1:]
@@ -62,7 +62,7 @@ def failure(folder: Path, status: int) -> str:
 
 
 def stop(processes: Iterable["subprocess.Popen[bytes]"]) -> None:
-    """Ends those that still run, each with a checkpoint, and waits for them."""
+    """End the processes that still run, each with a checkpoint, and wait for them."""
     processes = list(processes)
     for process in processes:
         if process.poll() is None:
@@ -76,7 +76,7 @@ def _log(folder: Path) -> Path:
 
 
 def run_flops(config: TrainConfig, step: int | None = None) -> float:
-    """FLOPs of a run up to a step, by default its last; with the default vocabulary where the data brings its own."""
+    """Count the FLOPs of a run up to a step, by default its last, with the vocabulary of its options."""
     flops = step_flops(config.model, config.data.vocabulary, config.batch, config.latent_tokens)
     return (config.steps if step is None else step) * flops
 

@@ -36,7 +36,7 @@ __all__ = ["Grid", "Sweep", "cells", "load_sweep", "make_sweep", "run_sweep", "t
 
 
 def _options() -> dict[str, str]:
-    """Option -> the section it stands in, "" for none.
+    """Map each option to the section it stands in, "" for none.
 
     How a run is carried out (the section `run`) is the same for all runs of a sweep; `seeds` stands for the seed.
     """
@@ -66,7 +66,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a file asks for.
+    """The runs of all grids.
 
     Attributes:
         runs: every run by its name.
@@ -81,7 +81,7 @@ class Sweep:
 
 
 def load_sweep(path: Path) -> Sweep:
-    """Reads a sweep's file.
+    """Read a sweep's file.
 
     Raises:
         UserError: the file is missing or malformed, a key is unknown, a value has the wrong type or is out of range.
@@ -152,7 +152,7 @@ def make_sweep(base: TrainConfig, grids: dict[str, tuple[tuple[str, ...], list[T
 
 
 def _points(grid: dict[str, Any], seed: int, where: str) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
-    """The options that a grid varies, and for each of its runs their values, the seed among them."""
+    """Return the options that a grid varies, and for each of its runs their values, the seed among them."""
     seeds, cases = grid.pop("seeds", [seed]), grid.pop("cases", [{}])
     for key, value in {**grid, "seeds": seeds, "cases": cases}.items():
         if not isinstance(value, list) or not value:
@@ -173,7 +173,7 @@ def _points(grid: dict[str, Any], seed: int, where: str) -> tuple[tuple[str, ...
 
 
 def _values(config: TrainConfig) -> dict[str, Any]:
-    """The value of each option, whatever section it stands in, as JSON has it."""
+    """Return the value of each option, whatever section it stands in, as JSON has it."""
     values = config_dict(config)
     return {option: (values[section] if section else values)[option] for option, section in OPTIONS.items()}
 
@@ -239,7 +239,7 @@ def run_sweep(
 
 
 def _choose(sweep: Sweep, only: tuple[str, ...] | None) -> list[str]:
-    """The names of the runs to do, long ones first: few cores are idle at the end."""
+    """Return the names of the runs to do, long ones first: few cores are idle at the end."""
     grids = {grid.name: grid.runs for grid in sweep.grids}
     wanted = f"a grid ({', '.join(grids)}) or the name of a run (--list)"
     if only == ():
@@ -261,7 +261,7 @@ def _check_same(folder: Path, config: TrainConfig) -> None:
 
 
 def _slots(config: TrainConfig, jobs: int) -> list[dict[str, str]]:
-    """What each of the runs at a time gets as its environment: on GPUs one of them."""
+    """Return what each of the runs at a time gets as its environment: on GPUs one of them."""
     if on_cpu(config):
         return [{}] * (jobs or max(1, available_cores() // max(1, config.run.threads)))
     if ":" in config.run.device:  # a certain one
@@ -299,12 +299,12 @@ def _run(sweep: Sweep, folder: Path, to_do: list[str], jobs: int, results: "_Res
                 progress.ended(results.ended(name, failed))
             progress.show([*running, *going])
     finally:
-        progress.close()
         stop(process for process, _ in running.values())
+        progress.close()
 
 
 class _Results:
-    """results.json, its contents, and results.csv, of what is done by now.
+    """Keep results.json, its contents, and results.csv, of what is done by now.
 
     Attributes:
         data: checksums of the text that a finished run has read and was validated on.
@@ -335,7 +335,7 @@ class _Results:
         return {"environments": self.environments, "runs": list(self.rows.values())}
 
     def ended(self, name: str, failed: str | None = None) -> dict[str, Any]:
-        """The row of a run that ended, with a result or by what `failed` says."""
+        """Return the row of a run that ended, with a result or by what `failed` says."""
         if failed is None:
             self._add(name)
         else:
@@ -379,7 +379,7 @@ class _Results:
 
 
 def _history(run: Path) -> dict[str, Any]:
-    """What metrics.jsonl tells of a run.
+    """Sum up the metrics of a run.
 
     curve: step, data tokens, seconds and held-out loss of each validation, None where no line tells; phases: of each
     phase the medians of data tokens a second and of MFU.
@@ -402,7 +402,7 @@ def _history(run: Path) -> dict[str, Any]:
 
 
 def cells(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs that differ in nothing but the seed, together: their options, seeds, and over these the mean and the spread.
+    """Put runs together that differ in nothing but the seed, with the mean and the spread over their seeds.
 
     Returns:
         For each cell options, seeds, val_loss and difference, the last two as (mean, standard deviation) with None for
@@ -428,7 +428,7 @@ def _spread(values: list[float]) -> tuple[float | None, float | None]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Every cell with its mean loss and its mean difference from the baseline, as Markdown."""
+    """Write every cell with its mean loss and its mean difference from the baseline, as Markdown."""
 
     def shown(value: tuple[float | None, float | None], sign: str) -> str:
         mean, deviation = value

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, folders that one process has, and the error that a user can put right."""
+"""Write files and folders whole or not at all, lock folders, and name the error that a user can put right."""
 
 import fcntl
 import os
@@ -38,7 +38,7 @@ def check_out(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: under another name, then renamed."""
+    """Write a file whole or not at all: under another name, then rename it."""
     unfinished = path.with_name(UNFINISHED + path.name)
     with open(unfinished, "w", encoding="utf-8") as file:
         file.write(text)
@@ -70,7 +70,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk, so that a rename cannot get there before it."""
+    """Wait until a file or folder is on the disk, so that a rename cannot get there before it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -79,7 +79,7 @@ def sync(path: Path) -> None:
 
 
 def lock(path: Path) -> int | None:
-    """Locks a folder for this process until it closes what is returned, or ends, however; None: another one has it."""
+    """Lock a folder until this process closes the handle returned, or ends, however. None: another process has it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,7 +90,7 @@ def lock(path: Path) -> int | None:
 
 
 def in_use(path: Path) -> bool:
-    """Whether a process has that folder locked."""
+    """Tell whether a process has that folder locked."""
     handle = lock(path) if path.exists() else None
     if handle is None:
         return path.exists()

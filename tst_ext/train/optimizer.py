@@ -1,4 +1,4 @@
-"""What the optimiser is told: its learning rate at a step, its parameter groups, and to forget at the switch."""
+"""Set the optimiser up: the learning rate of a step, the parameter groups, and its reset at the switch."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ __all__ = ["learning_rate", "parameter_groups", "reinitialise"]
 
 
 def learning_rate(config: OptimizerConfig, steps: int, step: int) -> float:
-    """Warmup-Stable-Decay at `step` (0-based): linear to the peak, flat, linear to zero just past the end.
+    """Return the rate at `step` (0-based), Warmup-Stable-Decay: linear to the peak, flat, linear to zero past the end.
 
     The phase switch does not appear here: the schedule runs through it (arXiv 2605.06546).
     """
@@ -25,7 +25,7 @@ def learning_rate(config: OptimizerConfig, steps: int, step: int) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices, embedding and head among them, with weight decay; the gains of the norms without.
+    """Give the matrices, embedding and head among them, weight decay, and the gains of the norms none.
 
     Embedding and head are untied and feed normalised layers, so their scale carries nothing and decay bounds it, as it
     does for the other matrices. Shrinking a gain instead would shrink the signal.
@@ -39,7 +39,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 @torch.no_grad()
 def reinitialise(model: Transformer, optimizer: torch.optim.Optimizer, seed: int) -> None:
-    """Embedding and head as in a fresh model, and no memory of their gradients: the paper's Table 2."""
+    """Make embedding and head those of a fresh model, and forget their gradients: the paper's Table 2."""
     generator = torch.Generator().manual_seed(seed)
     for name in ("embedding.weight", "head.weight"):
         parameter = model.get_parameter(name)

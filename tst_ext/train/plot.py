@@ -1,4 +1,4 @@
-"""Draw loss.png: the training and held-out losses of a run, or of several, over their steps."""
+"""Draw loss.png, the training and held-out losses of a run, or of several, over their steps."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a run saves and stops, a process is started whole."""
+"""Handle SIGTERM and SIGINT: a run saves and stops, and no process is lost while it is started."""
 
 import signal
 import threading
@@ -20,7 +20,7 @@ class Stopped(Exception):
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT append themselves to the list yielded; a second one acts as it did before."""
+    """Append SIGTERM and SIGINT to the list yielded; a second one acts as it did before."""
     received: list[int] = []
     before: dict[int, Any] = {}
 
@@ -41,7 +41,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def deferred_signals() -> Iterator[None]:
-    """SIGTERM and SIGINT act after it: within it a process is started and put where it will be ended."""
+    """Let SIGTERM and SIGINT act afterwards: within it a process is started and put where it will be ended."""
     with stop_signals() as received:
         yield
     if received:
