@@ -5,8 +5,8 @@ import torch
 from conftest import DEVICE, zipf_ids
 from tst_ext import fold_inputs, fold_labels
 from tst_ext.train.config import ModelConfig, OptimizerConfig
-from tst_ext.train.loop import parameter_groups
 from tst_ext.train.model import Transformer
+from tst_ext.train.optimizer import parameter_groups
 
 BATCH, LENGTH, BAG_SIZE, VOCABULARY = 8, 64, 4, 4096  # the trainer's defaults
 

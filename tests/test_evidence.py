@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tst_ext.lab.plan import recommend
+from tst_ext.lab.sweep import load_sweep
 from tst_ext.train.config import TrainConfig
-from tst_ext.train.plan import recommend
-from tst_ext.train.sweep import load_sweep
 
 EVIDENCE = Path(__file__).parents[1] / "benchmarks" / "evidence"
 

@@ -7,11 +7,11 @@ from typing import NoReturn
 USAGE = """usage: tst COMMAND [OPTION...]
 
 commands:
-  train        train one model through both phases, or go on with a run; under torchrun on many devices
-  compare      train a baseline and TST at equal FLOPs and show both losses
-  sweep        do a grid of runs, or go on with it: one table and figures
+  train        train one model through both phases, or resume a run; under torchrun on many devices
+  compare      train a baseline and TST at equal FLOPs: one table and the curves of both losses
+  sweep        do a grid of runs, or resume it: one table and figures
   prepare      write text as token shards that train and compare read
-  plan         tokens, FLOPs, hours and memory of a run before it is paid for
+  plan         tokens, FLOPs and hours of a run before it is paid for, and when TST is worth it
   fit-weights  measure position weights on your text
   eval         next-token loss and bits per byte of a text under a run's model
   generate     continue a text with a run's model
@@ -75,15 +75,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tst: expected a command, got {' '.join(argv) or 'none'!r}\n\n{USAGE}", file=sys.stderr)
         return 2
     try:
-        from .train import cli
-        from .train.config import UserError
+        from . import commands
+        from .train.files import UserError
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("tst_ext"):
             raise
         print(f"tst {argv[0]}: {error.name} is missing: pip install 'tst-ext[train]'", file=sys.stderr)
         return 2
     try:
-        return cli.COMMANDS[argv[0]](argv[1:])
+        return commands.run(argv[0], argv[1:])
     except (UserError, OSError) as error:
         print(f"tst {argv[0]}: {error}", file=sys.stderr)
         return 2

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 from matplotlib import pyplot as plt
+from tst_ext.lab.plots import plot_grid
 
-from tst_ext.train.plot import plot_grid
-from tst_ext.train.sweep import load_sweep
+from tst_ext.lab.sweep import load_sweep
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"

@@ -15,7 +15,7 @@ needs_gloo = pytest.mark.skipif(
 METHOD = "spawn" if sys.platform == "darwin" else "forkserver"  # its libraries do not survive a fork
 FORKS = multiprocessing.get_context(METHOD)
 # FSDP2 imports torch._dynamo, which takes longest.
-FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor", "tst_ext.train.cli"])
+FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor", "tst_ext.commands"])
 
 
 def in_process_group(rank, world, path, function):

@@ -1,6 +1,7 @@
 """The command `tst` in processes of its own, forked, and what runs left."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import resource
@@ -20,7 +21,8 @@ from tqdm import tqdm
 
 from helpers.processes import FORKS, METHOD
 from tst_ext.__main__ import entry
-from tst_ext.train import checkpoint, launch, loop
+from tst_ext.lab import subprocesses
+from tst_ext.train import checkpoint, loop
 from tst_ext.train.config import save_config
 from tst_ext.train.metrics import read_metrics
 
@@ -58,16 +60,9 @@ def run_command(environment, outputs, nested, arguments, action, at):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the command that forked this has a handler
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
-    launch.subprocess = SimpleNamespace(Popen=Fork, STDOUT=subprocess.STDOUT)
+    subprocesses.subprocess = SimpleNamespace(Popen=Fork, STDOUT=subprocess.STDOUT)
     loop.gemm_flops_per_second = speed
-    original = loop.learning_rate
-
-    def learning_rate(config, steps, step):
-        if step == at:
-            ACTIONS[action]()
-        return original(config, steps, step)
-
-    loop.learning_rate = learning_rate
+    loop.train = functools.partial(loop.train, on_step=lambda step: ACTIONS[action]() if step == at else None)
     sys.argv = ["tst", *arguments]
     entry()
 

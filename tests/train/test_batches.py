@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tst_ext.train.batches import PADDING, ahead, check_batches, read_batch
-from tst_ext.train.config import SuperpositionConfig, UserError
+from tst_ext.train.config import SuperpositionConfig
 from tst_ext.train.data import Shard
+from tst_ext.train.files import UserError
 
 S = 4
 

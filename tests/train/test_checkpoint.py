@@ -1,6 +1,7 @@
 """Checkpoints: what a run that ended goes on from, and what it must not."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -15,8 +16,9 @@ import torch
 from helpers.runs import assert_same_run, lines, run, start, tensors, wait_for
 from tst_ext.__main__ import main
 from tst_ext.train import checkpoint, loop
-from tst_ext.train.config import SuperpositionConfig, UserError, save_config
+from tst_ext.train.config import SuperpositionConfig, save_config
 from tst_ext.train.data import Shard, load_tokenizer
+from tst_ext.train.files import UserError
 from tst_ext.train.loop import train
 from tst_ext.train.metrics import read_metrics
 
@@ -48,24 +50,20 @@ def straight(uninterrupted, tmp_path):
     return shutil.copytree(uninterrupted, tmp_path / "straight")
 
 
-def die_at(monkeypatch, step):
-    original = loop.learning_rate
-
-    def learning_rate(config, steps, at):
+def die_at(step):
+    def on_step(at):
         if at == step:
             raise Killed
-        return original(config, steps, at)
 
-    monkeypatch.setattr(loop, "learning_rate", learning_rate)
+    return on_step
 
 
 class TestResume:
     # In the superposition phase, at its last step, at the first of recovery, in recovery, before any checkpoint.
     @pytest.mark.parametrize("step", [6, 11, 12, 22, 2])
-    def test_goes_on_bit_for_bit(self, often, straight, tmp_path, monkeypatch, step, capsys):
-        with monkeypatch.context() as context, pytest.raises(Killed):
-            die_at(context, step)
-            train(often, tmp_path / "run", progress=False)
+    def test_goes_on_bit_for_bit(self, often, straight, tmp_path, step, capsys):
+        with pytest.raises(Killed):
+            train(often, tmp_path / "run", progress=False, on_step=die_at(step))
         assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")][-1:] == (
             [f"step-{step // 4 * 4:08}"] if step >= 4 else []
         )
@@ -81,20 +79,18 @@ class TestResume:
         assert "step-00000020" in run(often, tmp_path / "b").stderr
         assert_same_run(straight, tmp_path / "b")
 
-    def test_random_numbers_go_on(self, often, tmp_path, monkeypatch):
+    def test_random_numbers_go_on(self, often, tmp_path):
         """The loop draws none; what a user adds to it might."""
-        drawn, original = {}, loop.learning_rate
+        drawn = {}
 
-        def draw(config, steps, step):
+        def draw(step):
             drawn.setdefault(step, []).append(torch.rand(1).item())
             if step == 9 and len(drawn[9]) == 1:
                 raise Killed
-            return original(config, steps, step)
 
-        monkeypatch.setattr(loop, "learning_rate", draw)
         with pytest.raises(Killed):
-            train(often, tmp_path / "run", progress=False)
-        train(often, tmp_path / "run", progress=False)
+            train(often, tmp_path / "run", progress=False, on_step=draw)
+        train(often, tmp_path / "run", progress=False, on_step=draw)
         assert len(drawn[8]) == len(drawn[9]) == 2 and len(drawn[7]) == 1
         assert drawn[8][0] == drawn[8][1] and drawn[9][0] == drawn[9][1]
 
@@ -127,10 +123,9 @@ class TestResume:
         with pytest.raises(UserError, match=f"has {name} = .*, this run"):
             train(dataclasses.replace(often, **change), straight, progress=False)
 
-    def test_nor_may_a_run_without_checkpoint_change(self, often, tmp_path, monkeypatch):
-        with monkeypatch.context() as context, pytest.raises(Killed):
-            die_at(context, 2)
-            train(often, tmp_path / "run", progress=False)
+    def test_nor_may_a_run_without_checkpoint_change(self, often, tmp_path):
+        with pytest.raises(Killed):
+            train(often, tmp_path / "run", progress=False, on_step=die_at(2))
         with pytest.raises(UserError, match="has seed = 0, this run 1"):
             train(dataclasses.replace(often, seed=1), tmp_path / "run", progress=False)
 
@@ -296,19 +291,15 @@ class TestWriting:
         with pytest.raises(UserError, match="No space left on device; the last checkpoint is .*step-00000008"):
             train(often, tmp_path / "run", progress=False)
 
-    def test_data_that_vanishes(self, often, straight, tmp_path, shards, monkeypatch):
+    def test_data_that_vanishes(self, often, straight, tmp_path, shards):
         content = (shards / "train.bin").read_bytes()
-        with monkeypatch.context() as context:
-            original = loop.learning_rate
 
-            def truncate(config, steps, step):
-                if step == 9:
-                    os.truncate(shards / "train.bin", 100)
-                return original(config, steps, step)
+        def truncate(step):
+            if step == 9:
+                os.truncate(shards / "train.bin", 100)
 
-            context.setattr(loop, "learning_rate", truncate)
-            with pytest.raises(UserError, match="train.bin: expected .* bytes .* it has become shorter"):
-                train(often, tmp_path / "run", progress=False)
+        with pytest.raises(UserError, match="train.bin: expected .* bytes .* it has become shorter"):
+            train(often, tmp_path / "run", progress=False, on_step=truncate)
         (shards / "train.bin").write_bytes(content)
         train(often, tmp_path / "run", progress=False)
         assert_same_run(straight, tmp_path / "run")
@@ -318,14 +309,12 @@ class TestSignals:
     @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
     def test_saves_and_exits(self, often, straight, tmp_path, signum, status, monkeypatch, capsys):
         with monkeypatch.context() as context:
-            original = loop.learning_rate
 
-            def send(config, steps, step):
+            def send(step):
                 if step == 9:
                     os.kill(os.getpid(), signum)
-                return original(config, steps, step)
 
-            context.setattr(loop, "learning_rate", send)
+            context.setattr(loop, "train", functools.partial(train, on_step=send))
             save_config(often, tmp_path / "c.json")
             arguments = ["train", "--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "run"), "--no-progress"]
             before = signal.getsignal(signum)
@@ -333,8 +322,8 @@ class TestSignals:
             assert signal.getsignal(signum) == before
         error = capsys.readouterr().err
         assert signal.Signals(signum).name in error and "Traceback" not in error
-        # The step after the one in which it came: the processes of a run agree on it by their next exchange.
-        assert checkpoint.checkpoints(tmp_path / "run")[-1].name == "step-00000011"
+        # The step before which it came: the processes of a run agree on it by their next exchange.
+        assert checkpoint.checkpoints(tmp_path / "run")[-1].name == "step-00000010"
         assert not (tmp_path / "run" / "result.json").exists()
         train(often, tmp_path / "run", progress=False)
         assert_same_run(straight, tmp_path / "run")
@@ -448,11 +437,10 @@ class TestHostileFiles:
             Shard(shards, "train")
 
 
-def test_reinitialised_run_goes_on_bit_for_bit(often, tmp_path, monkeypatch):
+def test_reinitialised_run_goes_on_bit_for_bit(often, tmp_path):
     config = dataclasses.replace(often, superposition=SuperpositionConfig(bag_size=4, ratio=0.4, reinitialise=True))
     train(config, tmp_path / "a", progress=False)
-    with monkeypatch.context() as context, pytest.raises(Killed):
-        die_at(context, 13)  # the checkpoint is of the last step before the switch
-        train(config, tmp_path / "b", progress=False)
+    with pytest.raises(Killed):  # the checkpoint is of the last step before the switch
+        train(config, tmp_path / "b", progress=False, on_step=die_at(13))
     train(config, tmp_path / "b", progress=False)
     assert_same_run(tmp_path / "a", tmp_path / "b")

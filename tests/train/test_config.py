@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tst_ext.train.config import OptimizerConfig, SuperpositionConfig, TrainConfig, UserError, load_config, save_config
+from tst_ext.train.config import OptimizerConfig, SuperpositionConfig, TrainConfig, load_config, save_config
+from tst_ext.train.files import UserError
 
 
 class TestFiles:

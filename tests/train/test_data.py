@@ -10,8 +10,9 @@ import tokenizers
 import torch
 from tokenizers import Tokenizer
 
-from tst_ext.train.config import DataConfig, UserError
+from tst_ext.train.config import DataConfig
 from tst_ext.train.data import Shard, prepare, prepared_folder, read_documents
+from tst_ext.train.files import UserError
 
 CONFIG = DataConfig(vocabulary=300, holdout=0.1)
 

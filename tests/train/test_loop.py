@@ -10,12 +10,14 @@ import torch
 
 from helpers.runs import assert_same_run
 from tst_ext.train import loop
-from tst_ext.train.config import OptimizerConfig, UserError
+from tst_ext.train.config import OptimizerConfig
 from tst_ext.train.data import Shard
-from tst_ext.train.loop import learning_rate, parameter_groups, train, validate
+from tst_ext.train.distributed import Processes
+from tst_ext.train.files import UserError
+from tst_ext.train.loop import train, validate
 from tst_ext.train.metrics import read_metrics
 from tst_ext.train.model import Transformer
-from tst_ext.train.processes import Processes
+from tst_ext.train.optimizer import learning_rate, parameter_groups
 
 GOLDEN = Path(__file__).with_name("golden.json")
 
@@ -110,6 +112,19 @@ class TestRun:
         result = train(dataclasses.replace(tiny, steps=300), tmp_path / "run", progress=False)
         # The source has 0.95 nats of entropy a token, a model that knows nothing log 64 = 4.16.
         assert 0.9 < result["val_loss"] < 2.0
+
+    def test_on_step_is_called_before_each_step(self, tiny, tiny_run, tmp_path):
+        config, called = dataclasses.replace(tiny, run=dataclasses.replace(tiny.run, checkpoint_every=20)), []
+
+        def on_step(step):
+            assert len(losses(tmp_path / "run")) == step  # a line of the metrics each
+            called.append(step)
+
+        train(config, tmp_path / "run", progress=False, on_step=on_step)
+        assert called == list(range(30))
+        train(config, tmp_path / "run", resume="step-00000020", progress=False, on_step=on_step)
+        assert called[30:] == list(range(20, 30))
+        assert_same_run(tiny_run, tmp_path / "run")
 
     def test_files_of_a_run(self, tiny_run):
         names = {p.name for p in tiny_run.iterdir()}

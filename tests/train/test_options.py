@@ -11,13 +11,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from helpers.training import write_split
 from tst_ext import linear_multi_hot_cross_entropy, position_weights
 from tst_ext.train import flops, loop, metrics
 from tst_ext.train.batches import PADDING
-from tst_ext.train.config import ModelConfig, SuperpositionConfig, UserError
-from tst_ext.train.loop import loss_options, reinitialise, train
+from tst_ext.train.config import ModelConfig, SuperpositionConfig
+from tst_ext.train.files import UserError
+from tst_ext.train.loop import loss_options, train
 from tst_ext.train.metrics import read_metrics
 from tst_ext.train.model import Transformer
+from tst_ext.train.optimizer import reinitialise
 from tst_ext.train.presets import PRESETS
 
 
@@ -75,8 +78,6 @@ class TestSuperposition:
         assert phases == ["superposition"] * 15 + ["recovery"] * 15
 
     def test_documents_shorter_than_a_bag(self, tiny, tmp_path, shards):
-        from conftest import write_split
-
         for split in ("train", "val"):
             write_split(shards, split, [1, 2, 0] * 2000)
             header = json.loads((shards / f"{split}.json").read_text())

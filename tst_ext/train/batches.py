@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..bags import document_offsets, fold_inputs, fold_labels
-from .config import TrainConfig, UserError
+from .config import TrainConfig
 from .data import Shard
+from .files import UserError
 
 __all__ = ["Batch", "ahead", "check_batches", "read_batch"]
 

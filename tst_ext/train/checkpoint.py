@@ -9,7 +9,6 @@ has no such part. Shards of any number of processes load into any other number.
 
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -23,21 +22,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from .config import UNFINISHED, UserError, write_text
-from .processes import Processes
+from .distributed import Processes
+from .files import UNFINISHED, UserError, sync, write_text
 
-__all__ = [
-    "Found",
-    "checkpoints",
-    "choose",
-    "last_good",
-    "load",
-    "load_weights",
-    "save",
-    "set_aside_after",
-    "sync",
-    "verify",
-]
+__all__ = ["Found", "checkpoints", "choose", "last_good", "load", "load_weights", "save", "set_aside_after", "verify"]
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -262,15 +250,6 @@ def _discard(path: Path) -> None:
 def _remove_unfinished(folder: Path) -> None:
     for path in folder.glob(f"{UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk, so that a rename cannot get there before it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: BaseException) -> str:

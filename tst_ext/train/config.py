@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import tomllib
 import typing
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..bags import FITTED
+from .files import UserError, write_text
 
 __all__ = [
     "DataConfig",
@@ -19,21 +19,11 @@ __all__ = [
     "RunConfig",
     "SuperpositionConfig",
     "TrainConfig",
-    "UserError",
-    "check_out",
     "config_dict",
     "config_from_dict",
     "load_config",
     "save_config",
-    "write_text",
 ]
-
-
-UNFINISHED = ".unfinished-"  # begins the name of what is being written; a process that is killed leaves it behind
-
-
-class UserError(Exception):
-    """Something the user can put right; the command line prints it in one line, without a traceback."""
 
 
 def _check(name: str, value: Any, valid: bool, wanted: str) -> None:
@@ -237,19 +227,6 @@ class TrainConfig:
             _check("latent_tokens", self.latent_tokens, self.latent_tokens % s == 0, wanted)
 
 
-def check_out(folder: Path) -> None:
-    """Checks, before any work is done, that `folder` can be made or is an empty one.
-
-    Raises:
-        UserError: it holds something, is a file, or lies where nothing can be written.
-    """
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"out {folder}: {existing} is not a folder that can be written to")
-    if existing == folder and any(not p.name.startswith(UNFINISHED) for p in folder.iterdir()):
-        raise UserError(f"out {folder}: the folder is not empty; choose another or remove it")
-
-
 def load_config(path: Path) -> TrainConfig:
     """Reads a configuration from TOML, or from the config.json of a run. Keys left out keep their defaults.
 
@@ -315,13 +292,3 @@ def config_dict(config: TrainConfig) -> dict[str, Any]:
 def save_config(config: TrainConfig, path: Path) -> None:
     """Writes the resolved configuration as JSON, which `load_config` reads back to an equal one."""
     write_text(path, json.dumps(config_dict(config), indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: under another name, then renamed."""
-    unfinished = path.with_name(UNFINISHED + path.name)
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # else a loss of power can leave an empty file by the new name
-    unfinished.replace(path)

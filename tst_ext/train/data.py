@@ -9,9 +9,7 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .config import DataConfig, UserError
+from .config import DataConfig
+from .files import UserError, whole_folder
 
 __all__ = ["Shard", "cache_folder", "load_tokenizer", "prepare", "prepared_folder", "read_documents"]
 
@@ -110,7 +109,6 @@ def prepare(documents: list[str], config: DataConfig, folder: Path) -> None:
         UserError: fewer than two documents, a tokenizer that cannot be used, or the folder is not empty or cannot be
             written.
     """
-    folder = folder.resolve()  # its sibling, also for "."
     if len(documents) < 2:
         raise UserError(f"data: expected at least 2 documents, one of them to hold out, got {len(documents)}")
     documents = sorted(documents)
@@ -122,22 +120,13 @@ def prepare(documents: list[str], config: DataConfig, folder: Path) -> None:
     if tokenizer.token_to_id(config.end_of_text) is None:
         raise UserError(f"tokenizer {config.tokenizer}: has no token {config.end_of_text!r}; name one by --end-of-text")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
-    except OSError as error:
-        raise UserError(f"folder {folder}: {error}") from error
-    try:
-        tokenizer.save(str(unfinished / "tokenizer.json"))
-        for name in SPLITS:
-            _write_shard(unfinished / name, split[name], tokenizer, config.end_of_text)
-        unfinished.chmod(0o755)  # mkdtemp's 0700 would keep a shared cache from its other users
-        try:
-            unfinished.rename(folder)
-        except OSError as error:
-            if not (folder / "train.json").exists():
-                raise UserError(f"folder {folder}: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with whole_folder(folder) as unfinished:
+            tokenizer.save(str(unfinished / "tokenizer.json"))
+            for name in SPLITS:
+                _write_shard(unfinished / name, split[name], tokenizer, config.end_of_text)
+    except UserError:
+        if not (folder / "train.json").exists():
+            raise
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -4,63 +4,31 @@ import dataclasses
 import math
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from .. import SuperpositionSchedule, position_weights
 from . import checkpoint
 from .batches import PADDING, Batch, ahead, check_batches, read_batch
-from .config import OptimizerConfig, SuperpositionConfig, TrainConfig, UserError, config_dict
+from .config import SuperpositionConfig, TrainConfig, config_dict
 from .data import Shard, prepared_folder
+from .distributed import Processes
+from .files import UserError
 from .flops import gemm_flops_per_second, step_flops
-from .folder import RunFolder
 from .metrics import Meter, Metrics
-from .model import Transformer, initial_std
-from .processes import Processes
+from .model import Transformer
+from .optimizer import learning_rate, parameter_groups, reinitialise
+from .run_folder import RunFolder
+from .signals import Stopped, stop_signals
 
-__all__ = ["Stopped", "learning_rate", "train"]
-
-
-class Stopped(Exception):
-    """A signal ended the run, after it was saved."""
-
-    def __init__(self, signum: int, step: int, folder: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}, saved at step {step}; --out {folder} goes on")
-        self.status = 128 + signum
-
-
-def learning_rate(config: OptimizerConfig, steps: int, step: int) -> float:
-    """Warmup-Stable-Decay at `step` (0-based): linear to the peak, flat, linear to zero just past the end.
-
-    The phase switch does not appear here: the schedule runs through it (arXiv 2605.06546).
-    """
-    warmup = round(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
-    decay = round(config.decay * steps)
-    rise = (step + 1) / warmup if step < warmup else 1.0
-    fall = (steps - step) / decay if steps - step <= decay else 1.0
-    return config.learning_rate * min(rise, fall)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices, embedding and head among them, with weight decay; the gains of the norms without.
-
-    Embedding and head are untied and feed normalised layers, so their scale carries nothing and decay bounds it, as it
-    does for the other matrices. Shrinking a gain instead would shrink the signal.
-    """
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+__all__ = ["loss_options", "train", "validate"]
 
 
 @lru_cache(maxsize=16)  # the counts are the same in every step, unless bags end with documents
@@ -85,21 +53,6 @@ def loss_options(options: SuperpositionConfig, counts: tuple[int, ...], world: i
 
 
 @torch.no_grad()
-def reinitialise(model: Transformer, optimizer: torch.optim.Optimizer, seed: int) -> None:
-    """Embedding and head as in a fresh model, and no memory of their gradients: the paper's Table 2."""
-    generator = torch.Generator().manual_seed(seed)
-    for name in ("embedding.weight", "head.weight"):
-        parameter = model.get_parameter(name)
-        fresh = torch.empty(parameter.shape).normal_(std=initial_std(name, 1), generator=generator)
-        fresh = fresh.to(parameter.device)
-        if isinstance(parameter, DTensor):
-            fresh = distribute_tensor(fresh, parameter.device_mesh, parameter.placements)
-        parameter.copy_(fresh)
-        for value in optimizer.state[parameter].values():
-            value.zero_()
-
-
-@torch.no_grad()
 def validate(model: nn.Module, shard: Shard, config: TrainConfig, processes: Processes) -> float:
     """Mean next-token loss in nats over the first `eval_tokens` held-out tokens, whatever phase the training is in."""
     sums = torch.zeros(2, dtype=torch.float64)  # loss, tokens
@@ -118,35 +71,23 @@ def validate(model: nn.Module, shard: Shard, config: TrainConfig, processes: Pro
     return total / count
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT append themselves to the list yielded; a second one acts as it did before."""
-    received: list[int] = []
-    before: dict[int, Any] = {}
+def train(
+    config: TrainConfig,
+    folder: Path,
+    *,
+    resume: str = "auto",
+    progress: bool = True,
+    on_step: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Train one model and leave everything about the run in `folder`. Under torchrun every process calls it.
 
-    def receive(signum: int, _: Any) -> None:
-        received.append(signum)
-        signal.signal(signum, before[signum])
-
-    if threading.current_thread() is threading.main_thread():
-        before |= {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        for number in before:
-            signal.signal(number, receive)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def train(config: TrainConfig, folder: Path, *, resume: str = "auto", progress: bool = True) -> dict[str, Any]:
-    """Trains one model and leaves everything about the run in `folder`. Under torchrun every process calls it.
-
-    Writes config.json, environment.json, tokenizer.json, metrics.jsonl, checkpoints/, loss.png and result.json.
+    Write config.json, environment.json, tokenizer.json, metrics.jsonl, checkpoints/, loss.png and result.json.
 
     Args:
         resume: "auto" goes on from the latest checkpoint in `folder`, bit for bit, or begins where there is none; the
             name of a checkpoint goes on from that one; "never" takes no folder that holds anything.
+        on_step: called with the number of each step, from 0, before the step. What it raises ends the run, without a
+            checkpoint.
 
     Returns:
         What result.json holds: steps, data tokens, seconds, final validation loss in nats, and more.
@@ -165,12 +106,19 @@ def train(config: TrainConfig, folder: Path, *, resume: str = "auto", progress: 
         run = RunFolder(processes.share(folder), processes)
         try:
             with run:
-                return _train(config, run, resume, progress, processes)
+                return _train(config, run, resume, progress, on_step, processes)
         except OSError as error:
             raise UserError(f"out {run.path}: {error}; {checkpoint.last_good(run.path)}") from error
 
 
-def _train(config: TrainConfig, run: RunFolder, resume: str, progress: bool, processes: Processes) -> dict[str, Any]:
+def _train(
+    config: TrainConfig,
+    run: RunFolder,
+    resume: str,
+    progress: bool,
+    on_step: Callable[[int], None] | None,
+    processes: Processes,
+) -> dict[str, Any]:
     found = run.open(config, resume)
     data = processes.first_only(lambda: prepared_folder(config.data))  # made once, found by the others
     training, held_out = Shard(data, "train"), Shard(data, "val")
@@ -236,6 +184,8 @@ def _train(config: TrainConfig, run: RunFolder, resume: str, progress: bool, pro
         stop_signals() as signals,
     ):  # fmt: skip
         for step in range(state["step"], config.steps):
+            if on_step:
+                on_step(step)
             with meter.waiting_for_data():
                 batch = next(batches)
             if 0 < step == schedule.switch_step and options.reinitialise:

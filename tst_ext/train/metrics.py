@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .config import UserError, write_text
+from .files import UserError, write_text
 
 __all__ = ["Meter", "Metrics", "read_metrics"]
 

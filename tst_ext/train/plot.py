@@ -1,8 +1,8 @@
-"""The figures: loss.png of a run and of a comparison, and those of a sweep."""
+"""Draw loss.png, the training and held-out losses of a run, or of several, over their steps."""
 
 import json
-import math
-import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,137 +13,41 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 from .metrics import read_metrics  # noqa: E402
 
-__all__ = ["plot_comparison", "plot_grid", "plot_run"]
+__all__ = ["figure", "plot_losses"]
 
 
-def _draw(axes: Any, folder: Path, label: str, color: str) -> None:
-    metrics = read_metrics(folder)
-    training = [m for m in metrics if "loss" in m]
-    smooth: list[float] = []
-    for i, m in enumerate(training):
-        # A running mean that starts anew at the switch, where the loss changes its meaning.
-        fresh = i == 0 or m["phase"] != training[i - 1]["phase"]
-        smooth.append(m["loss"] if fresh else 0.95 * smooth[-1] + 0.05 * m["loss"])
-    axes.plot([m["step"] for m in training], smooth, color=color, alpha=0.45, linewidth=1, label=f"{label}, training")
-    held_out = [m for m in metrics if "val_loss" in m]
-    axes.plot(
-        [m["step"] for m in held_out],
-        [m["val_loss"] for m in held_out],
-        "o-",
-        color=color,
-        markersize=4,
-        label=f"{label}, held out (next token)",
-    )
-
-
-def _finish(figure: Any, axes: Any, switch: int, path: Path) -> None:
-    if switch:
-        axes.axvline(switch, color="gray", linestyle="--", linewidth=1, label=f"phase switch, step {switch}")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats)")
-    axes.set_ylim(top=min(axes.get_ylim()[1], 9))
+@contextmanager
+def figure(path: Path, x: str, y: str) -> Iterator[Any]:
+    """Yield the axes of a new figure, then label them with `x` and `y` and write the figure to `path`."""
+    drawn, axes = plt.subplots(figsize=(8, 4.5))
+    yield axes
+    axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    drawn.tight_layout()
+    drawn.savefig(path, dpi=120)
+    plt.close(drawn)
 
 
-def _switch_step(folder: Path) -> int:
-    return json.loads((folder / "environment.json").read_text(encoding="utf-8"))["switch_step"]
-
-
-def plot_run(folder: Path) -> None:
-    """Draws a run's training and held-out loss over its steps to `folder`/loss.png."""
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    _draw(axes, folder, "run", "C0")
-    _finish(figure, axes, _switch_step(folder), folder / "loss.png")
-
-
-def plot_comparison(baseline: Path, tst: Path, path: Path) -> None:
-    """Draws both runs' losses over their steps, the phase switch marked, to `path`."""
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    _draw(axes, baseline, "baseline", "C0")
-    _draw(axes, tst, "TST", "C1")
-    _finish(figure, axes, _switch_step(tst), path)
-
-
-def plot_grid(rows: list[dict[str, Any]], grid: str, options: tuple[str, ...], path: Path) -> None:
-    """Draws the final losses of one grid of a sweep to `path`: over its first option, a colour for each of the others.
-
-    Points are means over seeds, bars their standard deviations, dashes the baselines of the same seeds: one for all
-    that have the same, else each in the colour of the first that has it. Runs whose baseline is not done are left out,
-    and baselines without a run. Nothing is drawn where nothing is left, or where the grid has nothing but seeds.
-    """
-    all_rows = {row["name"]: row for row in rows}
-    mine = [row for row in rows if grid in row["grids"]]
-    superposed = [row for row in mine if row["name"] != row["baseline"]]
-    drawn = [row for row in superposed if "difference" in row] if superposed else [r for r in mine if "val_loss" in r]
-    if not drawn or not options:
-        return
-    x, *rest = options
-    places = {json.dumps(row["options"][x]): row["options"][x] for row in drawn}
-    numbers = all(type(value) in (int, float) for value in places.values())
-    at = {key: value if numbers else i for i, (key, value) in enumerate(places.items())}
-    line, dashes = ("o-", "s--") if numbers else ("o", "s")  # between two words there is nothing
-    # Options that go with the first one, as the width of a model with its depth, say nothing more.
-    pairs = {o: {(json.dumps(row["options"][x]), json.dumps(row["options"][o])) for row in drawn} for o in rest}
-    rest = [option for option in rest if len(pairs[option]) > len(places)]
-    drawn.sort(key=lambda row: [v if type(v := row["options"][o]) in (int, float) else 0 for o in rest])
-    lines: dict[str, dict[Any, list[dict[str, Any]]]] = {}
-    for row in drawn:
-        label = ", ".join(f"{option} {row['options'][option]}" for option in rest)
-        lines.setdefault(label, {}).setdefault(at[json.dumps(row["options"][x])], []).append(row)
-
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    for i, (label, points) in enumerate(lines.items()):
-        _points(axes, points, f"C{i}", line, label or ("superposed" if superposed else "baseline"))
-    if superposed:
-        _baselines(axes, lines, all_rows, rest, dashes)
-    if not numbers or len(places) <= 12:
-        axes.set_xticks(list(at.values()), [_plain(str(value)) for value in places.values()])
-    axes.set_xlabel(x)
-    axes.set_ylabel("final held-out loss (nats)")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _baselines(axes: Any, lines: dict[str, Any], all_rows: dict[str, Any], rest: list[str], style: str) -> None:
-    """Draws the baselines of all lines, those of several lines once: across where they are the same at all places."""
-    kinds: dict[tuple[tuple[Any, tuple[str, ...]], ...], tuple[str, str]] = {}  # names by place -> color, label
-    for i, (label, points) in enumerate(lines.items()):
-        names = {p: tuple(sorted(row["baseline"] for row in group)) for p, group in sorted(points.items())}
-        if len(set(names.values())) == 1:
-            names = {None: next(iter(names.values()))}
-        kinds.setdefault(tuple(names.items()), (f"C{i}", label))
-    options = {kind: all_rows[kind[0][1][0]]["options"] for kind in kinds}
-    apart = [option for option in rest if len({json.dumps(o[option]) for o in options.values()}) > 1]
-    for kind, (color, label) in kinds.items():
-        if len(kinds) == 1:
-            color, label = "gray", ""
-        elif apart:
-            label = ", ".join(f"{option} {options[kind][option]}" for option in apart)
-        label = f"baseline {label}".strip()
-        points = {place: [all_rows[name] for name in names] for place, names in kind}
-        if None in points:
-            mean = statistics.mean(row["val_loss"] for row in points[None])
-            axes.axhline(mean, color=color, linestyle="--", linewidth=1, label=_plain(label))
-        else:
-            _points(axes, points, color, style, label)
-
-
-def _points(axes: Any, rows: dict[Any, list[dict[str, Any]]], color: str, style: str, label: str) -> None:
-    losses = {place: [row["val_loss"] for row in group] for place, group in sorted(rows.items())}
-    means = [statistics.mean(values) for values in losses.values()]
-    # NaN: no bar, where one of no length would say that there is no spread
-    deviations = [statistics.stdev(values) if len(values) > 1 else math.nan for values in losses.values()]
-    look: dict[str, Any] = {"color": color, "label": _plain(label), "capsize": 3, "markersize": 4, "linewidth": 1}
-    axes.errorbar([*losses], means, deviations, fmt=style, **look)
-
-
-def _plain(text: str) -> str:
-    """Text that matplotlib draws as it is: between two dollar signs it takes it for a formula."""
-    return text.replace("$", r"\$")
+def plot_losses(runs: dict[str, Path], path: Path) -> None:
+    """Draw the losses of the runs in these folders, by their labels, and the last of their phase switches."""
+    with figure(path, "step", "loss (nats)") as axes:
+        switch = 0
+        for i, (label, folder) in enumerate(runs.items()):
+            facts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+            switch = max(switch, facts["switch_step"])
+            metrics = read_metrics(folder)
+            training = [m for m in metrics if "loss" in m]
+            smooth: list[float] = []
+            for before, m in zip([None, *training], training, strict=False):
+                # A running mean that starts again at the switch, where the loss changes its meaning.
+                fresh = before is None or m["phase"] != before["phase"]
+                smooth.append(m["loss"] if fresh else 0.95 * smooth[-1] + 0.05 * m["loss"])
+            look: dict[str, Any] = {"color": f"C{i}", "alpha": 0.45, "linewidth": 1, "label": f"{label}, training"}
+            axes.plot([m["step"] for m in training], smooth, **look)
+            held_out = [(m["step"], m["val_loss"]) for m in metrics if "val_loss" in m]
+            look = {"color": f"C{i}", "markersize": 4, "label": f"{label}, held out (next token)"}
+            axes.plot(*zip(*held_out, strict=True), "o-", **look)
+        if switch:
+            axes.axvline(switch, color="gray", linestyle="--", linewidth=1, label=f"phase switch, step {switch}")
+        axes.set_ylim(top=min(axes.get_ylim()[1], 9))

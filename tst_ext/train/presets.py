@@ -1,6 +1,7 @@
 """Configurations by name: the paper's dense models (arXiv 2605.06546), as far as it tells them."""
 
-from .config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, SuperpositionConfig, TrainConfig, UserError
+from .config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, SuperpositionConfig, TrainConfig
+from .files import UserError
 
 __all__ = ["PRESETS", "preset"]
 

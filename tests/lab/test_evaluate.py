@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from tokenizers import processors
 
-from tst_ext.train import evaluate as module
-from tst_ext.train.config import DataConfig, ModelConfig, UserError
+from tst_ext.lab import evaluate as module
+from tst_ext.lab.evaluate import evaluate, evaluate_shard
+from tst_ext.train.config import DataConfig, ModelConfig
 from tst_ext.train.data import Shard, load_tokenizer, prepare
-from tst_ext.train.evaluate import evaluate, evaluate_shard
+from tst_ext.train.files import UserError
 from tst_ext.train.model import Transformer
 
 POSITIONS = 16

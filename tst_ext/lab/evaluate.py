@@ -1,4 +1,4 @@
-"""How well a trained model predicts a text: loss a token, and bits a byte.
+"""Measure how well a trained model predicts a text: loss per token, and bits per byte.
 
 The loss of a token depends on what the tokenizer makes a token; bits per byte divide the same nats by the bytes of the
 text instead, so that models with different vocabularies can be compared. The token that ends a document stands for no
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from .config import UserError
-from .data import Shard
-from .model import Transformer
+from ..train.data import Shard
+from ..train.files import UserError
+from ..train.model import Transformer
 
 __all__ = ["evaluate", "evaluate_shard"]
 
@@ -36,7 +36,7 @@ def evaluate(
     batch: int,
     device: torch.device | str,
 ) -> dict[str, Any]:
-    """Next-token loss of `documents`, every token predicted exactly once.
+    """Compute the next-token loss of `documents`, every token predicted exactly once.
 
     Args:
         model: on `device`.
@@ -72,7 +72,7 @@ def evaluate(
 def evaluate_shard(
     model: Transformer, shard: Shard, tokenizer: Tokenizer, *, length: int, batch: int, device: torch.device | str
 ) -> dict[str, Any]:
-    """Next-token loss of a shard of a prepared folder: as `evaluate` of the documents in it, in their order there.
+    """Compute the next-token loss of a shard: as `evaluate` of the documents in it, in their order there.
 
     Their bytes are those of the tokens decoded, and so those of the text itself where the tokenizer loses nothing, as
     a byte-level one does. The shard is read piece by piece.

@@ -12,12 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from conftest import VOCABULARY, write_split
 from helpers.runs import assert_same_run, lines, run, tensors
+from helpers.training import VOCABULARY, write_split
 from tst_ext.train import checkpoint
 from tst_ext.train.batches import check_batches
-from tst_ext.train.config import SuperpositionConfig, UserError, save_config
+from tst_ext.train.config import SuperpositionConfig, save_config
 from tst_ext.train.data import Shard
+from tst_ext.train.files import UserError
 from tst_ext.train.loop import train
 
 pytestmark = pytest.mark.skipif(

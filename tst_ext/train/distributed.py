@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import TrainConfig, UserError
+from .config import TrainConfig
+from .files import UserError
 from .model import Block, Transformer
 
 __all__ = ["Processes"]

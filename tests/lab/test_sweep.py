@@ -11,11 +11,12 @@ import pytest
 
 from helpers.runs import lines, tst, wait_for
 from tst_ext.__main__ import main
-from tst_ext.train import launch, plot
-from tst_ext.train import sweep as module
-from tst_ext.train.config import UserError, load_config, save_config
-from tst_ext.train.folder import in_use
-from tst_ext.train.sweep import cells, load_sweep, table
+from tst_ext.lab import plots, subprocesses
+from tst_ext.lab import sweep as module
+from tst_ext.lab.sweep import cells, load_sweep, table
+from tst_ext.train import plot
+from tst_ext.train.config import load_config, save_config
+from tst_ext.train.files import UserError, in_use
 
 
 @pytest.fixture
@@ -232,7 +233,7 @@ class TestRuns:
 
         def start(config, folder, environment):
             begins.append((folder, (begun / "result.json").exists()))
-            return launch.start(config, folder, environment)
+            return subprocesses.start(config, folder, environment)
 
         monkeypatch.setattr(module, "start", start)
         assert sweep(path, "--out", out, "--jobs", "1") == 0
@@ -244,10 +245,10 @@ class TestRuns:
 
     def test_a_run_is_known_to_go_from_its_start_and_ends_with_the_caller(self, write, tmp_path, monkeypatch):
         config, *_ = load_sweep(write("[[grid]]\nratio=[0.4]", steps=3000)).runs.values()
-        process = launch.start(config, tmp_path / "a")
-        assert launch.is_running(tmp_path / "a") and not (tmp_path / "a").exists()
-        launch.stop([process])
-        assert not launch.is_running(tmp_path / "a")
+        process = subprocesses.start(config, tmp_path / "a")
+        assert subprocesses.is_running(tmp_path / "a") and not (tmp_path / "a").exists()
+        subprocesses.stop([process])
+        assert not subprocesses.is_running(tmp_path / "a")
 
         begun = []
 
@@ -321,7 +322,7 @@ class TestFigure:
         monkeypatch.setattr(plot.plt, "close", kept.append)
 
         def draw(rows, *options):
-            plot.plot_grid(rows, "g", options, tmp_path / "figure.png")
+            plots.plot_grid(rows, "g", options, tmp_path / "figure.png")
             if not kept:
                 return None
             (axes,) = kept.pop().axes

@@ -1,4 +1,4 @@
-"""A trained model in the files that Hugging Face's transformers, and what reads its format, load.
+"""Export a trained model to files that Hugging Face's transformers, and what reads its format, load.
 
 What superposition leaves behind is an ordinary causal language model, here one of Llama's shape, so the export is a
 matter of names and layout: each fused matrix becomes the matrices it stands for, and the configuration is spelt in
@@ -7,8 +7,6 @@ embedding are already laid out as Llama's, the halves of a head.
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import UNFINISHED, ModelConfig, TrainConfig, UserError, check_out
-from .data import load_tokenizer
-from .model import Transformer
+from ..train.config import ModelConfig, TrainConfig
+from ..train.data import load_tokenizer
+from ..train.files import UserError, check_out, whole_folder
+from ..train.model import Transformer
 
 __all__ = ["export_hf"]
 
@@ -35,7 +34,7 @@ def export_hf(
     dtype: torch.dtype = torch.float32,
     file_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes `folder`, whole or not at all, as `transformers.AutoModelForCausalLM.from_pretrained` reads it.
+    """Write `folder`, whole or not at all, as `transformers.AutoModelForCausalLM.from_pretrained` reads it.
 
     Weights go to model.safetensors, or, where they are more than `file_bytes`, to several files and
     model.safetensors.index.json; beside them config.json and generation_config.json, and with a tokenizer
@@ -54,7 +53,6 @@ def export_hf(
         UserError: the folder is not empty or cannot be written, or the tokenizer cannot be read.
     """
     check_out(folder)
-    folder = folder.resolve()  # its sibling, also for "." and for a link
     tokenizer_files = {} if tokenizer_path is None else _tokenizer_files(tokenizer_path, end_of_text, config)
     special = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}  # null too: Llama's defaults are 1 and 2
     files: dict[str, Any] = {
@@ -63,20 +61,12 @@ def export_hf(
         **tokenizer_files,
     }
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=UNFINISHED))
-    except OSError as error:
+        with whole_folder(folder) as unfinished:
+            _save_weights(list(_llama_tensors(model, config.model)), unfinished, dtype, file_bytes)
+            for name, content in files.items():
+                _write_json(unfinished / name, content)
+    except SafetensorError as error:
         raise UserError(f"out {folder}: {error}") from error
-    try:
-        _save_weights(list(_llama_tensors(model, config.model)), unfinished, dtype, file_bytes)
-        for name, content in files.items():
-            _write_json(unfinished / name, content)
-        unfinished.chmod(0o755)  # mkdtemp's 0700 would keep the model from other users
-        unfinished.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"out {folder}: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _llama_config(config: TrainConfig, vocabulary: int, dtype: torch.dtype) -> dict[str, Any]:

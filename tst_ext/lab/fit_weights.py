@@ -1,4 +1,4 @@
-"""Position weights measured on your own text: how the mutual information of two tokens decays with their distance.
+"""Measure position weights on your own text: how the mutual information of two tokens decays with their distance.
 
 The idea (arXiv 2605.06546, Figure 10): what has been read says much about the next token and less about each one after
 it, so the labels of a bag deserve less and less weight. How much less is measured. I(d), the mutual information between
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from ..bags import FITTED
-from .config import UserError, write_text
-from .data import Shard
+from ..train.data import Shard
+from ..train.files import UserError, write_text
+from ..train.plot import figure
 
 __all__ = ["fit", "fit_weights", "independent_floor", "mutual_information"]
 
@@ -107,7 +107,7 @@ def fit(distances: np.ndarray, values: np.ndarray) -> tuple[float, float, float]
 
 
 def fit_weights(shard: Shard, *, tokens: int, distances: int, subtract_floor: bool, folder: Path) -> dict[str, Any]:
-    """Measures a shard and fits its position weights; writes fit_weights.json and fit_weights.png to `folder`.
+    """Measure a shard and fit its position weights; write fit_weights.json and fit_weights.png to `folder`.
 
     Args:
         shard: the text; documents are kept apart where it names an end-of-text token.
@@ -159,20 +159,13 @@ def fit_weights(shard: Shard, *, tokens: int, distances: int, subtract_floor: bo
 def _plot(result: dict[str, Any], path: Path) -> None:
     """The paper's Figure 10 for this text."""
     d, values, floor = (np.array(result[name]) for name in ("distances", "values", "floor"))
-    figure = Figure(figsize=(8, 4.5))
-    axes = figure.subplots()
-    axes.plot(d, values, "o", color="C0", markersize=4, label="measured")
-    if result["subtract_floor"]:
-        axes.plot(d, np.maximum(values - floor, 0), "o", color="C2", markersize=4, label="measured, less the floor")
     fitted = (result["c0"], result["a"], result["k"])
-    for (c0, a, k), color, name in ((fitted, "C1", "fit"), (FITTED, "gray", "paper, DCLM")):
-        axes.plot(d, c0 + a * d**k, color=color, label=f"{name}: {c0:.3g} + {a:.3g} d^{k:.3g}")
-    axes.plot(d, floor, "--", color="C0", linewidth=1, label="floor: independent tokens")
-    axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("distance (tokens)")
-    axes.set_ylabel("mutual information (nats)")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with figure(path, "distance (tokens)", "mutual information (nats)") as axes:
+        axes.plot(d, values, "o", color="C0", markersize=4, label="measured")
+        if result["subtract_floor"]:
+            axes.plot(d, np.maximum(values - floor, 0), "o", color="C2", markersize=4, label="measured, less the floor")
+        for (c0, a, k), color, name in ((fitted, "C1", "fit"), (FITTED, "gray", "paper, DCLM")):
+            axes.plot(d, c0 + a * d**k, color=color, label=f"{name}: {c0:.3g} + {a:.3g} d^{k:.3g}")
+        axes.plot(d, floor, "--", color="C0", linewidth=1, label="floor: independent tokens")
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=0)

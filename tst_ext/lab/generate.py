@@ -1,8 +1,8 @@
-"""Text from a trained model, one token after the other.
+"""Generate text from a trained model, one token after the other.
 
 A reference, to read and to look at samples with: every token runs the whole window through the same code as training.
 A cache of keys and values would make a token cost one position instead of all, and would be a second way through the
-attention that could be wrong in its own way; to serve a model, export it (`tst_ext.train.export`) to software made for
+attention that could be wrong in its own way; to serve a model, export it (`tst_ext.lab.export`) to software made for
 that. The head, in a small model the largest matrix, runs on the last position alone.
 """
 
@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .config import UserError
-from .model import Transformer
+from ..train.files import UserError
+from ..train.model import Transformer
 
 __all__ = ["generate"]
 
@@ -31,7 +31,7 @@ def generate(
     end_of_text: int | None,
     positions: int,
 ) -> str:
-    """Continues `prompt` and returns the continuation, without the prompt and without the end of text.
+    """Continue `prompt` and return the continuation, without the prompt and without the end of text.
 
     Args:
         model: on any device.
@@ -71,7 +71,7 @@ def generate(
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """Draws an index of `logits` [V] with probability proportional to exp(logits / temperature)."""
+    """Draw an index of `logits` [V] with probability proportional to exp(logits / temperature)."""
     if temperature == 0:
         return int(logits.argmax())
     values, indices = logits.double().topk(min(top_k or len(logits), len(logits)))

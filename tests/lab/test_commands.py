@@ -1,21 +1,17 @@
 """The commands as a user runs them."""
 
-import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from helpers.runs import lines, tst, wait_for
+from tst_ext import commands
 from tst_ext.__main__ import main
-from tst_ext.train import cli, compare
-from tst_ext.train.config import UserError, load_config, save_config
-from tst_ext.train.folder import load_run
-from tst_ext.train.launch import is_running
+from tst_ext.train.config import load_config, save_config
+from tst_ext.train.run_folder import load_run
 
 
 def run(*arguments, **options):
@@ -196,62 +192,6 @@ class TestUseOfARun:
             main([command, "--nonsense"])
 
 
-class TestCompare:
-    def test_end_to_end(self, config_file, tmp_path, forked_runs, capsys):
-        out = tmp_path / "out"
-        assert main(["compare", "--config", str(config_file), "--seeds", "0", "1", "--out", str(out)]) == 0
-        summary = json.loads((out / "compare.json").read_text())
-        assert [row["seed"] for row in summary["seeds"]] == [0, 1]
-        for row in summary["seeds"]:
-            assert row["difference"] == row["tst"]["val_loss"] - row["baseline"]["val_loss"]
-            assert row["baseline"]["data_tokens"] == 30 * 4 * 16 < row["tst"]["data_tokens"]
-            assert row["baseline"]["switch_step"] == 0 and row["tst"]["switch_step"] == 12
-            assert row["tst"]["val_loss"] != row["baseline"]["val_loss"]
-        table = (out / "compare.md").read_text()
-        assert table in capsys.readouterr().out + "\n" and f"{summary['mean_difference']:+.3f}" in table
-        assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-    @pytest.mark.extended
-    def test_as_a_shell_starts_it(self, config_file, tmp_path):
-        result = run("compare", "--config", config_file, "--steps", 3, "--out", tmp_path / "out")
-        assert (result.returncode, result.stderr.count("Traceback")) == (0, 0), result.stderr
-        assert (tmp_path / "out" / "compare.md").read_text().strip() in result.stdout
-
-    @pytest.mark.extended
-    def test_a_failing_run_stops_the_other_and_is_named(self, config_file, tmp_path):
-        result = run(
-            "compare", "--config", config_file, "--steps", 10**6, "--learning-rate", 1e30, "--clip", 1e30,
-            "--out", tmp_path / "out",
-        )  # fmt: skip  # and not after the hours that the other run would take
-        assert result.returncode == 2
-        assert "run failed" in result.stderr and "loss is" in result.stderr and ".log" in result.stderr
-
-    @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-    def test_a_signal_leaves_no_process_behind(self, config_file, tmp_path, sent, status):
-        arguments = ["--config", config_file, "--steps", "1000000", "--out", tmp_path / "out"]
-        process = tst("compare", *arguments, output=tmp_path / "compare")
-        runs = [tmp_path / "out" / f"{arm}-seed0" for arm in ("tst", "baseline")]
-        wait_for(lambda: all(lines(run) for run in runs), process)
-        process.send_signal(sent)
-        assert process.wait(timeout=60) == status
-        assert not any(is_running(run) for run in runs)
-
-    def test_a_killed_run_is_the_one_named(self, tiny, tmp_path, forked_runs, monkeypatch):
-        def follow(processes, arms, folders):
-            processes["tst"].kill()
-            processes["tst"].wait()
-
-        # The baseline comes first, and compare itself stops it then: it must not be the one blamed.
-        monkeypatch.setattr(compare, "_follow", follow)
-        with pytest.raises(UserError, match="tst run was killed by signal 9"):
-            compare.compare(dataclasses.replace(tiny, steps=10**6), tmp_path / "out", (0,))
-
-    def test_baseline_against_itself_is_refused(self, config_file, tmp_path, capsys):
-        assert main(["compare", "--config", str(config_file), "--ratio", "0", "--out", str(tmp_path / "out")]) == 2
-        assert "ratio" in capsys.readouterr().err
-        assert not (tmp_path / "out").exists()
-
-
 class TestPrepare:
     def test_prepared_folder_trains(self, documents, config_file, tmp_path, capsys):
         (tmp_path / "text.jsonl").write_text("".join(json.dumps({"body": d}) + "\n" for d in documents))
@@ -298,7 +238,7 @@ class TestUserErrors:
     def test_help(self, capsys):
         assert main(["--help"]) == 0
         usage = capsys.readouterr().out
-        assert all(f"  {command} " in usage for command in [*cli.COMMANDS, "info"])
+        assert all(f"  {command} " in usage for command in [*commands.COMMANDS, "info"])
         with pytest.raises(SystemExit) as status:
             main(["train", "--help"])
         assert status.value.code == 0 and "--bag-size" in capsys.readouterr().out

@@ -8,9 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tst_ext.train.config import UserError
+from tst_ext.lab.fit_weights import fit, fit_weights, independent_floor, mutual_information
 from tst_ext.train.data import Shard
-from tst_ext.train.fit_weights import fit, fit_weights, independent_floor, mutual_information
+from tst_ext.train.files import UserError
 
 END = 0
 

@@ -1,7 +1,7 @@
-"""A grid of runs, read from a file: which runs it wants, those that are still to do, and one table of what came out.
+"""Do a grid of runs that can be interrupted: choose the runs, run those still to do, and write one table of them.
 
-The file is a configuration, as --config takes it, with tables `[[grid]]`. In these a key that is an option of tst train
-has a list of values; the grid is their product. `cases` is a list of tables of options that go together, `seeds` a list
+A sweep's file is a configuration, as --config takes it, with tables `[[grid]]`. There each option of tst train has a
+list of values, and the grid is their product. `cases` is a list of tables of options that go together, `seeds` a list
 of seeds. Every run's baseline (ratio 0, otherwise the same) belongs to the grid too. Runs that several grids want are
 run once.
 """
@@ -15,7 +15,6 @@ import math
 import os
 import re
 import statistics
-import sys
 import time
 import tomllib
 from dataclasses import dataclass
@@ -24,20 +23,20 @@ from typing import Any
 
 import torch
 
-from .config import TrainConfig, UserError, config_dict, config_from_dict, load_config, write_text
-from .data import Shard, prepared_folder
-from .flops import step_flops
-from .folder import lock
-from .launch import available_cores, deferred_signals, failure, is_running, on_cpu, start, stop
-from .metrics import read_metrics
-from .plot import plot_grid
-from .processes import choose_device
+from ..train.config import TrainConfig, config_dict, config_from_dict, load_config
+from ..train.data import Shard, prepared_folder
+from ..train.distributed import choose_device
+from ..train.files import UserError, check_writable, lock, write_text
+from ..train.metrics import read_metrics
+from ..train.signals import deferred_signals
+from .plots import plot_grid
+from .subprocesses import Progress, available_cores, failure, is_running, on_cpu, run_flops, start, stop
 
-__all__ = ["Grid", "Sweep", "cells", "load_sweep", "run_sweep", "table"]
+__all__ = ["Grid", "Sweep", "cells", "load_sweep", "make_sweep", "run_sweep", "table"]
 
 
 def _options() -> dict[str, str]:
-    """Option -> the section it stands in, "" for none.
+    """Map each option to the section it stands in, "" for none.
 
     How a run is carried out (the section `run`) is the same for all runs of a sweep; `seeds` stands for the seed.
     """
@@ -67,7 +66,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a file asks for.
+    """The runs of all grids.
 
     Attributes:
         runs: every run by its name.
@@ -82,7 +81,7 @@ class Sweep:
 
 
 def load_sweep(path: Path) -> Sweep:
-    """Reads a sweep's file.
+    """Read a sweep's file.
 
     Raises:
         UserError: the file is missing or malformed, a key is unknown, a value has the wrong type or is out of range.
@@ -99,22 +98,36 @@ def load_sweep(path: Path) -> Sweep:
         # A core a run: two of the default runs at a time, 32 ms a step each, do what one on both cores does in 16 ms.
         base = dataclasses.replace(base, run=dataclasses.replace(base.run, threads=1))
 
-    runs: dict[str, TrainConfig] = {}
-    baselines: dict[str, str] = {}
-    read: list[Grid] = []
-    own = _values(base)
+    read: dict[str, tuple[tuple[str, ...], list[TrainConfig]]] = {}
     for i, grid in enumerate(grids):
         where = f"sweep {path}: grid {grid.get('name', i)}"
         name = grid.pop("name", f"grid-{i}")
         if not isinstance(name, str) or re.fullmatch(rf"[\w-]{{1,{LONGEST_NAME // 4}}}", name) is None:
             raise UserError(f"{where}: name: expected up to {LONGEST_NAME // 4} letters, digits, _ and -, got {name!r}")
-        if name in [g.name for g in read]:
+        if name in read:
             raise UserError(f"{where}: name: expected another one, {name!r} is a grid already")
         options, points = _points(grid, base.seed, where)
+        read[name] = options, [_with_options(base, point, where) for point in points]
+    return make_sweep(base, read)
+
+
+def make_sweep(base: TrainConfig, grids: dict[str, tuple[tuple[str, ...], list[TrainConfig]]]) -> Sweep:
+    """Name the runs of all grids and add their baselines.
+
+    Args:
+        base: the configuration whose options the names of runs leave out.
+        grids: for each name of a grid the options it varies and its runs.
+
+    Raises:
+        UserError: a name is too long, or two different runs would have it.
+    """
+    runs: dict[str, TrainConfig] = {}
+    baselines: dict[str, str] = {}
+    made: list[Grid] = []
+    own, plain = _values(base), dataclasses.replace(base.superposition, ratio=0.0, stages=())
+    for grid, (options, configs) in grids.items():
         names: dict[str, None] = {}
-        for point in points:
-            config = _with_options(base, point, where)
-            plain = dataclasses.replace(base.superposition, ratio=0.0, stages=())
+        for config in configs:
             baseline = dataclasses.replace(config, superposition=plain)
             sizes = config.superposition.bag_sizes()
             if not sizes or (max(sizes) == 1 and not config.superposition.reinitialise):
@@ -124,22 +137,22 @@ def load_sweep(path: Path) -> Sweep:
                 different = [f"{option}={value}" for option, value in _values(c).items() if value != own[option]]
                 run = ",".join(re.sub(r"[^\w.=+-]+", "_", part) for part in (*different, f"seed={c.seed}"))
                 if len(run.encode()) > LONGEST_NAME:
-                    raise UserError(f"{where}: expected a shorter name of a run, as a folder has it, got {run}")
+                    raise UserError(f"grid {grid}: expected a shorter name of a run, as a folder has it, got {run}")
                 if runs.setdefault(run, c) != c:
-                    raise UserError(f"{where}: two different runs would have the name {run}")
+                    raise UserError(f"grid {grid}: two different runs would have the name {run}")
                 of_both.append(run)
             names |= dict.fromkeys(of_both)
             baselines |= {of_both[1]: of_both[1], of_both[0]: of_both[1]}
-        read.append(Grid(name, options, tuple(names)))
+        made.append(Grid(grid, options, tuple(names)))
 
     all_values = {run: _values(config) for run, config in runs.items()}
-    named = {option for grid in read for option in grid.options}
+    named = {option for grid in made for option in grid.options}
     varied = [o for o in OPTIONS if o in named or len({repr(values[o]) for values in all_values.values()}) > 1]
-    return Sweep(runs, {run: {o: all_values[run][o] for o in varied} for run in runs}, baselines, tuple(read))
+    return Sweep(runs, {run: {o: all_values[run][o] for o in varied} for run in runs}, baselines, tuple(made))
 
 
 def _points(grid: dict[str, Any], seed: int, where: str) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
-    """The options that a grid varies, and for each of its runs their values, the seed among them."""
+    """Return the options that a grid varies, and for each of its runs their values, the seed among them."""
     seeds, cases = grid.pop("seeds", [seed]), grid.pop("cases", [{}])
     for key, value in {**grid, "seeds": seeds, "cases": cases}.items():
         if not isinstance(value, list) or not value:
@@ -160,7 +173,7 @@ def _points(grid: dict[str, Any], seed: int, where: str) -> tuple[tuple[str, ...
 
 
 def _values(config: TrainConfig) -> dict[str, Any]:
-    """The value of each option, whatever section it stands in, as JSON has it."""
+    """Return the value of each option, whatever section it stands in, as JSON has it."""
     values = config_dict(config)
     return {option: (values[section] if section else values)[option] for option, section in OPTIONS.items()}
 
@@ -176,14 +189,15 @@ def _with_options(base: TrainConfig, options: dict[str, Any], where: str) -> Tra
 def run_sweep(
     sweep: Sweep, folder: Path, *, jobs: int = 0, only: tuple[str, ...] | None = None, progress: bool = True
 ) -> dict[str, Any]:
-    """Does the runs that are not done yet, in `folder`/runs, and keeps results.json, results.csv and the figures.
+    """Do the runs that are not done yet, in `folder`/runs, and keep results.json, results.csv and the figures.
 
-    A run that was interrupted goes on from its checkpoint. One that fails does not stop the others, and is tried again
-    the next time. On CPUs as many run at a time as there are cores for, on GPUs one each.
+    An interrupted run resumes from its checkpoint. One that fails does not stop the others, and is tried again the next
+    time. On CPUs as many run at a time as there are cores for, on GPUs one each.
 
     Args:
         jobs: runs at a time; 0: as above.
         only: names of runs or grids; no others are run.
+        progress: whether to show steps, losses and the time left.
 
     Returns:
         What results.json holds.
@@ -193,6 +207,7 @@ def run_sweep(
             another sweep uses it, or it holds a run of other options or other data by one of these names, or a damaged
             one. Nothing has been run then.
     """
+    check_writable(folder)
     to_do = [name for name in _choose(sweep, only) if not (folder / "runs" / name / "result.json").exists()]
     for name, config in sweep.runs.items():
         _check_same(folder / "runs" / name, config)
@@ -209,10 +224,7 @@ def run_sweep(
                     f"data {prepared}: expected what {folder / 'runs' / name} has read (sha256 {read[0]}, held out "
                     f"{read[1]}), got {now[0]}, {now[1]}; choose another --out or remove that folder"
                 )
-    try:
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out {folder}: {error}") from error
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
     claim = lock(folder)
     if claim is None:
         raise UserError(f"out {folder}: another sweep runs in this folder")
@@ -227,7 +239,7 @@ def run_sweep(
 
 
 def _choose(sweep: Sweep, only: tuple[str, ...] | None) -> list[str]:
-    """The names of the runs to do, long ones first: few cores are idle at the end."""
+    """Return the names of the runs to do, long ones first: few cores are idle at the end."""
     grids = {grid.name: grid.runs for grid in sweep.grids}
     wanted = f"a grid ({', '.join(grids)}) or the name of a run (--list)"
     if only == ():
@@ -236,7 +248,7 @@ def _choose(sweep: Sweep, only: tuple[str, ...] | None) -> list[str]:
         if name not in grids and name not in sweep.runs:
             raise UserError(f"only: expected {wanted}, got {name!r}")
     chosen = {run for name in only for run in grids.get(name, (name,))} if only else set(sweep.runs)
-    return sorted((name for name in sweep.runs if name in chosen), key=lambda name: -_work(sweep.runs[name]))
+    return sorted((name for name in sweep.runs if name in chosen), key=lambda name: -run_flops(sweep.runs[name]))
 
 
 def _check_same(folder: Path, config: TrainConfig) -> None:
@@ -249,7 +261,7 @@ def _check_same(folder: Path, config: TrainConfig) -> None:
 
 
 def _slots(config: TrainConfig, jobs: int) -> list[dict[str, str]]:
-    """What each of the runs at a time gets as its environment: on GPUs one of them."""
+    """Return what each of the runs at a time gets as its environment: on GPUs one of them."""
     if on_cpu(config):
         return [{}] * (jobs or max(1, available_cores() // max(1, config.run.threads)))
     if ":" in config.run.device:  # a certain one
@@ -259,24 +271,13 @@ def _slots(config: TrainConfig, jobs: int) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} for i in range(jobs or len(devices))]
 
 
-def _run(sweep: Sweep, folder: Path, to_do: list[str], jobs: int, results: "_Results", progress: bool) -> None:
+def _run(sweep: Sweep, folder: Path, to_do: list[str], jobs: int, results: "_Results", shown: bool) -> None:
     if not to_do:
         return
     waiting, path = list(to_do), {name: folder / "runs" / name for name in to_do}
-    work = {name: _work(sweep.runs[name]) for name in waiting}
     free = _slots(sweep.runs[waiting[0]], jobs)
     running: dict[str, tuple[Any, dict[str, str]]] = {}  # the process and its slot
-    begin, total, count = time.monotonic(), sum(work.values()), len(waiting)
-
-    def ended(name: str, failed: str | None = None) -> None:
-        row = results.ended(name, failed)
-        if progress:
-            left = sum(work[n] for n in (*waiting, *running))
-            seconds = (time.monotonic() - begin) / max(1, total - left) * left
-            loss = f"{row['val_loss']:.4f} after {row['seconds']:.0f} s" if "val_loss" in row else row["status"]
-            done = count - len(waiting) - len(running)
-            print(f"{done}/{count} {name}: {loss}; about {seconds / 60:.0f} min left", file=sys.stderr)
-
+    progress = Progress({name: sweep.runs[name] for name in to_do}, folder / "runs", shown)
     try:
         while waiting or running:
             # Runs whose sweep was killed go on without it: they are waited for, and each takes the place of another.
@@ -284,7 +285,7 @@ def _run(sweep: Sweep, folder: Path, to_do: list[str], jobs: int, results: "_Res
             for name in [name for name in waiting if name not in going]:
                 if (path[name] / "result.json").exists():
                     waiting.remove(name)
-                    ended(name)
+                    progress.ended(results.ended(name))
                 elif len(free) > len(going):
                     waiting.remove(name)
                     with deferred_signals():
@@ -294,18 +295,16 @@ def _run(sweep: Sweep, folder: Path, to_do: list[str], jobs: int, results: "_Res
             for name in [name for name, (process, _) in running.items() if process.poll() is not None]:
                 process, slot = running.pop(name)
                 free.append(slot)
-                ended(name, failure(path[name], process.returncode) if process.returncode else None)
+                failed = failure(path[name], process.returncode) if process.returncode else None
+                progress.ended(results.ended(name, failed))
+            progress.show([*running, *going])
     finally:
         stop(process for process, _ in running.values())
-
-
-def _work(config: TrainConfig) -> int:
-    """FLOPs of a run; with those of the default vocabulary where the data brings its own."""
-    return config.steps * step_flops(config.model, config.data.vocabulary, config.batch, config.latent_tokens)
+        progress.close()
 
 
 class _Results:
-    """results.json, its contents, and results.csv, of what is done by now.
+    """Keep results.json, its contents, and results.csv, of what is done by now.
 
     Attributes:
         data: checksums of the text that a finished run has read and was validated on.
@@ -336,7 +335,7 @@ class _Results:
         return {"environments": self.environments, "runs": list(self.rows.values())}
 
     def ended(self, name: str, failed: str | None = None) -> dict[str, Any]:
-        """The row of a run that ended, with a result or by what `failed` says."""
+        """Return the row of a run that ended, with a result or by what `failed` says."""
         if failed is None:
             self._add(name)
         else:
@@ -380,7 +379,7 @@ class _Results:
 
 
 def _history(run: Path) -> dict[str, Any]:
-    """What metrics.jsonl tells of a run.
+    """Sum up the metrics of a run.
 
     curve: step, data tokens, seconds and held-out loss of each validation, None where no line tells; phases: of each
     phase the medians of data tokens a second and of MFU.
@@ -403,7 +402,7 @@ def _history(run: Path) -> dict[str, Any]:
 
 
 def cells(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs that differ in nothing but the seed, together: their options, seeds, and over these the mean and the spread.
+    """Put runs together that differ in nothing but the seed, with the mean and the spread over their seeds.
 
     Returns:
         For each cell options, seeds, val_loss and difference, the last two as (mean, standard deviation) with None for
@@ -429,7 +428,7 @@ def _spread(values: list[float]) -> tuple[float | None, float | None]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Every cell with its mean loss and its mean difference from the baseline, as Markdown."""
+    """Write every cell with its mean loss and its mean difference from the baseline, as Markdown."""
 
     def shown(value: tuple[float | None, float | None], sign: str) -> str:
         mean, deviation = value

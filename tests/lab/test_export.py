@@ -11,11 +11,12 @@ import transformers
 from safetensors.torch import load_file
 from tokenizers import processors
 
-from tst_ext.train import export
-from tst_ext.train.config import DataConfig, ModelConfig, TrainConfig, UserError
+from tst_ext.lab import export
+from tst_ext.lab.export import export_hf
+from tst_ext.lab.generate import generate
+from tst_ext.train.config import DataConfig, ModelConfig, TrainConfig
 from tst_ext.train.data import Shard, load_tokenizer, prepare
-from tst_ext.train.export import export_hf
-from tst_ext.train.generate import generate
+from tst_ext.train.files import UserError
 from tst_ext.train.model import Transformer
 
 # Grouped heads, a theta that is nobody's default, and sizes that differ, so that no transposition fits.

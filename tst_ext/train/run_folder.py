@@ -1,6 +1,5 @@
 """The folder of a run: whose it is, and everything in it but metrics and checkpoints."""
 
-import fcntl
 import json
 import os
 import platform
@@ -15,42 +14,14 @@ from tokenizers import Tokenizer
 
 from .. import __version__
 from . import checkpoint
-from .config import (
-    TrainConfig,
-    UserError,
-    check_out,
-    config_dict,
-    config_from_dict,
-    load_config,
-    save_config,
-    write_text,
-)
+from .config import TrainConfig, config_dict, config_from_dict, load_config, save_config
 from .data import load_tokenizer
+from .distributed import Processes
+from .files import UserError, check_out, lock, sync, write_text
 from .model import Transformer
-from .plot import plot_run
-from .processes import Processes
+from .plot import plot_losses
 
-__all__ = ["LoadedRun", "RunFolder", "in_use", "load_run", "lock"]
-
-
-def lock(path: Path) -> int | None:
-    """Locks a folder for this process until it closes what is returned, or ends, however; None: another one has it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return None
-    return handle
-
-
-def in_use(path: Path) -> bool:
-    """Whether a process has that folder locked."""
-    handle = lock(path) if path.exists() else None
-    if handle is None:
-        return path.exists()
-    os.close(handle)
-    return False
+__all__ = ["LoadedRun", "RunFolder", "load_run"]
 
 
 class RunFolder:
@@ -136,12 +107,12 @@ class RunFolder:
         if found:
             checkpoint.set_aside_after(found.path)
             print(f"goes on from {found.path}", file=sys.stderr)
-        checkpoint.sync(self.path)
+        sync(self.path)
 
     def end(self, result: dict[str, Any]) -> None:
         """Writes what a run ends with."""
         if self.processes.first:
-            plot_run(self.path)
+            plot_losses({"run": self.path}, self.path / "loss.png")
             write_text(self.path / "result.json", json.dumps(result, indent=2) + "\n")
 
 

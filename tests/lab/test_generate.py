@@ -4,8 +4,9 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from tst_ext.train.config import ModelConfig, UserError
-from tst_ext.train.generate import generate
+from tst_ext.lab.generate import generate
+from tst_ext.train.config import ModelConfig
+from tst_ext.train.files import UserError
 from tst_ext.train.model import Transformer
 
 LETTERS = "abcdefgh"

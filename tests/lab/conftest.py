@@ -1,0 +1,1 @@
+from helpers.training import *  # noqa: F403 - its fixtures

@@ -1,0 +1,352 @@
+"""Run the commands of the trainer and the lab: a function each, whose signature and docstring are its command line."""
+
+import argparse
+import functools
+import inspect
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from .train.config import DataConfig, RunConfig, TrainConfig, load_config
+from .train.files import UserError, check_out
+from .train.presets import PRESETS, preset
+
+__all__ = ["COMMANDS", "run"]
+
+CONFIG_HELP = (
+    "--config FILE reads defaults from a .toml file or the config.json of a run, --preset NAME takes those of the "
+    f"paper's models ({', '.join(PRESETS)}); options override them."
+)
+Config = Annotated[TrainConfig, tyro.conf.arg(name="")]  # options without a section's name: --dim, not --model.dim
+Run = tyro.conf.Positional[Path]
+DEFAULT, ON_CPU = TrainConfig(), TrainConfig(run=RunConfig(device="cpu"))
+
+
+def run(command: str, argv: list[str]) -> int:
+    """Call the function of a command with the arguments in argv, and return its exit status."""
+    function = COMMANDS[command]
+    if command == "plan" and argv and not argv[0].startswith("-"):
+        argv = ["--preset" if argv[0] in PRESETS else "--config", *argv]
+    description = " ".join((function.__doc__ or "").partition("\n\n    Args:")[0].split())
+    defaults: dict[str, Any] = {}
+    if "config" in inspect.signature(function).parameters:
+        description += f" {CONFIG_HELP}"
+        config, argv = _defaults(argv)
+        defaults = {"config": config} if config else {}
+
+    @functools.wraps(function)
+    def parsed(*positional: Any, **options: Any) -> Callable[[], int]:
+        return functools.partial(function, *positional, **options)
+
+    # Called here, as tyro would take a ValueError of the function for one of the command line.
+    return tyro.cli(
+        functools.partial(parsed, **defaults),
+        args=argv,
+        prog=f"tst {command}",
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )()
+
+
+def _defaults(argv: list[str]) -> tuple[TrainConfig | None, list[str]]:
+    """Return the configuration that the options of argv override, and argv without --config and --preset.
+
+    It is that of --config or --preset; else that of the run in the folder --out; else the default.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for option in ("--config", "--preset", "--out"):
+        parser.add_argument(option)
+    try:
+        given, argv = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name}: expected a value after it") from error
+    if given.config is not None and given.preset is not None:
+        raise UserError("config, preset: expected one of them")
+    run = None
+    if given.out is not None:
+        argv, run = [*argv, f"--out={given.out}"], Path(given.out) / "config.json"
+    if given.preset is not None:
+        return preset(given.preset), argv
+    if given.config is not None:
+        return load_config(Path(given.config)), argv
+    return (load_config(run) if run and run.exists() else None), argv
+
+
+def _out(given: Path | None) -> Path:
+    return given or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+def train_command(
+    config: Config = DEFAULT, *, out: Path | None = None, resume: str = "auto", progress: bool = True
+) -> int:
+    """Train one model through both phases.
+
+    Args:
+        out: Folder for the run. A folder that holds a run resumes it, by its own configuration. Default: runs/DATE-TIME
+        resume: auto: from the latest checkpoint, if there is one; or a checkpoint's name; never: only in an empty
+            folder.
+        progress: Show a progress bar.
+    """
+    from .train.loop import train
+    from .train.signals import Stopped
+
+    first, out = os.environ.get("RANK", "0") == "0", _out(out)
+    try:
+        result = train(config, out, resume=resume, progress=progress)
+    except Stopped as stopped:
+        if first:
+            print(f"tst train: {stopped}", file=sys.stderr)
+        return stopped.status
+    if first:
+        print(f"held-out loss {result['val_loss']:.4f} after {result['steps']} steps; run folder {out}")
+    return 0
+
+
+def compare_command(config: Config = ON_CPU, *, out: Path | None = None, seeds: tuple[int, ...] = ()) -> int:
+    """Train a baseline and TST at equal FLOPs, or resume such runs: a sweep over seeds.
+
+    Args:
+        out: Folder for the runs, the table and loss.png. With the options of an earlier call its runs are resumed.
+            Default: runs/DATE-TIME.
+        seeds: Seeds to compare, two runs each. Default: --seed alone.
+    """
+    from .lab.compare import compare
+
+    _exit_on_sigterm()
+    out = _out(out)
+    return _report(compare(config, out, seeds or (config.seed,)), "compare", out)
+
+
+def sweep_command(
+    file: tyro.conf.Positional[Path],
+    *,
+    out: Path | None = None,
+    jobs: int = 0,
+    only: tuple[str, ...] | None = None,
+    list: bool = False,
+) -> int:
+    """Do a grid of runs, or resume it.
+
+    Args:
+        file: A .toml file with the options of tst train and tables [[grid]]; docs/trainer.md describes it.
+        out: Folder for the runs, the table and the figures; a sweep begun there is resumed. Default: runs/NAME OF FILE.
+        jobs: Runs at a time; 0: as many as the cores are enough for, or one per GPU.
+        only: Names of grids or runs; no others are run.
+        list: Print the names of the runs and run none.
+    """
+    from .lab.sweep import load_sweep, run_sweep
+
+    sweep = load_sweep(file)
+    if list:
+        if only is not None:
+            raise UserError("list, only: expected one of them")
+        for grid in sweep.grids:
+            print("\n  ".join([f"{grid.name}:", *grid.runs]))
+        return 0
+    if jobs < 0:
+        raise UserError(f"jobs: expected an integer >= 0, got {jobs}")
+    out = out or Path("runs") / file.stem
+    _exit_on_sigterm()
+    return _report(run_sweep(sweep, out, jobs=jobs, only=only), "sweep", out)
+
+
+def _exit_on_sigterm() -> None:
+    """Make SIGTERM, from a job queue or `timeout`, an exception, so that the runs are ended with this process."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def _report(results: dict[str, Any], command: str, folder: Path) -> int:
+    """Print the table of a sweep and the runs that failed; return the exit status."""
+    from .lab.sweep import table
+
+    print(table(results))
+    print(f"table (results.csv, results.json), figures and runs: {folder}")
+    failed = [row for row in results["runs"] if row["status"] not in ("done", "to do")]
+    for row in failed:
+        print(f"tst {command}: {row['name']} {row['status']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def prepare_command(data: DataConfig, *, out: Path) -> int:
+    """Write text as token shards with a BPE trained on it.
+
+    Args:
+        out: Folder to write; must not hold anything yet.
+    """
+    from .train.data import prepare, read_documents
+
+    check_out(out)
+    prepare(read_documents(data), data, out)
+    print(f"prepared folder {out}; use it as --data {out}", file=sys.stderr)
+    return 0
+
+
+def plan_command(config: Config = DEFAULT, *, gpus: int, tokens_per_second_per_gpu: float) -> int:
+    """Print tokens, FLOPs and hours of a run before it is paid for, and when TST is worth it.
+
+    `tst plan NAME` is `tst plan --preset NAME`, `tst plan FILE` is `tst plan --config FILE`.
+
+    Args:
+        gpus: GPUs of the run, one process each.
+        tokens_per_second_per_gpu: Throughput of a run without superposition, in tokens per second per GPU.
+    """
+    from .lab.plan import plan, report
+
+    print(report(plan(config, gpus=gpus, tokens_per_second_per_gpu=tokens_per_second_per_gpu)), end="")
+    return 0
+
+
+def fit_weights_command(
+    data: DataConfig,
+    *,
+    out: Path | None = None,
+    tokens: int = 4_000_000,
+    distances: int = 64,
+    subtract_floor: bool = False,
+) -> int:
+    """Measure how the mutual information of two tokens decays with their distance and fit position weights to it.
+
+    Args:
+        out: Folder for fit_weights.json and fit_weights.png; must not hold anything yet. Default: runs/DATE-TIME.
+        tokens: Tokens to measure; the fewer, the higher the floor of the estimate.
+        distances: Largest distance between two tokens; fewer than about 16 leave the curve's end open.
+        subtract_floor: Fit what exceeds the estimate for independent tokens; the paper's constants do not.
+    """
+    from .lab.fit_weights import fit_weights
+    from .train.data import Shard, prepared_folder
+
+    out = _out(out)
+    check_out(out)
+    shard = Shard(prepared_folder(data), "train")
+    print(f"measures {distances} distances", file=sys.stderr)
+    fitted = fit_weights(shard, tokens=tokens, distances=distances, subtract_floor=subtract_floor, folder=out)
+    constants = " ".join(f"{fitted[name]:.4g}" for name in ("c0", "a", "k"))
+    print(f"--position-weights fitted --fitted {constants}")
+    print(f"figure and values: {out}")
+    return 0
+
+
+def export_command(
+    run: Run,
+    *,
+    out: Path,
+    format: Literal["hf"] = "hf",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    checkpoint: str = "auto",
+) -> int:
+    """Write a run's model in a format that other software loads.
+
+    Args:
+        run: Folder of a run.
+        out: Folder to write; must not hold anything yet.
+        format: hf: config.json, safetensors and tokenizer, as transformers loads them.
+        dtype: Of the weights in the files.
+        checkpoint: auto: the latest; or the name of one.
+    """
+    import torch
+
+    from .lab.export import export_hf
+    from .train.run_folder import load_run
+
+    loaded = load_run(run, checkpoint)
+    tokenizer, end = loaded.tokenizer_path, loaded.end_of_text
+    export_hf(loaded.model, loaded.config, tokenizer, end, out, dtype=getattr(torch, dtype))
+    print(f"model as of step {loaded.step}: {out}")
+    return 0
+
+
+def generate_command(
+    run: Run,
+    *,
+    prompt: str = "",
+    max_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+    checkpoint: str = "auto",
+) -> int:
+    """Continue a text with a run's model.
+
+    Args:
+        run: Folder of a run.
+        prompt: Text to continue; without any a new document begins.
+        max_tokens: Most tokens to append.
+        temperature: Divides the logits; 0 takes the most probable token each time.
+        top_k: Draw among that many most probable tokens; 0: among all.
+        seed: Seed of the draws.
+        checkpoint: auto: the latest; or the name of one.
+    """
+    from .lab.generate import generate
+    from .train.run_folder import load_run
+
+    loaded = load_run(run, checkpoint)
+    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
+    options |= {"end_of_text": loaded.end_of_text, "positions": loaded.config.latent_tokens}
+    print(prompt + generate(loaded.model, loaded.tokenizer(), prompt, **options))
+    return 0
+
+
+def eval_command(
+    run: Run,
+    *,
+    data: tuple[Path, ...] = (),
+    text_key: str = "text",
+    batch: int = 16,
+    device: str = "auto",
+    checkpoint: str = "auto",
+) -> int:
+    """Print next-token loss and bits per byte of a text under a run's model.
+
+    Args:
+        run: Folder of a run.
+        data: Files (.txt, .jsonl), folders of those, or one folder that `tst prepare` wrote, of which the held-out
+            split is read. Default: the run's own held-out split.
+        text_key: Key of the text in a line of a .jsonl file.
+        batch: Sequences at a time.
+        device: cpu, cuda, or auto: cuda where there is one.
+        checkpoint: auto: the latest; or the name of one.
+    """
+    from .lab.evaluate import evaluate, evaluate_shard
+    from .train.data import Shard, prepared_folder, read_documents
+    from .train.distributed import choose_device
+    from .train.run_folder import load_run
+
+    loaded = load_run(run, checkpoint)
+    where = choose_device(device)
+    options: dict[str, Any] = {"length": loaded.config.latent_tokens, "batch": batch, "device": where}
+    model, tokenizer = loaded.model.to(where), loaded.tokenizer()
+    source = DataConfig(data=data, text_key=text_key) if data else loaded.config.data
+    if not data or (data[0] / "val.json").exists():
+        folder = prepared_folder(source)
+        if not (folder / "tokenizer.json").exists():
+            raise UserError(f"data {folder}: it has no tokenizer.json to compare with the run's")
+        # Ids of another tokenizer would give figures, and wrong ones.
+        if (folder / "tokenizer.json").read_bytes() != (run / "tokenizer.json").read_bytes():
+            raise UserError(f"data {folder}: its tokenizer.json is not the run's")
+        result = evaluate_shard(model, Shard(folder, "val"), tokenizer, **options)
+    else:
+        if loaded.end_of_text is None:
+            raise UserError(f"run {run}: its data names no end-of-text token")
+        result = evaluate(model, tokenizer, loaded.end_of_text, read_documents(source), **options)
+    print(json.dumps({"step": loaded.step, **result}, indent=2))
+    return 0
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "train": train_command,
+    "compare": compare_command,
+    "sweep": sweep_command,
+    "prepare": prepare_command,
+    "plan": plan_command,
+    "fit-weights": fit_weights_command,
+    "eval": eval_command,
+    "generate": generate_command,
+    "export": export_command,
+}

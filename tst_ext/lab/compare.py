@@ -1,0 +1,46 @@
+"""Compare TST with its baseline at equal FLOPs: runs that differ in nothing but the superposition phase.
+
+Both start from the same weights (same seed), take as many steps at the same cost per step, and are judged by the same
+held-out next-token loss. They are a sweep of one grid, whose only option is the seed.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ..train.config import TrainConfig
+from ..train.files import UserError
+from ..train.plot import plot_losses
+from .subprocesses import available_cores, on_cpu
+from .sweep import make_sweep, run_sweep
+
+__all__ = ["compare"]
+
+
+def compare(config: TrainConfig, folder: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
+    """Train TST and its baseline for each seed, by `run_sweep`, and draw loss.png of the first seed in `folder`.
+
+    A folder that holds a part of this comparison is completed. On CPUs without `threads` in `config` the runs that go
+    at the same time share the cores.
+
+    Returns:
+        What results.json holds: of each run the final held-out loss and its difference from the baseline in nats.
+
+    Raises:
+        UserError: no superposition, no seeds or one twice, and all that `run_sweep` raises it for.
+    """
+    if not any(s > 1 for s in config.superposition.bag_sizes()):
+        raise UserError("ratio, bag_size: expected ratio > 0 and bag_size > 1: TST would be the baseline itself")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds: expected at least one, each once, got {seeds}")
+    if config.run.threads == 0 and on_cpu(config):
+        threads = max(1, available_cores() // (2 * len(seeds)))
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, threads=threads))
+    configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
+    results = run_sweep(make_sweep(config, {"compare": ((), configs)}), folder)
+    rows = {row["name"]: row for row in results["runs"]}
+    tst = next(row for row in results["runs"] if row["seed"] == seeds[0] and row["name"] != row["baseline"])
+    if tst["status"] == rows[tst["baseline"]]["status"] == "done":
+        runs = {"baseline": folder / "runs" / tst["baseline"], "TST": folder / "runs" / tst["name"]}
+        plot_losses(runs, folder / "loss.png")
+    return results

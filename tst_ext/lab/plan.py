@@ -1,0 +1,191 @@
+"""Plan a run before it is paid for: tokens, FLOPs, hours, and when TST is worth it.
+
+Hours follow from one number that any ordinary run shows, its tokens per second. A superposition step has as many latent
+positions as an ordinary step, so it takes as long and reads s times more data. TST saves steps: those that a baseline
+needs beyond as many for the same loss. Only training tells how many; docs/evidence.md has the paper's numbers and ours.
+"""
+
+import math
+import textwrap
+from typing import Any
+
+from .. import SuperpositionSchedule
+from ..train.config import TrainConfig
+from ..train.files import UserError
+from ..train.flops import parameters, step_flops
+
+__all__ = ["plan", "recommend", "report"]
+
+MULTIPLE = 1.8  # the paper's 3B run: a baseline takes 36,000 steps to the loss of TST's 20,000
+SUMMED = ("steps", "latent_tokens", "data_tokens", "flops", "hours")
+
+
+def plan(config: TrainConfig, *, gpus: int, tokens_per_second_per_gpu: float) -> dict[str, Any]:
+    """Compute the resources of the run that `config` describes, as JSON has it.
+
+    Args:
+        config: the run; the model's vocabulary is taken to be its `data.vocabulary`.
+        gpus: GPUs of the run, one process each.
+        tokens_per_second_per_gpu: latent tokens, which are the tokens that a run without superposition counts.
+
+    Returns:
+        parameters; phases, each with steps, bag_size, latent_tokens, data_tokens, flops and hours; their total; the
+        baseline of equal steps; break_even (None without superposition): the superposed share of the steps, and at the
+        paper's multiple of a baseline's steps the hours saved and the slowdown of a superposition step that would
+        undo it; recommended, as `recommend` returns it. Hours are of training steps alone, without validation and
+        checkpoints; with scale "batch", whose attention is cheaper, they are an upper bound.
+
+    Raises:
+        UserError: a number outside its range, or a batch that the trainer could not share out.
+    """
+    share, rest = divmod(config.batch, max(1, gpus))
+    micro_batch = config.run.micro_batch or share
+    for name, value, valid, wanted in (
+        ("gpus", gpus, gpus >= 1, "an integer >= 1"),
+        ("tokens_per_second_per_gpu", tokens_per_second_per_gpu, 0 < tokens_per_second_per_gpu < math.inf, "above 0"),
+        ("batch", config.batch, rest == 0, f"a multiple of the {gpus} GPUs"),
+        ("micro_batch", micro_batch, rest or share % micro_batch == 0, f"a divisor of the {share} sequences of a GPU"),
+    ):
+        if not valid:
+            raise UserError(f"{name}: expected {wanted}, got {value!r}")
+
+    model, vocabulary, options = config.model, config.data.vocabulary, config.superposition
+
+    def phase(name: str, steps: int, s: int) -> dict[str, Any]:
+        cut = s if options.scale == "batch" else 1  # s times more sequences, of l / s positions each
+        latent = steps * config.batch * config.latent_tokens
+        return {
+            "phase": name,
+            "steps": steps,
+            "bag_size": s,
+            "latent_tokens": latent,
+            "data_tokens": latent if options.sides == "output" else s * latent,
+            "flops": steps * step_flops(model, vocabulary, config.batch * cut, config.latent_tokens // cut),
+            "hours": latent / (gpus * tokens_per_second_per_gpu) / 3600,
+        }
+
+    schedule = SuperpositionSchedule(config.steps, options.ratio, options.bag_size, options.stages)
+    stages = [("superposition", *stage) for stage in schedule.stage_ends] + [("recovery", config.steps, 1)]
+    starts = (0, *(end for _, end, _ in stages))
+    phases = [phase(name, end - start, s) for start, (name, end, s) in zip(starts, stages, strict=False) if end > start]
+    total = {"phase": "total", "bag_size": None, **{key: sum(p[key] for p in phases) for key in SUMMED}}
+    weights = parameters(model, vocabulary)
+    superposed = sum(p["steps"] for p in phases if p["bag_size"] > 1) / config.steps
+    # With superposition steps of 1 + x times a baseline's, TST takes 1 + r x times as long, and a baseline of m times
+    # the steps m times: they are even at x = (m - 1) / r.
+    even = superposed and {
+        "share": superposed,
+        "multiple": MULTIPLE,
+        "hours_saved": (MULTIPLE - 1) * total["hours"],
+        "slowdown": (MULTIPLE - 1) / superposed,
+    }
+    return {
+        "gpus": gpus,
+        "tokens_per_second_per_gpu": tokens_per_second_per_gpu,
+        "parameters": {"total": weights, "without_embedding_and_head": weights - 2 * vocabulary * model.dim},
+        "phases": phases,
+        "total": total,
+        "baseline": phase("baseline of equal steps", config.steps, 1),
+        "break_even": even or None,
+        "recommended": recommend(config),
+    }
+
+
+# Latent tokens per parameter. Bags of two lose by 0.015 at 0.9 and gain 0.040 at 1.8, where 1.5 is a choice between:
+# one model of 1.1 M parameters (docs/evidence.md), in which steps and tokens per parameter were not varied apart.
+GAINS_FROM = 1.5
+MEASURED_FROM = 12.5  # the paper's 3B run, the shortest of its runs by this measure
+LARGE = 100_000_000  # parameters; the paper's smallest model has 267 M, the largest of docs/evidence.md 1.8 M
+
+
+def recommend(config: TrainConfig) -> dict[str, Any]:
+    """Choose s, r and weights to start with, by the size of the model and how long it trains.
+
+    Returns:
+        bag_size, ratio (0: train the baseline), position_weights, tokens_per_parameter (positions of the model over
+        the whole run), and evidence: what they rest on, in a sentence, with losses in nats.
+
+    Source: docs/evidence.md, and arXiv 2605.06546 for its sizes.
+    """
+    size = parameters(config.model, config.data.vocabulary)
+    length = config.steps * config.batch * config.latent_tokens / size
+    if length < GAINS_FROM:
+        s, r = 1, 0.0
+        evidence = """that is little for TST: at 0.9 a model of 1.1 M parameters loses by 0.015 with s = 2 and by 0.090
+            with s = 4 (nats, docs/evidence.md)"""
+    elif size < LARGE:
+        s, r = 2, 0.3
+        evidence = """at 1.8 a model of 1.1 M parameters gains 0.040 with s = 2 and r = 0.2, at 3.7 it gains 0.139, and
+            0.153 with r = 0.4; larger bags need longer runs and gain no more (nats, docs/evidence.md)"""
+    elif length < MEASURED_FROM:
+        s, r = 2, 0.3
+        evidence = """no run as short was measured at that size, the paper's have 12.6 and more; what did best in small
+            models is the careful choice (docs/evidence.md)"""
+    else:
+        s, r = 6, 0.3
+        evidence = """at 12.6 to 785 the paper has these gain 0.04 to 0.13 nats, with 267 M to 3.3 B parameters
+            (docs/evidence.md)"""
+    return {
+        "bag_size": s,
+        "ratio": r,
+        "position_weights": "uniform",
+        "tokens_per_parameter": length,
+        "evidence": " ".join(evidence.split()),
+    }
+
+
+def report(plan: dict[str, Any]) -> str:
+    """Write `plan` as Markdown that reads well in a terminal."""
+    gpus, total, size, start = plan["gpus"], plan["total"], plan["parameters"], plan["recommended"]
+    speed = total["flops"] / (total["hours"] * 3600 * gpus) / 1e12
+    text = [
+        "# Plan",
+        _paragraph(f"""{_count(size["total"])} parameters, {_count(size["without_embedding_and_head"])} without
+            embedding and head. GPUs: {gpus}, at {plan["tokens_per_second_per_gpu"]:,.0f} latent tokens/s each, which
+            takes {speed:.3g} TFLOP/s of each. Latent tokens are positions in the model, bags or tokens: the tokens/s
+            that a run without superposition shows."""),
+        _table(
+            ["phase", "steps", "bag size", "latent tokens", "data tokens", "FLOPs", "hours"],
+            *(
+                [r["phase"], f"{r['steps']:,}", str(r["bag_size"] or ""), _count(r["latent_tokens"])]
+                + [_count(r["data_tokens"]), f"{r['flops']:.2e}", _hours(r["hours"])]
+                for r in (*plan["phases"], total, plan["baseline"])
+            ),
+        ),
+    ]
+    if even := plan["break_even"]:
+        text += [
+            "## When is TST worth it?",
+            _paragraph(f"""When a baseline needs more than {total["steps"]:,} steps for the final loss of TST. If it
+                needs m times as many, TST saves (m - 1) * {_hours(total["hours"])} hours. Nothing is saved if a
+                superposition step takes (m - 1) / {even["share"]:.3g} longer than a baseline step. The paper measured
+                m = {even["multiple"]:g} at 3B: {_hours(even["hours_saved"])} hours,
+                {_hours(gpus * even["hours_saved"])} GPU-hours, {100 * even["slowdown"]:.0f} % longer. docs/evidence.md
+                has what we measured."""),
+        ]
+    options = f"--bag-size {start['bag_size']} --ratio {start['ratio']} --position-weights {start['position_weights']}"
+    advice = options if start["ratio"] else "--ratio 0, without superposition"
+    length = f"{start['tokens_per_parameter']:.3g} latent tokens per parameter"
+    text += ["## Where to start", _paragraph(f"{advice}. The run has {length}; {start['evidence']}.")]
+    return "\n\n".join(text) + "\n"
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 100)
+
+
+def _count(n: float) -> str:
+    return f"{n / 1e9:,.1f} B" if n >= 1e9 else f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n:,}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 1 else f"{hours:.2g}"
+
+
+def _table(*rows: list[str]) -> str:
+    """A Markdown table with aligned columns; the first row is its head, the first column text, the others numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+    cells = ([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows)
+    lines = [f"| {' | '.join(line)} |" for line in cells]
+    return "\n".join([lines[0], f"| {' | '.join(rule)} |", *lines[1:]])

@@ -1,0 +1,98 @@
+"""Write files and folders whole or not at all, lock folders, and name the error that a user can put right."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = [
+    "UNFINISHED", "UserError", "check_out", "check_writable", "in_use", "lock", "sync", "whole_folder", "write_text",
+]  # fmt: skip
+
+UNFINISHED = ".unfinished-"  # begins the name of what is being written; a process that is killed leaves it behind
+
+
+class UserError(Exception):
+    """Something the user can put right; the command line prints it in one line, without a traceback."""
+
+
+def check_writable(folder: Path) -> None:
+    """Check, before any work is done, that `folder` can be made or written to; raise UserError otherwise."""
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"out {folder}: {existing} is not a folder that can be written to")
+
+
+def check_out(folder: Path) -> None:
+    """Check, before any work is done, that `folder` can be made or is an empty one.
+
+    Raises:
+        UserError: it holds something, is a file, or lies where nothing can be written.
+    """
+    check_writable(folder)
+    if folder.exists() and any(not p.name.startswith(UNFINISHED) for p in folder.iterdir()):
+        raise UserError(f"out {folder}: the folder is not empty; choose another or remove it")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: under another name, then rename it."""
+    unfinished = path.with_name(UNFINISHED + path.name)
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else a loss of power can leave an empty file by the new name
+    unfinished.replace(path)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder next to `folder`, which gets that name at the end, or is removed after an error.
+
+    Raises:
+        UserError: the folder cannot be written, or that of the name is not empty.
+    """
+    folder = folder.resolve()  # it has a neighbour also if it is "." or a link
+    unfinished = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=UNFINISHED))
+        yield unfinished
+        unfinished.chmod(0o755)  # mkdtemp's 0700 would keep it from other users
+        unfinished.rename(folder)
+    except OSError as error:
+        raise UserError(f"out {folder}: {error}") from error
+    finally:
+        if unfinished:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk, so that a rename cannot get there before it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(path: Path) -> int | None:
+    """Lock a folder until this process closes the handle returned, or ends, however. None: another process has it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def in_use(path: Path) -> bool:
+    """Tell whether a process has that folder locked."""
+    handle = lock(path) if path.exists() else None
+    if handle is None:
+        return path.exists()
+    os.close(handle)
+    return False
