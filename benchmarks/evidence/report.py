@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 from matplotlib import pyplot as plt
-from tst_ext.lab.plots import plot_grid
 
+from tst_ext.lab.plots import plot_grid
 from tst_ext.lab.sweep import load_sweep
 
 HERE = Path(__file__).resolve().parent
