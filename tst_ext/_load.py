@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["_C"]
 
 MINIMUM_TORCH = "2.11"  # that of pyproject.toml: the first with every call of the stable ABI that csrc/ makes
 INSTALL = "python -m pip install --no-build-isolation --force-reinstall --no-deps"

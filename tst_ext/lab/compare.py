@@ -14,8 +14,6 @@ from ..train.plot import plot_losses
 from .subprocesses import available_cores, on_cpu
 from .sweep import make_sweep, run_sweep
 
-__all__ = ["compare"]
-
 
 def compare(config: TrainConfig, folder: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
     """Train TST and its baseline for each seed, by `run_sweep`, and draw loss.png of the first seed in `folder`.

@@ -21,8 +21,6 @@ from ..train.data import load_tokenizer
 from ..train.files import UserError, check_out, whole_folder
 from ..train.model import Transformer
 
-__all__ = ["export_hf"]
-
 
 def export_hf(
     model: Transformer,

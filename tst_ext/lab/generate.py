@@ -15,8 +15,6 @@ from torch import Tensor
 from ..train.files import UserError
 from ..train.model import Transformer
 
-__all__ = ["generate"]
-
 
 @torch.no_grad()
 def generate(

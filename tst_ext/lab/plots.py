@@ -8,8 +8,6 @@ from typing import Any
 
 from ..train.plot import figure
 
-__all__ = ["plot_grid"]
-
 
 def plot_grid(rows: list[dict[str, Any]], grid: str, options: tuple[str, ...], path: Path) -> None:
     """Draw the final losses of one grid of a sweep to `path`: over its first option, a colour for each of the others.

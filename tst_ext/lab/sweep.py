@@ -32,8 +32,6 @@ from ..train.signals import deferred_signals
 from .plots import plot_grid
 from .subprocesses import Progress, available_cores, failure, is_running, on_cpu, run_flops, start, stop
 
-__all__ = ["Grid", "Sweep", "cells", "load_sweep", "make_sweep", "run_sweep", "table"]
-
 
 def _options() -> dict[str, str]:
     """Map each option to the section it stands in, "" for none.

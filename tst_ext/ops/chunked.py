@@ -17,8 +17,6 @@ from torch import Tensor
 
 from .loss import LossOptions
 
-__all__: list[str] = []
-
 
 def linear_multi_hot_cross_entropy(
     hidden: Tensor,

@@ -9,8 +9,6 @@ from .._checks import FLOATING, INTEGER, check_integer, check_same_device, check
 from ..bags import resolved_position_weights
 from .second_derivative import first_derivative, link
 
-__all__ = ["bag_embedding"]
-
 
 def bag_embedding(
     input_ids: Tensor,

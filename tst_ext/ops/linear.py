@@ -17,8 +17,6 @@ from . import vocab_parallel
 from .loss import LossOptions, check_reduction, checked_bags, checked_options, position_scale_of, results
 from .second_derivative import first_derivative, link
 
-__all__ = ["linear_multi_hot_cross_entropy"]
-
 
 def linear_multi_hot_cross_entropy(
     hidden: Tensor,

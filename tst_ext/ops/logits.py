@@ -10,8 +10,6 @@ from .._checks import FLOATING, check_tensor
 from .loss import LossOptions, check_reduction, checked_bags, checked_options, position_scale_of, results
 from .second_derivative import first_derivative, link
 
-__all__ = ["multi_hot_cross_entropy"]
-
 
 def multi_hot_cross_entropy(
     logits: Tensor,

@@ -9,8 +9,6 @@ from torch import Tensor
 from .._checks import FLOATING, INTEGER, check_integer, check_number, check_same_device, check_tensor, values_of
 from ..bags import resolved_position_weights
 
-__all__: list[str] = []
-
 
 class LossOptions(NamedTuple):
     """The options of a row's loss: those of csrc/loss.h, by the names that the ops take them by."""

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .loss import LossOptions
 
-__all__: list[str] = []
-
 
 @cache
 def _warn(device: str) -> None:

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__: list[str] = []
-
 
 class _Link(torch.autograd.Function):
     """An empty tensor that depends on all `tensors` and keeps none of them alive."""

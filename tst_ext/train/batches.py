@@ -16,7 +16,6 @@ from .config import TrainConfig
 from .data import Shard
 from .files import UserError
 
-__all__ = ["Batch", "ahead", "check_batches", "read_batch"]
 
 T = TypeVar("T")
 PADDING = -100  # in empty slots of bags, on both sides

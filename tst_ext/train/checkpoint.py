@@ -25,7 +25,6 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from .distributed import Processes
 from .files import UNFINISHED, UserError, sync, write_text
 
-__all__ = ["Found", "checkpoints", "choose", "last_good", "load", "load_weights", "save", "set_aside_after", "verify"]
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"

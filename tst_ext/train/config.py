@@ -12,19 +12,6 @@ from typing import Any, Literal
 from ..bags import FITTED
 from .files import UserError, write_text
 
-__all__ = [
-    "DataConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "RunConfig",
-    "SuperpositionConfig",
-    "TrainConfig",
-    "config_dict",
-    "config_from_dict",
-    "load_config",
-    "save_config",
-]
-
 
 def _check(name: str, value: Any, valid: bool, wanted: str) -> None:
     if not valid:

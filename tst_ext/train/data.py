@@ -23,7 +23,6 @@ from torch import Tensor
 from .config import DataConfig
 from .files import UserError, whole_folder
 
-__all__ = ["Shard", "cache_folder", "load_tokenizer", "prepare", "prepared_folder", "read_documents"]
 
 FORMAT = 1
 SPLITS = ("train", "val")

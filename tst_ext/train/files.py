@@ -8,9 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = [
-    "UNFINISHED", "UserError", "check_out", "check_writable", "in_use", "lock", "sync", "whole_folder", "write_text",
-]  # fmt: skip
 
 UNFINISHED = ".unfinished-"  # begins the name of what is being written; a process that is killed leaves it behind
 

@@ -6,8 +6,6 @@ import torch
 
 from .config import ModelConfig
 
-__all__ = ["gemm_flops_per_second", "matrix_parameters", "parameters", "step_flops"]
-
 
 def matrix_parameters(config: ModelConfig, vocabulary: int) -> int:
     """Weights that every latent position is multiplied by: the blocks' matrices and the head, not the embedding."""

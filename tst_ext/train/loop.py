@@ -28,8 +28,6 @@ from .optimizer import learning_rate, parameter_groups, reinitialise
 from .run_folder import RunFolder
 from .signals import Stopped, stop_signals
 
-__all__ = ["loss_options", "train", "validate"]
-
 
 @lru_cache(maxsize=16)  # the counts are the same in every step, unless bags end with documents
 def loss_options(options: SuperpositionConfig, counts: tuple[int, ...], world: int) -> dict[str, Any]:

@@ -10,8 +10,6 @@ from typing import Any
 
 from .files import UserError, write_text
 
-__all__ = ["Meter", "Metrics", "read_metrics"]
-
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, up to one that is still being written, or damaged by a loss of power."""

@@ -13,8 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from ..nn import BagEmbedding, LinearMultiHotCrossEntropy
 from .config import ModelConfig
 
-__all__ = ["Transformer"]
-
 
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions: `[B, l, d] -> [B, l, d]`."""

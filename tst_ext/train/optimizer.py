@@ -9,8 +9,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .config import OptimizerConfig
 from .model import Transformer, initial_std
 
-__all__ = ["learning_rate", "parameter_groups", "reinitialise"]
-
 
 def learning_rate(config: OptimizerConfig, steps: int, step: int) -> float:
     """Return the rate at `step` (0-based), Warmup-Stable-Decay: linear to the peak, flat, linear to zero past the end.

@@ -13,8 +13,6 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 from .metrics import read_metrics  # noqa: E402
 
-__all__ = ["figure", "plot_losses"]
-
 
 @contextmanager
 def figure(path: Path, x: str, y: str) -> Iterator[Any]:

@@ -3,8 +3,6 @@
 from .config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, SuperpositionConfig, TrainConfig
 from .files import UserError
 
-__all__ = ["PRESETS", "preset"]
-
 
 def _paper(model: ModelConfig, learning_rate: float) -> TrainConfig:
     """20,000 steps, 6,000 of them with s = 6, of 2**21 latent tokens; the tokenizer of Llama 3.

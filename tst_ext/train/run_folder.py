@@ -21,8 +21,6 @@ from .files import UserError, check_out, lock, sync, write_text
 from .model import Transformer
 from .plot import plot_losses
 
-__all__ = ["LoadedRun", "RunFolder", "load_run"]
-
 
 class RunFolder:
     """A folder that one run at a time writes to; a context. Only the first process touches it."""

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Stopped", "deferred_signals", "stop_signals"]
-
 
 class Stopped(Exception):
     """A signal ended the run, after it was saved."""
