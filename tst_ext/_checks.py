@@ -6,7 +6,6 @@ import sys
 import torch
 from torch import Tensor
 
-
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER = (torch.int64, torch.int32)
 

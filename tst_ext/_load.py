@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-
 MINIMUM_TORCH = "2.11"  # that of pyproject.toml: the first with every call of the stable ABI that csrc/ makes
 INSTALL = "python -m pip install --no-build-isolation --force-reinstall --no-deps"
 BUILD = f"build it with this Python and this torch, in a checkout: {INSTALL} ."
@@ -56,7 +55,7 @@ def diagnosis(error: str, folder: Path) -> tuple[str, str]:
 
 
 try:
-    import tst_ext._C as _C
+    import tst_ext._C as _C  # noqa: F401  # which others import from here
 except ImportError as error:
     meaning, advice = diagnosis(str(error), Path(__file__).parent)
     raise ImportError(

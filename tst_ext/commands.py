@@ -18,7 +18,6 @@ from .train.config import DataConfig, RunConfig, TrainConfig, load_config
 from .train.files import UserError, check_out
 from .train.presets import PRESETS, preset
 
-
 CONFIG_HELP = (
     "--config FILE reads defaults from a .toml file or the config.json of a run, --preset NAME takes those of the "
     f"paper's models ({', '.join(PRESETS)}); options override them."

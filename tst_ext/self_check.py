@@ -19,7 +19,6 @@ from ._load import _C, BUILD, INSTALL
 from .bags import position_weights
 from .ops import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EXTRAS = ("train", "tensorboard", "hf", "torchtitan")  # of pyproject.toml, those for users
 IGNORE, BAG_SIZE = -100, 4

@@ -21,7 +21,6 @@ from ..train.data import Shard
 from ..train.files import UserError
 from ..train.model import Transformer
 
-
 PIECE = 1 << 20  # tokens of a shard in memory at a time; a document beyond it is put together from pieces
 
 

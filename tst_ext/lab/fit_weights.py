@@ -24,7 +24,6 @@ from ..train.data import Shard
 from ..train.files import UserError, write_text
 from ..train.plot import figure
 
-
 LONGEST = 64  # bag positions whose weights must be usable; the paper's largest bag has 16
 STEEPEST, FLATTEST = -10.0, -0.01  # k; at these ends the curve is a step after d = 1, and a logarithm of d
 

@@ -14,7 +14,6 @@ from ..train.config import TrainConfig
 from ..train.files import UserError
 from ..train.flops import parameters, step_flops
 
-
 MULTIPLE = 1.8  # the paper's 3B run: a baseline takes 36,000 steps to the loss of TST's 20,000
 SUMMED = ("steps", "latent_tokens", "data_tokens", "flops", "hours")
 

@@ -18,7 +18,6 @@ from ..train.files import in_use
 from ..train.flops import step_flops
 from ..train.metrics import read_metrics
 
-
 LOG_SECONDS = 30  # between lines of progress where there is no terminal to show them on
 
 

@@ -15,7 +15,6 @@ from .chunked import chunk_rows, in_chunks
 from .loss import LossOptions, row_scale_of
 from .plain import capped, row_factors, row_loss, slope
 
-
 ELSEWHERE = -1  # stands for a label that is ignored, or another process's: it cannot be a row of this one's
 
 

@@ -16,7 +16,6 @@ from .config import TrainConfig
 from .data import Shard
 from .files import UserError
 
-
 T = TypeVar("T")
 PADDING = -100  # in empty slots of bags, on both sides
 

@@ -25,7 +25,6 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from .distributed import Processes
 from .files import UNFINISHED, UserError, sync, write_text
 
-
 FORMAT = 1
 MANIFEST = "checkpoint.json"
 

@@ -23,7 +23,6 @@ from torch import Tensor
 from .config import DataConfig
 from .files import UserError, whole_folder
 
-
 FORMAT = 1
 SPLITS = ("train", "val")
 SHUFFLE_SEED = 0  # of the documents, before the split: the same for every run, so that all share one held-out text

@@ -16,7 +16,6 @@ from .config import TrainConfig
 from .files import UserError
 from .model import Block, Transformer
 
-
 T = TypeVar("T")
 
 

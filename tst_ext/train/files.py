@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
 UNFINISHED = ".unfinished-"  # begins the name of what is being written; a process that is killed leaves it behind
 
 
