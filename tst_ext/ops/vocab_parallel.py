@@ -119,7 +119,9 @@ def _rows(
         logits,
         own,
         position_scale,
-        **options._replace(ignore_index=ELSEWHERE, z_loss=0.0, label_smoothing=0.0)._asdict(),
+        objective=options.objective,
+        ignore_index=ELSEWHERE,
+        logit_softcap=options.logit_softcap,  # the other options need the whole lse
     )
     kernel(loss, lse)
     wide = position_scale.double()
