@@ -81,20 +81,21 @@ struct RowTerms {
   bool nothing;  // to learn, whatever the row's logits are
 };
 
-// Differences are taken from m rather than from lse: lse near 1e4 would cost three digits in float32.
+// Differences are taken from m rather than from lse: lse near 1e4 would cost three digits in float32. Static: the CPU
+// kernels are compiled for several instruction sets, and the linker would keep one of them for all.
 template <typename A>
 TST_HOST_DEVICE static RowTerms<A> row_terms(const LossOptions& options, const RowSums<A>& sums, A log_sum, A scale,
                                              A fit, A grad_loss, A grad_lse) {
   const A z_loss = static_cast<A>(options.z_loss), smoothing = static_cast<A>(options.label_smoothing);
-  const A lse = sums.maximum + log_sum;
+  const A lse = sums.maximum + log_sum, factor = grad_loss * scale * (1 + 2 * z_loss * lse) + grad_lse;
   A loss = (1 - smoothing) * fit + z_loss * scale * lse * lse, uniform = 0;
   if (smoothing != 0) {
-    const A below = log_sum - sums.logits / sums.columns;
-    loss += smoothing * scale * (below < 0 ? A(0) : below);  // below 0 only by rounding: a mean is no maximum
+    const A above_mean = log_sum - sums.logits / sums.columns;
+    loss += smoothing * scale * (above_mean < 0 ? A(0) : above_mean);  // below 0 only by rounding
     uniform = grad_loss * smoothing * scale / sums.columns;
   }
-  return {scale == 0 ? A(0) : loss,    lse,     (grad_loss * scale * (1 + 2 * z_loss * lse) + grad_lse) / sums.exps,
-          grad_loss * (1 - smoothing), uniform, (scale == 0 || grad_loss == 0) && grad_lse == 0};
+  const bool nothing = (scale == 0 || grad_loss == 0) && grad_lse == 0;
+  return {scale == 0 ? A(0) : loss, lse, factor / sums.exps, grad_loss * (1 - smoothing), uniform, nothing};
 }
 
 }  // namespace tst

@@ -37,7 +37,8 @@ print(f"{'last bag of a sequence':28} {labels[0, -1].tolist()}: one label is lef
 
 hidden = bag_embedding(bags, table)  # between the two a transformer would read and write [B, latent, d]
 show("bag_embedding", hidden)
-loss = linear_multi_hot_cross_entropy(hidden, head, labels)
+rows = 64  # whose logits exist at a time; without chunk_size docs/ops.md, "Memory and time", has the default
+loss = linear_multi_hot_cross_entropy(hidden, head, labels, chunk_size=rows)
 print(f"{'loss':28} {loss.item():.4f}")
 ours = torch.autograd.grad(loss, (table, head))
 
@@ -54,9 +55,8 @@ for name, a, b in zip(("gradient of the table", "gradient of the head"), ours, p
     compare(name, a, b)
 
 MiB = 2**20
-chunk = max(B * latent * V * 4 // 8, 64 * MiB)  # the default: docs/ops.md, "Memory and time"
 print(f"{'plain torch forms':28} {[B, latent, s, d]}, {B * latent * s * d * 4 / MiB:.0f} MiB: an embedding a token")
 print(
     f"{'':28} {[B * latent, V]}, {B * latent * V * 4 / MiB:.0f} MiB: logits, and {s} times that for the backward pass"
 )
-print(f"{'the ops form':28} at most {min(chunk, B * latent * V * 4) / MiB:.0f} MiB of logits at a time, whatever s is")
+print(f"{'the ops form':28} {[rows, V]}, {rows * V * 4 / MiB:.1f} MiB: logits of a chunk, whatever s is")
