@@ -98,7 +98,7 @@ CPP: dict[str, list[Mutant]] = {
         Mutant("grad-cap", " * (A(1) - t * t);", ";", "derivative of the softcap forgotten"),
         Mutant("grad-tail", "if (v < n) store(x + v, g", "if (false) store(x + v, g", "tail keeps logits"),
         # The labels.
-        Mutant("row-stride", "static_cast<T*>(a.logits) + r * a.stride", "static_cast<T*>(a.logits) + r * n",
+        Mutant("row-stride", "static_cast<T*>(a.logits) + r * a.stride", "static_cast<T*>(a.logits) + r * a.vocabulary",
                "stride of the rows ignored"),
         Mutant("label-ignored", "labels[i] == a.options.ignore_index || ", "", "ignore_index taken for a column"),
         Mutant("label-weightless", " || a.position_scale[i] == 0) continue;", ") continue;", "label of weight 0"),
