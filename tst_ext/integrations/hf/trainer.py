@@ -22,13 +22,12 @@ class SuperpositionTrainer(Trainer):
     """Train the first `ratio` of the steps by TST; from the switch on this is the ordinary `transformers.Trainer`.
 
     A step of the superposition phase reads `bag_size` times as many tokens at the same cost. `train_dataset` has packed
-    rows of L tokens: a sample is `bag_size` consecutive rows, and one row after the switch. Rows are shuffled in such
-    groups, and `train_sampling_strategy="sequential"` keeps their order. Without `max_steps` the run has as many steps
-    as read the rows `num_train_epochs` times. To Trainer the run is one epoch, so "epoch" strategies act at its end.
-    A run resumes from a checkpoint in either phase.
+    rows of L tokens. A sample is `bag_size` consecutive rows, and one row after the switch. Rows are shuffled in such
+    groups; `train_sampling_strategy="sequential"` keeps their order. Without `max_steps` the run reads the rows
+    `num_train_epochs` times. To Trainer the run is one epoch, so "epoch" strategies act at its end. A run resumes from
+    a checkpoint in either phase.
 
-    `log_history` has the training loss of the phase and `bag_size`. A log is written at the switch, so that no average
-    mixes the two losses. Evaluation is next-token in both phases.
+    `log_history` has `bag_size` with the training loss of the phase. Evaluation is next-token in both phases.
 
     Args:
         args, kwargs: arguments of `Trainer`. It needs a `model`, to which `superpose` is applied.
@@ -37,9 +36,9 @@ class SuperpositionTrainer(Trainer):
         loss_options: options of `superpose`, for the superposition phase.
 
     Raises:
-        TypeError, ValueError: what `superpose` and `SuperpositionSchedule` refuse; model_init, label_smoothing_factor,
-            compute_loss_func, ignore_data_skip, neftune_noise_alpha, sampling by length, DataParallel, DeepSpeed
-            ZeRO-3, tensor, context or sequence parallelism, an `IterableDataset` with workers.
+        TypeError, ValueError: from `superpose` and `SuperpositionSchedule`; or an argument that TST does not fit, such
+            as model_init, compute_loss_func, neftune_noise_alpha, DataParallel, DeepSpeed ZeRO-3 or tensor parallelism.
+            docs/hf.md has them all.
 
     Source: arXiv 2605.06546. Optimiser state and learning-rate schedule carry over at the switch.
     """
@@ -48,38 +47,31 @@ class SuperpositionTrainer(Trainer):
         self, *args: Any, bag_size: int, ratio: float, loss_options: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         SuperpositionSchedule(0, ratio, bag_size)  # refuses bad numbers before anything is built
-        if kwargs.get("model_init") is not None:
-            raise ValueError("model_init: expected a model, which can be tried out before training")
-        if kwargs.get("compute_loss_func") is not None:
-            raise ValueError("compute_loss_func: expected none, TST has its own loss; see loss_options")
+        for name, wanted in (
+            ("model_init", "a model to try out"),
+            ("compute_loss_func", "loss_options for TST's loss"),
+        ):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}: expected {wanted} instead")
         super().__init__(*args, **kwargs)
         self.bag_size, self.ratio, self.loss_options = bag_size, ratio, loss_options or {}
         self.max_steps = self.args.max_steps  # as asked for
         if self.args.label_smoothing_factor:
-            raise ValueError(
-                "label_smoothing_factor: it forms the logits; expected 0, and label_smoothing in loss_options for the "
-                "superposition phase"
-            )
+            raise ValueError("label_smoothing_factor: expected 0, because it forms the logits; see loss_options")
         if self.args.n_gpu > 1:
             raise ValueError(f"args: expected one device per process (torchrun), got DataParallel on {self.args.n_gpu}")
-        if self.args.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(
-                "train_sampling_strategy: expected 'random' or 'sequential', because rows have one length, got "
-                f"{self.args.train_sampling_strategy!r}"
-            )
+        strategy = self.args.train_sampling_strategy
+        if strategy not in ("random", "sequential"):  # rows have one length
+            raise ValueError(f"train_sampling_strategy: expected 'random' or 'sequential', got {strategy!r}")
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if plugin is not None and plugin.zero_stage == 3:
             raise ValueError("args: DeepSpeed ZeRO-3 does not gather weights for TST's ops; use FSDP2")
         if isinstance(self.train_dataset, IterableDataset) and self.args.dataloader_num_workers:
-            raise ValueError(
-                "dataloader_num_workers: expected 0 for an IterableDataset, which each worker would repeat"
-            )
+            raise ValueError("dataloader_num_workers: expected 0, because each would repeat the IterableDataset")
         if self.accelerator.split_batches:
             raise ValueError("accelerator_config: expected split_batches=False, because the batch size is per device")
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
-            raise ValueError(
-                "args: expected data parallelism alone (DDP or FSDP), got tensor, context or sequence parallelism"
-            )
+            raise ValueError("args: expected DDP or FSDP alone, got tensor, context or sequence parallelism")
         for name in ("ignore_data_skip", "neftune_noise_alpha"):
             if getattr(self.args, name):
                 raise ValueError(f"{name}: expected none, got {getattr(self.args, name)}")
@@ -88,7 +80,7 @@ class SuperpositionTrainer(Trainer):
 
     @property
     def schedule(self) -> SuperpositionSchedule:
-        """Return the phases, by the number of steps that `args` asks for."""
+        """The phases, by the number of steps that `args` asks for."""
         return SuperpositionSchedule(max(0, self._steps()), self.ratio, self.bag_size)
 
     def _samples_per_step(self) -> int:
