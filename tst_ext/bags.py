@@ -77,8 +77,8 @@ def fold_inputs(
         if num_bags is not None:
             raise ValueError("num_bags: only with cu_seqlens; without, there are L / bag_size bags")
         return input_ids.unflatten(-1, (input_ids.shape[-1] // bag_size, bag_size))
-    bag, slot, _ = _document_bags("input_ids", input_ids, bag_size, cu_seqlens)
-    return _scatter_bags(input_ids, bag, slot, bag_size, _count(bag, num_bags), padding_idx)
+    bag, slot, _, bags = _document_bags("input_ids", input_ids, bag_size, cu_seqlens, num_bags)
+    return _scatter_bags(input_ids, bag, slot, bag_size, bags, padding_idx)
 
 
 def fold_labels(
@@ -116,35 +116,36 @@ def fold_labels(
         return fold_inputs(torch.cat((labels[..., drop:], filler), dim=-1), bag_size, num_bags=num_bags)
     if shifted and labels.shape[-1]:  # tokens where they are read; the first of a sequence is nobody's target
         labels = torch.cat((labels[..., :1], labels[..., :-1]), dim=-1)
-    bag, slot, position = _document_bags("labels", labels, bag_size, cu_seqlens)
+    bag, slot, position, bags = _document_bags("labels", labels, bag_size, cu_seqlens, num_bags)
     target = torch.where(position < bag_size, -1, bag - 1)  # a document's first bag has no predecessor in it
-    return _scatter_bags(labels, target, slot, bag_size, _count(bag, num_bags), ignore_index)
+    return _scatter_bags(labels, target, slot, bag_size, bags, ignore_index)
 
 
-def _document_bags(name: str, tokens: Tensor, bag_size: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Find each token's bag in its sequence, slot in the bag and position in its document: `[..., L]` each."""
+def _document_bags(
+    name: str, tokens: Tensor, bag_size: int, cu_seqlens: Tensor, num_bags: int | None
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Find each token's bag in its sequence, slot in the bag and position in its document; and the number of bags."""
+    if num_bags is not None:
+        check_integer("num_bags", num_bags, 1)
     check_tensor("cu_seqlens", cu_seqlens, INTEGER)
     if cu_seqlens.dim() != 1:
         raise ValueError(f"cu_seqlens: expected [D + 1], got shape {tuple(cu_seqlens.shape)}")
     if type(cu_seqlens) is Tensor and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = cu_seqlens[:1].tolist() + cu_seqlens[-1:].tolist()
         if ends != [0, tokens.numel()] or bool((cu_seqlens.diff() < 0).any()):
+            got = cu_seqlens.tolist() if len(cu_seqlens) < 20 else ends
             raise ValueError(
-                f"cu_seqlens: expected offsets that rise from 0 to {name}.numel() = {tokens.numel()}, got "
-                f"{cu_seqlens.tolist() if len(cu_seqlens) < 20 else ends}"
+                f"cu_seqlens: expected offsets that rise from 0 to {name}.numel() = {tokens.numel()}, got {got}"
             )
     starts = torch.zeros(tokens.numel() + 1, dtype=torch.bool, device=tokens.device)
     starts = starts.index_fill(0, cu_seqlens.to(tokens.device, torch.int64), True)[:-1].view(tokens.shape)
     t = torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens.shape)
     position = t - torch.where(starts, t, 0).cummax(-1).values if t.shape[-1] else t
     slot = position % bag_size
-    return (slot == 0).cumsum(-1) - 1, slot, position
-
-
-def _count(bag: Tensor, num_bags: int | None) -> int:
-    if num_bags is not None:
-        check_integer("num_bags", num_bags, 1)
-    return num_bags if num_bags is not None else int(bag.max()) + 1 if bag.numel() else 0
+    bag = (slot == 0).cumsum(-1) - 1  # [..., L], as slot and position
+    if num_bags is None:
+        num_bags = int(bag.max()) + 1 if bag.numel() else 0
+    return bag, slot, position, num_bags
 
 
 def _scatter_bags(tokens: Tensor, bag: Tensor, slot: Tensor, bag_size: int, bags: int, filler: int) -> Tensor:
@@ -204,10 +205,8 @@ def resolved_position_weights(given: str | Tensor | None, bag_size: int, like: T
         return position_weights(given, bag_size, device=like.device, dtype=dtype)
     check_tensor("position_weights", given, FLOATING + INTEGER)
     if given.shape != (bag_size,) or given.requires_grad:
-        raise ValueError(
-            f"position_weights: expected a constant tensor of shape ({bag_size},), got shape {tuple(given.shape)}, "
-            f"requires_grad={given.requires_grad}"
-        )
+        got = f"shape {tuple(given.shape)}, requires_grad={given.requires_grad}"
+        raise ValueError(f"position_weights: expected a constant tensor of shape ({bag_size},), got {got}")
     if given.is_meta and not like.is_meta:
         raise ValueError(f"position_weights: expected a tensor with values for {like.device}, got one on meta")
     for i, w in enumerate(values_of(given) or ()):

@@ -20,7 +20,7 @@ OPTIONS = set(inspect.signature(linear_multi_hot_cross_entropy).parameters) - {
 class BagEmbedding(torch_nn.Embedding):
     """An `nn.Embedding` that also reads bags; parameters and state dict are those of `nn.Embedding`.
 
-    It takes ids `[B, L] -> [B, L, d]`, as an ordinary embedding, or `[B, l, s] -> [B, l, d]`, one embedding per bag.
+    It maps ids `[B, L] -> [B, L, d]`, as an ordinary embedding, or `[B, l, s] -> [B, l, d]`, one embedding per bag.
 
     Args:
         num_embeddings: V, rows of the table.
@@ -66,6 +66,9 @@ class BagEmbedding(torch_nn.Embedding):
         module.weight = torch_nn.Parameter(embeddings, requires_grad=not freeze)
         return module
 
+    def _options(self) -> dict[str, Any]:
+        return {"mode": self.mode, "padding_idx": self.bag_padding_idx, "position_weights": self.position_weights}
+
     def forward(self, input_ids: Tensor) -> Tensor:
         if input_ids.dim() == 2:
             if self.bag_padding_idx is None:
@@ -73,17 +76,10 @@ class BagEmbedding(torch_nn.Embedding):
             return bag_embedding(input_ids.unsqueeze(-1), self.weight, padding_idx=self.bag_padding_idx)
         if input_ids.dim() != 3:
             raise ValueError(f"input_ids: expected [B, L] tokens or [B, l, s] bags, got shape {tuple(input_ids.shape)}")
-        return bag_embedding(
-            input_ids,
-            self.weight,
-            mode=self.mode,
-            padding_idx=self.bag_padding_idx,
-            position_weights=self.position_weights,
-        )
+        return bag_embedding(input_ids, self.weight, **self._options())
 
     def extra_repr(self) -> str:
-        shown = {"mode": self.mode, "padding_idx": self.bag_padding_idx, "position_weights": self.position_weights}
-        return ", ".join([super().extra_repr(), *(f"{k}={v!r}" for k, v in shown.items() if v is not None)])
+        return ", ".join([super().extra_repr(), *(f"{k}={v!r}" for k, v in self._options().items() if v is not None)])
 
 
 class LinearMultiHotCrossEntropy(torch_nn.Linear):

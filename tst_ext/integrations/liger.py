@@ -63,13 +63,10 @@ def fused_linear_cross_entropy(
     """`linear_multi_hot_cross_entropy` with the arguments of `liger_fused_linear_cross_entropy`, in its order.
 
     Args:
-        input: hidden, `[..., d]`.
-        weight: `[V, d]`.
+        input, weight, bias: hidden `[..., d]`, the head `[V, d]`, and its bias `[V]`.
         target: labels, `[...]`, or bags of them, `[..., s]`.
-        bias: `[V]`.
         ignore_index, label_smoothing, reduction: as in `linear_multi_hot_cross_entropy`.
-        lse_square_scale: its `z_loss`.
-        softcap: its `logit_softcap`.
+        lse_square_scale, softcap: its `z_loss` and `logit_softcap`.
         return_z_loss: return a `CrossEntropyOutput`. Its `z_loss` has a gradient, Liger's has none.
         accum_dtype: None or `torch.float32`. Gradients are summed in float32 anyway (float64 for float64).
         ce_weight, use_token_scaling, return_token_accuracy, return_predicted_tokens, chunk_mem_const: their defaults.

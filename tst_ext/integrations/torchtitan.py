@@ -208,8 +208,7 @@ def fold_batch(inputs: dict[str, Tensor], labels: Tensor, bag_size: int) -> Batc
     Raises:
         ValueError: the batch has other inputs than input and positions.
     """
-    unknown = inputs.keys() - {"input", "positions"}
-    if unknown:
+    if inputs.keys() - {"input", "positions"}:
         raise ValueError(f"dataloader: expected input and perhaps positions, got {sorted(inputs)}")
     folded = {"input": fold_inputs(inputs["input"], bag_size)}
     if "positions" in inputs:

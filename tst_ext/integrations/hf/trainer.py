@@ -25,9 +25,8 @@ class SuperpositionTrainer(Trainer):
     rows of L tokens. A sample is `bag_size` consecutive rows, and one row after the switch. Rows are shuffled in such
     groups; `train_sampling_strategy="sequential"` keeps their order. Without `max_steps` the run reads the rows
     `num_train_epochs` times. To Trainer the run is one epoch, so "epoch" strategies act at its end. A run resumes from
-    a checkpoint in either phase.
-
-    `log_history` has `bag_size` with the training loss of the phase. Evaluation is next-token in both phases.
+    a checkpoint in either phase. `log_history` has `bag_size` and the training loss of the phase. Evaluation is
+    next-token in both phases.
 
     Args:
         args, kwargs: arguments of `Trainer`. It needs a `model`, to which `superpose` is applied.
@@ -36,9 +35,9 @@ class SuperpositionTrainer(Trainer):
         loss_options: options of `superpose`, for the superposition phase.
 
     Raises:
-        TypeError, ValueError: from `superpose` and `SuperpositionSchedule`; or an argument that TST does not fit, such
-            as model_init, compute_loss_func, neftune_noise_alpha, DataParallel, DeepSpeed ZeRO-3 or tensor parallelism.
-            docs/hf.md has them all.
+        TypeError, ValueError: what `superpose` and `SuperpositionSchedule` refuse; model_init, label_smoothing_factor,
+            compute_loss_func, ignore_data_skip, neftune_noise_alpha, split_batches, sampling by length, DataParallel,
+            ZeRO-3, tensor, context or sequence parallelism, an `IterableDataset` with workers.
 
     Source: arXiv 2605.06546. Optimiser state and learning-rate schedule carry over at the switch.
     """
@@ -47,12 +46,10 @@ class SuperpositionTrainer(Trainer):
         self, *args: Any, bag_size: int, ratio: float, loss_options: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         SuperpositionSchedule(0, ratio, bag_size)  # refuses bad numbers before anything is built
-        for name, wanted in (
-            ("model_init", "a model to try out"),
-            ("compute_loss_func", "loss_options for TST's loss"),
-        ):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name}: expected {wanted} instead")
+        if kwargs.get("model_init") is not None:
+            raise ValueError("model_init: expected a model, which can be tried out before training")
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func: expected none, TST has its own loss; see loss_options")
         super().__init__(*args, **kwargs)
         self.bag_size, self.ratio, self.loss_options = bag_size, ratio, loss_options or {}
         self.max_steps = self.args.max_steps  # as asked for
@@ -80,7 +77,7 @@ class SuperpositionTrainer(Trainer):
 
     @property
     def schedule(self) -> SuperpositionSchedule:
-        """The phases, by the number of steps that `args` asks for."""
+        """Return the phases, by the number of steps that `args` asks for."""
         return SuperpositionSchedule(max(0, self._steps()), self.ratio, self.bag_size)
 
     def _samples_per_step(self) -> int:
@@ -98,24 +95,21 @@ class SuperpositionTrainer(Trainer):
             return super().get_train_dataloader()
         self.args.max_steps = self._steps()  # Trainer derives the learning-rate schedule from it
         bagged = self.schedule.switch_step * self._samples_per_step()
+        columns = None  # all
+        if self.args.remove_unused_columns:
+            self._set_signature_columns_if_needed()
+            columns = set(cast(list[str], self._signature_columns))
         if has_length(rows):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             shuffle = None if self.args.train_sampling_strategy == "sequential" else seed
             total = self.args.max_steps * self._samples_per_step()
-            self.train_dataset = Samples(rows, self._columns(), self.bag_size, bagged, total, shuffle)
+            self.train_dataset = Samples(rows, columns, self.bag_size, bagged, total, shuffle)
         else:
-            self.train_dataset = SampleStream(rows, self._columns(), self.bag_size, bagged)
+            self.train_dataset = SampleStream(rows, columns, self.bag_size, bagged)
         try:
             return super().get_train_dataloader()
         finally:
             self.train_dataset = rows
-
-    def _columns(self) -> set[str] | None:
-        """Name the columns of a row that Trainer keeps; None for all."""
-        if not self.args.remove_unused_columns:
-            return None
-        self._set_signature_columns_if_needed()
-        return set(cast(list[str], self._signature_columns))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         return SequentialSampler(train_dataset) if isinstance(train_dataset, Samples) else None
