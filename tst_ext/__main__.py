@@ -28,8 +28,13 @@ Prints the facts of this installation: what a bug report needs.
            and on the GPU, in each dtype, and says what to do about each problem; exit status 1 if there is one"""
 
 
-def info() -> str:
-    """Facts about this installation, one `name: value` a line: what a bug report needs."""
+def info_command(argv: list[str]) -> int:
+    if argv in (["-h"], ["--help"]):
+        print(INFO_USAGE)
+        return 0
+    if argv not in ([], ["--check"]):
+        print(f"tst info: expected --check or nothing, got {' '.join(argv)!r}\n\n{INFO_USAGE}", file=sys.stderr)
+        return 2
     import torch
 
     from . import _C, __version__
@@ -44,17 +49,7 @@ def info() -> str:
         "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "threads": torch.get_num_threads(),
     }
-    return "\n".join(f"{name}: {value}" for name, value in facts.items())
-
-
-def info_command(argv: list[str]) -> int:
-    if argv in (["-h"], ["--help"]):
-        print(INFO_USAGE)
-        return 0
-    if argv not in ([], ["--check"]):
-        print(f"tst info: expected --check or nothing, got {' '.join(argv)!r}\n\n{INFO_USAGE}", file=sys.stderr)
-        return 2
-    print(info())
+    print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n")
     if not argv:
         return 0
     from .self_check import self_check
@@ -64,7 +59,7 @@ def info_command(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 2 for what the user can put right, 1 for a failed check."""
+    """Run a command and return its exit status: 0, 2 for what the user can put right, 1 for a failed check."""
     argv = sys.argv[1:] if argv is None else argv
     if argv in (["-h"], ["--help"], ["help"]):
         print(USAGE)
@@ -93,13 +88,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def entry() -> NoReturn:
-    """The command `tst`: `main()`, and the end of the process.
-
-    Under torchrun the process ends at once, without Python's own end. FSDP2's caches keep the process group, so gloo's
-    threads are there until the last: one that lets go of a tensor while Python ends asks for a lock it cannot have any
-    more, and the process aborts with its run complete (torch 2.13; 4 of 16 runs with those threads at idle priority).
-    """
+    """Run the command `tst` and end the process."""
     status = main()
+    # Under torchrun gloo's threads outlive the run. One that frees a tensor while Python shuts down aborts the process
+    # (torch 2.13; 4 of 16 runs with those threads at idle priority). So skip the shutdown.
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""The one place that loads the compiled extension. Where it does not load, the error says why and what to do."""
+"""Load the compiled extension, or raise an error that says why it does not load and what to do."""
 
 import re
 import sys
@@ -13,44 +13,37 @@ BUILD = f"build it with this Python and this torch, in a checkout: {INSTALL} ."
 
 
 def too_old(version: str) -> bool:
-    """By the release alone: 2.11.0a0+vendor has what 2.11 has."""
+    """Compare the release alone: 2.11.0a0+vendor has what 2.11 has."""
     release = re.match(r"(\d+)\.(\d+)", version)
     return release is None or (int(release[1]), int(release[2])) < tuple(map(int, MINIMUM_TORCH.split(".")))
 
 
 def diagnosis(error: str, folder: Path) -> tuple[str, str]:
-    """What the loader's message about the extension in `folder` means, and what to do."""
-    built = sorted(path.name for path in folder.glob("_C.*") if path.suffix in (".so", ".pyd"))
-    library = re.search(r"(lib[\w+-]+)\S*: cannot open|Library not loaded: \S*(lib[\w+-]+)", error)
+    """Return the meaning of the loader's message about the extension in `folder`, and advice."""
+    this_torch = f"torch {torch.__version__}"
     if too_old(torch.__version__):
-        return (
-            f"torch {torch.__version__} is too old, the extension needs {MINIMUM_TORCH} or later",
-            f"python -m pip install --upgrade 'torch>={MINIMUM_TORCH}'",
-        )
+        meaning = f"{this_torch} is too old, the extension needs {MINIMUM_TORCH} or later"
+        return meaning, f"python -m pip install --upgrade 'torch>={MINIMUM_TORCH}'"
+    built = sorted(path.name for path in folder.glob("_C.*") if path.suffix in (".so", ".pyd"))
     if not built:
-        return (
-            f"{folder} is a checkout that was not built",
-            f"{INSTALL} -e . there; if tst-ext is installed elsewhere, leave that folder, which hides it",
-        )
+        advice = f"{INSTALL} -e . there; if tst-ext is installed elsewhere, leave that folder, which hides it"
+        return f"{folder} is a checkout that was not built", advice
     if not {f"_C{suffix}" for suffix in EXTENSION_SUFFIXES} & set(built):
-        return (
-            f"{', '.join(built)} is for another Python than this {sys.version.split()[0]}",
-            f"use the Python that it was installed with, or {BUILD}",
-        )
+        meaning = f"{', '.join(built)} is for another Python than this {sys.version.split()[0]}"
+        return meaning, f"use the Python that it was installed with, or {BUILD}"
+    library = re.search(r"(lib[\w+-]+)\S*: cannot open|Library not loaded: \S*(lib[\w+-]+)", error)
+    name = (library[1] or library[2]) if library else ""
     if library and "cuda" in library[0]:
-        return (
-            f"it has CUDA kernels for another CUDA than that of torch {torch.__version__} (CUDA {torch.version.cuda})",
-            f"install torch for the CUDA version that tst-ext was built with, or {BUILD}",
-        )
+        meaning = f"it has CUDA kernels for another CUDA than that of {this_torch} (CUDA {torch.version.cuda})"
+        return meaning, f"install torch for the CUDA version that tst-ext was built with, or {BUILD}"
+    if name.startswith(("libtorch", "libc10")):
+        return f"{name}, a part of torch, is missing", "install torch again"
     if library:
-        name = library[1] or library[2]
-        if name.startswith(("libtorch", "libc10")):
-            return f"{name}, a part of torch, is missing", "install torch again"
         return f"{name}, a library of the system, is missing", "install it by the system's package manager"
     if "GLIBC" in error:
         return "it was built on a newer Linux than this one", BUILD
     if "symbol" in error.lower():
-        return f"torch {torch.__version__} lacks a function that it calls", f"install torch again, or {BUILD}"
+        return f"{this_torch} lacks a function that it calls", f"install torch again, or {BUILD}"
     return "the file is damaged, or was built for another machine", BUILD
 
 

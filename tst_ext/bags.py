@@ -1,6 +1,6 @@
-"""From a batch of tokens to a batch of bags: folding ids and labels, and the weights of bag positions.
+"""Fold a batch of tokens into bags, and weigh bag positions: pure tensor code, no kernel.
 
-Pure tensor code, no kernel. Notation: B sequences of L tokens, bag size s, l = L / s bags a sequence.
+Notation: B sequences of L tokens, bag size s, l = L / s bags per sequence.
 """
 
 import torch
@@ -27,10 +27,10 @@ def _check_fold(name: str, tokens: Tensor, bag_size: int, divides: bool = True) 
 
 
 def document_offsets(input_ids: Tensor, eos_token_id: int) -> Tensor:
-    """Where documents begin and end, from the end-of-text token: `[..., L] -> [D + 1]`, int64; `cu_seqlens` of folds.
+    """Find where documents begin and end: `[..., L] -> [D + 1]`, int64, the `cu_seqlens` of the folds.
 
-    A document ends after each `eos_token_id` and at the end of each sequence. Offsets count tokens of `input_ids`
-    flattened: document i holds tokens `[out[i], out[i + 1])`.
+    A document ends after each `eos_token_id` and at the end of each sequence. Document i holds the tokens
+    `[out[i], out[i + 1])` of `input_ids` flattened.
 
     Raises:
         TypeError: `input_ids` is not int64 or int32.
@@ -52,26 +52,24 @@ def fold_inputs(
     num_bags: int | None = None,
     padding_idx: int = -100,
 ) -> Tensor:
-    """Folds a sequence into contiguous bags that do not overlap: `[..., L] -> [..., L / s, s]`.
+    """Fold a sequence into contiguous bags that do not overlap: `[..., L] -> [..., L / s, s]`, a view if possible.
 
-    A view where the strides allow one. Bag j holds tokens `[j s, (j + 1) s)`.
-
-    With `cu_seqlens` no bag holds tokens of two documents: each document begins a bag, its last bag may be short, and
-    the result is `[..., l, s]`, l the bags of the sequence that needs most, with `padding_idx` in all empty slots. Give
-    it to `bag_embedding` too. L need not be a multiple of s then.
+    Bag j holds tokens `[j s, (j + 1) s)`. With `cu_seqlens` each document begins a bag, and its last bag may be short.
+    The result is then `[..., l, s]`, with l the bags of the sequence that needs most, and `padding_idx` in empty slots.
+    Give it to `bag_embedding` too.
 
     Args:
-        input_ids: integer tensor `[..., L]`.
-        bag_size: s, tokens a bag; divides L where there is no `cu_seqlens`.
+        input_ids: int64 or int32, `[..., L]`.
+        bag_size: s, tokens per bag. It must divide L unless there is a `cu_seqlens`.
         cu_seqlens: `[D + 1]`, int64 or int32, from 0 to `input_ids.numel()`: where documents begin and end, counted in
-            `input_ids` flattened, as `document_offsets` and variable-length attention have it. The end of a sequence
-            ends its last document anyway.
-        num_bags: l, for a shape that does not depend on the documents: fewer bags are filled up with empty ones, bags
-            beyond it are dropped, as inputs; as labels their tokens remain. Only with `cu_seqlens`.
-        padding_idx: what empty slots hold.
+            `input_ids` flattened, as in `document_offsets` and variable-length attention. Documents also end with
+            their sequence.
+        num_bags: l, for a shape that does not depend on the documents. Empty bags fill up, and bags beyond it are
+            dropped as inputs, but remain as labels. Only with `cu_seqlens`.
+        padding_idx: the id in empty slots.
 
     Raises:
-        TypeError: a tensor that is not int64 or int32. In a smaller type the filler would wrap to a token.
+        TypeError: a tensor of another dtype. In a smaller type the filler would wrap to a token.
         ValueError: `bag_size` is below 1 or does not divide L; `cu_seqlens` is not as above.
     """
     _check_fold("input_ids", input_ids, bag_size, divides=cu_seqlens is None)
@@ -79,8 +77,8 @@ def fold_inputs(
         if num_bags is not None:
             raise ValueError("num_bags: only with cu_seqlens; without, there are L / bag_size bags")
         return input_ids.unflatten(-1, (input_ids.shape[-1] // bag_size, bag_size))
-    bag, slot, _ = _document_bags("input_ids", input_ids, bag_size, cu_seqlens)
-    return _scatter_bags(input_ids, bag, slot, bag_size, _count(bag, num_bags), padding_idx)
+    bag, slot, _, bags = _document_bags("input_ids", input_ids, bag_size, cu_seqlens, num_bags)
+    return _scatter_bags(input_ids, bag, slot, bag_size, bags, padding_idx)
 
 
 def fold_labels(
@@ -92,28 +90,22 @@ def fold_labels(
     cu_seqlens: Tensor | None = None,
     num_bags: int | None = None,
 ) -> Tensor:
-    """Folds labels so that each bag is trained on the tokens of the bag after it: `[..., L] -> [..., L / s, s]`.
+    """Fold labels so that each bag is trained on the tokens of the bag after it: `[..., L] -> [..., L / s, s]`.
 
-    Bag j reads tokens `[j s, (j + 1) s)` and its labels are the tokens `[(j + 1) s, (j + 2) s)`, so no target is
-    visible to its own bag. Folding labels without this shift would put s - 1 of the s targets inside the input bag.
-    Slots past the end of the sequence hold `ignore_index`.
-
-    With `cu_seqlens`, that of `fold_inputs`, a bag is trained on the next bag of its own document alone: the last bag
-    of a document has no label, and a short one is a target with as many labels as it has tokens.
+    The labels of bag j are the tokens `[(j + 1) s, (j + 2) s)`, so no bag reads its own targets. Without this shift it
+    would read s - 1 of s. Slots past the end of the sequence hold `ignore_index`. With `cu_seqlens` a bag is trained on
+    the next bag of its own document: the last one has no labels, and a short one gives as many as it has tokens.
 
     Args:
-        labels: integer tensor `[..., L]`.
-        bag_size: s, tokens a bag; divides L where there is no `cu_seqlens`. With s = 1 the result is ordinary
-            next-token labels `[..., L, 1]`.
-        shifted: True where `labels[t]` is already the token after `input_ids[t]` (most pre-training loaders), so that
-            the last bag of a sequence keeps one valid label, unless `cu_seqlens` ends a document there. False where
-            `labels[t]` is `input_ids[t]` itself (Hugging Face).
+        labels: int64 or int32, `[..., L]`.
+        bag_size, cu_seqlens, num_bags: as in `fold_inputs`. s = 1 gives next-token labels `[..., L, 1]`.
+        shifted: True if `labels[t]` is the token after `input_ids[t]` (most pre-training loaders). The last bag of a
+            sequence then keeps one label, unless `cu_seqlens` ends a document there. False if `labels[t]` is
+            `input_ids[t]` (Hugging Face).
         ignore_index: the label that the loss skips.
-        cu_seqlens, num_bags: as in `fold_inputs`.
 
     Raises:
-        TypeError: a tensor that is not int64 or int32. In a smaller type the filler would wrap to a token.
-        ValueError: `bag_size` is below 1 or does not divide L; `cu_seqlens` is not as in `fold_inputs`.
+        TypeError, ValueError: as in `fold_inputs`.
 
     Source: arXiv 2605.06546, the label fold of the superposition phase.
     """
@@ -124,39 +116,40 @@ def fold_labels(
         return fold_inputs(torch.cat((labels[..., drop:], filler), dim=-1), bag_size, num_bags=num_bags)
     if shifted and labels.shape[-1]:  # tokens where they are read; the first of a sequence is nobody's target
         labels = torch.cat((labels[..., :1], labels[..., :-1]), dim=-1)
-    bag, slot, position = _document_bags("labels", labels, bag_size, cu_seqlens)
+    bag, slot, position, bags = _document_bags("labels", labels, bag_size, cu_seqlens, num_bags)
     target = torch.where(position < bag_size, -1, bag - 1)  # a document's first bag has no predecessor in it
-    return _scatter_bags(labels, target, slot, bag_size, _count(bag, num_bags), ignore_index)
+    return _scatter_bags(labels, target, slot, bag_size, bags, ignore_index)
 
 
-def _document_bags(name: str, tokens: Tensor, bag_size: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each token its bag in its sequence, its slot in the bag, its position in its document: `[..., L]` each."""
+def _document_bags(
+    name: str, tokens: Tensor, bag_size: int, cu_seqlens: Tensor, num_bags: int | None
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Find each token's bag in its sequence, slot in the bag and position in its document; and the number of bags."""
+    if num_bags is not None:
+        check_integer("num_bags", num_bags, 1)
     check_tensor("cu_seqlens", cu_seqlens, INTEGER)
     if cu_seqlens.dim() != 1:
         raise ValueError(f"cu_seqlens: expected [D + 1], got shape {tuple(cu_seqlens.shape)}")
     if type(cu_seqlens) is Tensor and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = cu_seqlens[:1].tolist() + cu_seqlens[-1:].tolist()
         if ends != [0, tokens.numel()] or bool((cu_seqlens.diff() < 0).any()):
+            got = cu_seqlens.tolist() if len(cu_seqlens) < 20 else ends
             raise ValueError(
-                f"cu_seqlens: expected offsets that rise from 0 to {name}.numel() = {tokens.numel()}, got "
-                f"{cu_seqlens.tolist() if len(cu_seqlens) < 20 else ends}"
+                f"cu_seqlens: expected offsets that rise from 0 to {name}.numel() = {tokens.numel()}, got {got}"
             )
     starts = torch.zeros(tokens.numel() + 1, dtype=torch.bool, device=tokens.device)
     starts = starts.index_fill(0, cu_seqlens.to(tokens.device, torch.int64), True)[:-1].view(tokens.shape)
     t = torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens.shape)
     position = t - torch.where(starts, t, 0).cummax(-1).values if t.shape[-1] else t
     slot = position % bag_size
-    return (slot == 0).cumsum(-1) - 1, slot, position
-
-
-def _count(bag: Tensor, num_bags: int | None) -> int:
-    if num_bags is not None:
-        check_integer("num_bags", num_bags, 1)
-    return num_bags if num_bags is not None else int(bag.max()) + 1 if bag.numel() else 0
+    bag = (slot == 0).cumsum(-1) - 1  # [..., L], as slot and position
+    if num_bags is None:
+        num_bags = int(bag.max()) + 1 if bag.numel() else 0
+    return bag, slot, position, num_bags
 
 
 def _scatter_bags(tokens: Tensor, bag: Tensor, slot: Tensor, bag_size: int, bags: int, filler: int) -> Tensor:
-    """Tokens to their bags and slots, `[..., L] -> [..., bags, s]`; bag numbers outside `[0, bags)` are dropped."""
+    """Put tokens into bags and slots, `[..., L] -> [..., bags, s]`; drop bag numbers outside `[0, bags)`."""
     slots, length = bags * bag_size, tokens.shape[-1]
     # Each dropped token has a place of its own behind the bags: equal places would be written in no fixed order.
     behind = slots + torch.arange(length, device=tokens.device)
@@ -173,12 +166,11 @@ def position_weights(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Weights w_i of the bag positions i = 1..s in the loss, `[s]`.
+    """Compute the weights w_i of the bag positions i = 1..s in the loss, `[s]`. Only their ratios matter.
 
-    `"uniform"`: 1. `"power_law"`: 1 / i. `"exponential"`: exp(-i). `"first"`: 1, 0, ..., 0. `"fitted"`:
-    C0 + a i**k with (C0, a, k) = `fitted`, by default the paper's 3.63 + 1.35 i**-1.25. Only their ratios matter: the
-    loss divides by their sum. The paper finds uniform best for small bags (s = 4), the power law from s = 8 on, the
-    fitted one slightly better than 1 / i.
+    `"uniform"`: 1. `"power_law"`: 1 / i. `"exponential"`: exp(-i). `"first"`: 1, 0, ..., 0. `"fitted"`: C0 + a i**k,
+    (C0, a, k) = `fitted`. The paper finds uniform best for small bags (s = 4), the power law from s = 8 on, and the
+    fitted weights slightly better than 1 / i.
 
     Raises:
         ValueError: unknown name, or `bag_size` below 1.
@@ -199,14 +191,13 @@ def position_weights(
         c0, a, k = fitted
         weights = c0 + a * i**k
     else:
-        raise ValueError(
-            f"position weights: expected 'uniform', 'power_law', 'exponential', 'first' or 'fitted', got {name!r}"
-        )
+        names = "'uniform', 'power_law', 'exponential', 'first' or 'fitted'"
+        raise ValueError(f"position weights: expected {names}, got {name!r}")
     return weights.to(dtype)
 
 
 def resolved_position_weights(given: str | Tensor | None, bag_size: int, like: Tensor) -> Tensor | None:
-    """The weights that an op is given, checked, on the device of `like`; None for none."""
+    """Return the weights that an op is given, checked, on the device of `like`."""
     if given is None:
         return None
     if isinstance(given, str):
@@ -214,10 +205,8 @@ def resolved_position_weights(given: str | Tensor | None, bag_size: int, like: T
         return position_weights(given, bag_size, device=like.device, dtype=dtype)
     check_tensor("position_weights", given, FLOATING + INTEGER)
     if given.shape != (bag_size,) or given.requires_grad:
-        raise ValueError(
-            f"position_weights: expected a constant tensor of shape ({bag_size},), got shape {tuple(given.shape)}, "
-            f"requires_grad={given.requires_grad}"
-        )
+        got = f"shape {tuple(given.shape)}, requires_grad={given.requires_grad}"
+        raise ValueError(f"position_weights: expected a constant tensor of shape ({bag_size},), got {got}")
     if given.is_meta and not like.is_meta:
         raise ValueError(f"position_weights: expected a tensor with values for {like.device}, got one on meta")
     for i, w in enumerate(values_of(given) or ()):

@@ -1,4 +1,4 @@
-"""The two operations as modules that stand where `nn.Embedding` and the output `nn.Linear` of a model stand."""
+"""The two operations as modules in the place of a model's `nn.Embedding` and output `nn.Linear`."""
 
 import inspect
 from typing import Any
@@ -20,15 +20,15 @@ OPTIONS = set(inspect.signature(linear_multi_hot_cross_entropy).parameters) - {
 class BagEmbedding(torch_nn.Embedding):
     """An `nn.Embedding` that also reads bags; parameters and state dict are those of `nn.Embedding`.
 
+    It maps ids `[B, L] -> [B, L, d]`, as an ordinary embedding, or `[B, l, s] -> [B, l, d]`, one embedding per bag.
+
     Args:
         num_embeddings: V, rows of the table.
         embedding_dim: d.
         mode: "mean" (the paper's) or "sum" over the bag.
         padding_idx, position_weights: as in `bag_embedding`. Unlike `nn.Embedding`'s, this `padding_idx` may lie
-            outside the vocabulary, and its row of the table, if it has one, is initialised as every other. The module
-            has it as `bag_padding_idx`, and a tensor of weights as a buffer outside the state dict.
-
-    Shapes: ids `[B, L] -> [B, L, d]`, the ordinary embedding; ids `[B, l, s] -> [B, l, d]`, one embedding a bag.
+            outside the vocabulary, and its row, if any, is initialised as every other. The module keeps it as
+            `bag_padding_idx`, and a tensor of weights as a buffer outside the state dict.
 
     Raises:
         ValueError: unknown mode, or ids of another rank.
@@ -61,13 +61,13 @@ class BagEmbedding(torch_nn.Embedding):
     def from_pretrained(  # type: ignore[override]  # nn.Embedding's other options do not apply to bags
         cls, embeddings: Tensor, freeze: bool = True, **options: Any
     ) -> "BagEmbedding":
-        """A module around the table `embeddings` `[V, d]`, which it shares; trained only with `freeze=False`.
-
-        `options` are those of the constructor: mode, padding_idx, position_weights.
-        """
+        """Share the table `embeddings` `[V, d]`, trained only with `freeze=False`; options of the constructor."""
         module = cls(*embeddings.shape, **options, device="meta")
         module.weight = torch_nn.Parameter(embeddings, requires_grad=not freeze)
         return module
+
+    def _options(self) -> dict[str, Any]:
+        return {"mode": self.mode, "padding_idx": self.bag_padding_idx, "position_weights": self.position_weights}
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if input_ids.dim() == 2:
@@ -76,34 +76,25 @@ class BagEmbedding(torch_nn.Embedding):
             return bag_embedding(input_ids.unsqueeze(-1), self.weight, padding_idx=self.bag_padding_idx)
         if input_ids.dim() != 3:
             raise ValueError(f"input_ids: expected [B, L] tokens or [B, l, s] bags, got shape {tuple(input_ids.shape)}")
-        return bag_embedding(
-            input_ids,
-            self.weight,
-            mode=self.mode,
-            padding_idx=self.bag_padding_idx,
-            position_weights=self.position_weights,
-        )
+        return bag_embedding(input_ids, self.weight, **self._options())
 
     def extra_repr(self) -> str:
-        shown = {"mode": self.mode, "padding_idx": self.bag_padding_idx, "position_weights": self.position_weights}
-        return ", ".join([super().extra_repr(), *(f"{k}={v!r}" for k, v in shown.items() if v is not None)])
+        return ", ".join([super().extra_repr(), *(f"{k}={v!r}" for k, v in self._options().items() if v is not None)])
 
 
 class LinearMultiHotCrossEntropy(torch_nn.Linear):
     """An output head that computes its loss without the full logits; parameters are those of `nn.Linear`.
 
-    `head(hidden)` returns logits `[..., V]`, capped if there is a `logit_softcap`; `head(hidden, labels)` returns the
-    loss of `linear_multi_hot_cross_entropy`. The weight lives here, so that a wrapper such as FSDP2 gathers it for the
-    loss alone.
+    `head(hidden)` returns logits `[..., V]`, capped if there is a `logit_softcap`. `head(hidden, labels)` returns the
+    loss of `linear_multi_hot_cross_entropy`. FSDP2 can wrap the head, and gathers its weight for the loss alone.
 
     Args:
         in_features: d.
         out_features: V.
         bias: whether the head has one.
         logit_softcap: as in `linear_multi_hot_cross_entropy`.
-        options: every other option of `linear_multi_hot_cross_entropy` that is not a tensor of the batch, such as
-            position_weights, objective, ignore_index, reduction, z_loss or chunk_size. What depends on
-            the batch, such as `normalizer`, goes to the call: `head(hidden, labels, normalizer=tokens)`.
+        options: its other options that are no tensor of the batch, such as position_weights or chunk_size. What depends
+            on the batch goes to the call: `head(hidden, labels, normalizer=tokens)`.
 
     Raises:
         TypeError: an unknown option.
@@ -127,22 +118,14 @@ class LinearMultiHotCrossEntropy(torch_nn.Linear):
         self.logit_softcap = logit_softcap
         self.options = options
 
-    def forward(  # type: ignore[override]  # with labels it is the loss
-        self, hidden: Tensor, labels: Tensor | None = None, **options: Any
-    ) -> Any:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, **options: Any) -> Any:  # type: ignore[override]
+        cap = self.logit_softcap
         if labels is None:
             logits = super().forward(hidden)
-            cap = self.logit_softcap
             return logits if cap is None else cap * torch.tanh(logits / cap)
-        return linear_multi_hot_cross_entropy(
-            hidden,
-            self.weight,
-            labels,
-            bias=self.bias,
-            logit_softcap=self.logit_softcap,
-            **{**self.options, **options},
-        )
+        options = {**self.options, **options}
+        return linear_multi_hot_cross_entropy(hidden, self.weight, labels, bias=self.bias, logit_softcap=cap, **options)
 
     def extra_repr(self) -> str:
-        shown = {**({} if self.logit_softcap is None else {"logit_softcap": self.logit_softcap}), **self.options}
-        return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in shown.items())])
+        cap = {} if self.logit_softcap is None else {"logit_softcap": self.logit_softcap}
+        return ", ".join([super().extra_repr(), *(f"{k}={v!r}" for k, v in (cap | self.options).items())])

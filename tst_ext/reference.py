@@ -1,7 +1,7 @@
-"""The maths of the operations in plain torch with full logits: the oracle of the tests and a peer in benchmarks.
+"""The operations in plain torch with full logits, after the paper's listings (arXiv 2605.06546).
 
-It follows the paper's listings (arXiv 2605.06546), one cross-entropy per bag position over the same logits, except that
-a position without a valid label drops out of the mean where the listing gives NaN. Gradients are autograd's.
+Tests judge by it, and benchmarks time it. One deviation: a position without a valid label drops out of the mean, where
+the listing gives NaN. Gradients are autograd's.
 """
 
 import math
@@ -21,9 +21,9 @@ def bag_embedding(
     padding_idx: int | None = None,
     position_weights: Tensor | None = None,
 ) -> Tensor:
-    """Mean or sum of the embeddings of each bag: ids `[..., s]`, weight `[V, d]` -> `[..., d]` in weight's dtype.
+    """Embed bags `[..., s]` with weight `[V, d]`: `[..., d]` in weight's dtype, options as in `tst_ext.bag_embedding`.
 
-    Summed in float32 (float64 for float64) and rounded once. Options as in `tst_ext.bag_embedding`.
+    Sums are float32 (float64 for float64) and rounded once.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if padding_idx is None and position_weights is None:
@@ -67,11 +67,8 @@ def multi_hot_cross_entropy(
     w = torch.ones_like(labels, dtype=z.dtype)
     if objective == "mce":
         # One cross-entropy per position, 0 where the label is ignored.
-        losses = [
-            F.cross_entropy(z, y, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
-            for y in labels.unbind(1)
-        ]
-        loss = torch.stack(losses, 1)  # [N, s]
+        options: dict = dict(ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
+        loss = torch.stack([F.cross_entropy(z, y, **options) for y in labels.unbind(1)], 1)  # [N, s]
         if position_weights is not None:
             w = w * position_weights.to(z)
     else:

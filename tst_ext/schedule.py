@@ -11,11 +11,10 @@ class SuperpositionSchedule:
     """The two phases of a run: steps `[0, switch_step)` read bags, steps `[switch_step, total_steps)` read tokens.
 
     Args:
-        total_steps: steps of the whole run, after every override: the switch is a share of what really runs.
-        ratio: r, the share of steps in the superposition phase, 0 <= r <= 1. The paper's range is 0.2 to 0.4;
-            0 is an ordinary run.
-        bag_size: s, tokens a bag in the superposition phase. The paper's range is 4 to 8.
-        stages: further (ratio, bag size) stages of the superposition phase, in order: from coarse to fine.
+        total_steps: steps of the whole run.
+        ratio: r, the share of steps in the superposition phase, in `[0, 1]`. The paper's range is 0.2 to 0.4.
+        bag_size: s, tokens per bag in the superposition phase. The paper's range is 4 to 8.
+        stages: further (ratio, bag size) stages of the superposition phase, in order from coarse to fine.
 
     Raises:
         ValueError: an argument outside its range.
@@ -31,10 +30,8 @@ class SuperpositionSchedule:
     def __post_init__(self) -> None:
         if self.total_steps < 0:
             raise ValueError(f"total_steps: expected an integer >= 0, got {self.total_steps}")
-        for name, (ratio, bag_size) in (
-            ("", (self.ratio, self.bag_size)),
-            *((f"stages[{i}], ", stage) for i, stage in enumerate(self.stages)),
-        ):
+        stages = {f"stages[{i}], ": stage for i, stage in enumerate(self.stages)}
+        for name, (ratio, bag_size) in {"": (self.ratio, self.bag_size), **stages}.items():
             if not 0.0 <= ratio <= 1.0:
                 raise ValueError(f"{name}ratio: expected 0 <= ratio <= 1, got {ratio}")
             if bag_size < 1:
@@ -44,16 +41,16 @@ class SuperpositionSchedule:
 
     @property
     def stage_ends(self) -> tuple[tuple[int, int], ...]:
-        """`(end, bag size)` of each stage: its steps are those from the end before it up to, not including, its own."""
+        """Return `(end, bag size)` of each stage: its steps begin at the end before it and stop before its own."""
         sizes = (self.bag_size, *(s for _, s in self.stages))
         shares = accumulate((self.ratio, *(ratio for ratio, _ in self.stages)))
         return tuple((round(share * self.total_steps), s) for share, s in zip(shares, sizes, strict=True))
 
     @property
     def switch_step(self) -> int:
-        """First step of the recovery phase: the sum of the ratios times `total_steps`, rounded."""
+        """Return the first step of the recovery phase: the sum of the ratios times `total_steps`, rounded."""
         return self.stage_ends[-1][0]
 
     def bag_size_at(self, step: int) -> int:
-        """Bag size at `step` (0-based): that of its stage before `switch_step`, 1 from it on."""
+        """Return the bag size at `step` (0-based): that of its stage, or 1 from `switch_step` on."""
         return next((s for end, s in self.stage_ends if step < end), 1)

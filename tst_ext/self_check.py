@@ -1,13 +1,13 @@
-"""`tst info --check`: test whether this installation computes what it should, and say what to do if not.
+"""`tst info --check`: compare every op with `tst_ext.reference` in float64, and say what to do about an error.
 
-Every op runs on a small case on each device, in each dtype and with each CPU instruction set, with several options at
-once. `tst_ext.reference` in float64 is the judge. The check needs torch alone.
+Small cases run on each device, in each dtype and with each CPU instruction set, with several options at once.
 """
 
 import os
 import re
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -27,18 +27,18 @@ ROWS, DIM, VOCABULARY = 96, 40, 6007
 
 
 class Finding(NamedTuple):
-    """A line of the report: status "ok", "note" or "problem", and what to do about a problem."""
+    """A line of the report."""
 
-    status: str
+    status: str  # "ok", "note" or "problem"
     text: str
-    advice: str = ""
+    advice: str = ""  # about a problem
 
     def __str__(self) -> str:
         return f"{self.status:8} {self.text}" + (f"\n{'':8} what to do: {self.advice}" if self.advice else "")
 
 
 def self_check() -> int:
-    """Print each finding as it comes, and return the exit status: 1 where there is a problem, else 0."""
+    """Print each finding as it comes, and return the exit status: 1 if there is a problem, else 0."""
     problems = 0
     for finding in findings():
         print(finding, flush=True)
@@ -82,27 +82,26 @@ def check_device(device: torch.device) -> Iterator[Finding]:
 def check_gpu(device: torch.device) -> Finding:
     """Tell whether the build has CUDA kernels, and code for this GPU: its own, or PTX that the driver compiles."""
     name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    build = f"TST_CUDA=1 {INSTALL} ."
     if not _C.cuda_architectures():
-        advice = f"install nvcc {torch.version.cuda} and build with it, in a checkout: TST_CUDA=1 {INSTALL} ."
-        return Finding("problem", f"cuda: this build has no CUDA kernels, {name} runs plain torch, slower", advice)
+        text = f"cuda: this build has no CUDA kernels, {name} runs plain torch, slower"
+        return Finding("problem", text, f"install nvcc {torch.version.cuda} and build with it, in a checkout: {build}")
     gpu = f"cuda: kernels for {_C.cuda_architectures()} on {name}, sm_{major}{minor}"
     try:
         bag_embedding(torch.zeros(1, 1, dtype=torch.int64, device=device), torch.zeros(1, 1, device=device))
         torch.cuda.synchronize(device)
     except RuntimeError as error:
-        build = f"TORCH_CUDA_ARCH_LIST={major}.{minor} TST_CUDA=1 {INSTALL} ."
+        advice = f"build for this device, in a checkout: TORCH_CUDA_ARCH_LIST={major}.{minor} {build}"
         first = str(error).partition("\n")[0]
-        return Finding("problem", f"{gpu}: {first}", f"build for this device, in a checkout: {build}")
+        return Finding("problem", f"{gpu}: {first}", advice)
     return Finding("ok", gpu)
 
 
 class Case(NamedTuple):
-    """An op and its counterpart in plain torch, the names of their inputs, and sets of options."""
-
     op: Callable[..., Tensor]
-    plain: Callable[..., Tensor]
+    plain: Callable[..., Tensor]  # its counterpart in plain torch
     inputs: tuple[str, ...]
-    options: tuple[dict[str, Any], ...]
+    options: tuple[dict[str, Any], ...]  # to run it with, one after the other
 
 
 def _plain_linear(
@@ -133,21 +132,19 @@ def check_accuracy(case: Case, device: torch.device) -> Finding:
     if device.type == "cpu" and "TST_CPU_CAPABILITY" not in os.environ:  # one that is forced is the one that runs
         capabilities = _C.cpu_capabilities()
     try:
-        for dtype in dtypes:
-            for options in case.options:
-                for name, share in _shares(case, device, dtype, options, capabilities):
-                    if not share <= 1:  # or NaN
-                        text = f"{dtype}, {name} errs by {share:.3g} times what rounding explains ({options})"
-                        return _wrong(case, device, text)
-                    worst = max(worst, share)
+        for dtype, options in product(dtypes, case.options):
+            for name, share in _shares(case, device, dtype, options, capabilities):
+                if not share <= 1:  # or NaN
+                    text = f"{dtype}, {name} errs by {share:.3g} times what rounding explains ({options})"
+                    return _wrong(case, device, text)
+                worst = max(worst, share)
     except Exception as error:  # whatever stops an op is a finding
         return _wrong(case, device, f"{type(error).__name__}: {error}")
     finally:
         _C.set_cpu_capability(before)
     where = f"cpu ({', '.join(capabilities)})" if device.type == "cpu" else device.type
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    text = f"{where}, {case.op.__name__}: {names}; errors up to {worst:.2f} of what rounding explains"
-    return Finding("ok", text)
+    return Finding("ok", f"{where}, {case.op.__name__}: {names}; errors up to {worst:.2f} of what rounding explains")
 
 
 def _wrong(case: Case, device: torch.device, text: str) -> Finding:
@@ -166,9 +163,8 @@ def _shares(
 ) -> Iterator[tuple[str, float]]:
     """Yield the error ||x - x64|| of each result as a share of what rounding explains: above 1 the result is wrong.
 
-    Rounding explains twice the error of plain torch in this dtype, because luck does not average out in a small case.
-    It also explains one eps of ||x64||, where plain torch happens to err less, and 2 sqrt(terms) eps of the
-    accumulation for another order of the additions.
+    Rounding explains twice the error of plain torch in this dtype, because luck does not average out in a small case,
+    one eps of ||x64||, and 2 sqrt(terms) eps of the accumulation for another order of the additions.
     """
     inputs = _to(_inputs(case), device, dtype)
     exact = _run(case.plain, _to(inputs, "cpu", torch.float64), options)

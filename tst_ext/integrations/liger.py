@@ -1,6 +1,5 @@
-"""The loss under the names and arguments of Liger Kernel's fused linear cross-entropy.
+"""The loss under the arguments of Liger Kernel's fused linear cross-entropy, for labels or bags of them.
 
-Where a loop calls Liger's class or function, these take its place, and the target may also be a bag of labels a row.
 Liger Kernel itself is not imported. docs/liger.md has the mapping, and that from QuACK's losses.
 """
 
@@ -15,7 +14,7 @@ __all__ = ["CrossEntropyOutput", "FusedLinearCrossEntropyLoss", "fused_linear_cr
 
 
 class CrossEntropyOutput(NamedTuple):
-    """What `return_z_loss` returns: the fields of Liger's class of this name, the last two always None."""
+    """The result with `return_z_loss`: the fields of Liger's class of this name, the last two always None."""
 
     loss: Tensor
     z_loss: Tensor | None = None
@@ -23,12 +22,21 @@ class CrossEntropyOutput(NamedTuple):
     predicted_tokens: Tensor | None = None
 
 
-def _refuse(accum_dtype: torch.dtype | None, **options: Any) -> None:
-    """Raises ValueError for an option of Liger's that the loss here does not have."""
+# Options of Liger's that the loss here does not have, with their defaults, in Liger's order.
+UNSUPPORTED = {
+    "ce_weight": None,
+    "use_token_scaling": False,
+    "return_token_accuracy": False,
+    "return_predicted_tokens": False,
+    "chunk_mem_const": 1,
+}
+
+
+def _refuse(accum_dtype: torch.dtype | None, *unsupported: Any) -> None:
+    """Raise ValueError for a value that the loss here does not implement."""
     if accum_dtype not in (None, torch.float32):
         raise ValueError(f"accum_dtype: expected None or torch.float32, which sums are always in, got {accum_dtype}")
-    for name, value in options.items():
-        default = 1 if name == "chunk_mem_const" else None if name == "ce_weight" else False
+    for (name, default), value in zip(UNSUPPORTED.items(), unsupported, strict=True):
         if isinstance(value, Tensor) or value != default:
             got = "a tensor" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"{name}: not implemented here, expected its default {default}, got {got}")
@@ -55,33 +63,22 @@ def fused_linear_cross_entropy(
     """`linear_multi_hot_cross_entropy` with the arguments of `liger_fused_linear_cross_entropy`, in its order.
 
     Args:
-        input: hidden, `[..., d]`.
-        weight: `[V, d]`.
+        input, weight, bias: hidden `[..., d]`, the head `[V, d]`, and its bias `[V]`.
         target: labels, `[...]`, or bags of them, `[..., s]`.
-        bias: `[V]`.
         ignore_index, label_smoothing, reduction: as in `linear_multi_hot_cross_entropy`.
-        lse_square_scale: its `z_loss`.
-        softcap: its `logit_softcap`.
-        return_z_loss: returns a `CrossEntropyOutput`, whose `z_loss` has its gradient; Liger's has none.
+        lse_square_scale, softcap: its `z_loss` and `logit_softcap`.
+        return_z_loss: return a `CrossEntropyOutput`. Its `z_loss` has a gradient, Liger's has none.
         accum_dtype: None or `torch.float32`. Gradients are summed in float32 anyway (float64 for float64).
         ce_weight, use_token_scaling, return_token_accuracy, return_predicted_tokens, chunk_mem_const: their defaults.
 
     Returns:
-        The loss, float32 (float64 for float64): a scalar, or `[...]` for reduction "none"; with `return_z_loss` a
-        `CrossEntropyOutput`.
+        The loss, float32 (float64 for float64), a scalar or `[...]` for reduction "none"; or a `CrossEntropyOutput`.
 
     Raises:
-        ValueError: an option that is not implemented here; names it.
+        ValueError: an option that is not implemented here.
         TypeError, ValueError, IndexError: those of `linear_multi_hot_cross_entropy`, with its names.
     """
-    _refuse(
-        accum_dtype,
-        ce_weight=ce_weight,
-        use_token_scaling=use_token_scaling,
-        return_token_accuracy=return_token_accuracy,
-        return_predicted_tokens=return_predicted_tokens,
-        chunk_mem_const=chunk_mem_const,
-    )
+    _refuse(accum_dtype, ce_weight, use_token_scaling, return_token_accuracy, return_predicted_tokens, chunk_mem_const)
     result = linear_multi_hot_cross_entropy(
         input,
         weight,
@@ -100,13 +97,8 @@ def fused_linear_cross_entropy(
 class FusedLinearCrossEntropyLoss(nn.Module):
     """`fused_linear_cross_entropy` with the constructor and the call of `LigerFusedLinearCrossEntropyLoss`.
 
-    `FusedLinearCrossEntropyLoss(...)(lin_weight, _input, target, bias=None)`; `lin_weight` is the function's `weight`.
-
-    Args:
-        all: those of `fused_linear_cross_entropy`.
-
-    Raises:
-        ValueError: an option that is not implemented here; names it.
+    `FusedLinearCrossEntropyLoss(...)(lin_weight, _input, target, bias=None)` takes the function's `weight` as
+    `lin_weight`. Arguments and errors are the function's.
     """
 
     def __init__(
@@ -123,13 +115,7 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         return_token_accuracy: bool = False,
         return_predicted_tokens: bool = False,
     ) -> None:
-        _refuse(
-            accum_dtype,
-            ce_weight=ce_weight,
-            use_token_scaling=use_token_scaling,
-            return_token_accuracy=return_token_accuracy,
-            return_predicted_tokens=return_predicted_tokens,
-        )
+        _refuse(accum_dtype, ce_weight, use_token_scaling, return_token_accuracy, return_predicted_tokens, 1)
         super().__init__()
         self.ignore_index = ignore_index
         self.lse_square_scale = lse_square_scale

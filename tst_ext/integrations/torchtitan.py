@@ -1,7 +1,6 @@
 """TST in TorchTitan: its Llama 3 and Qwen3 models, its data, checkpoints, FSDP2 and tensor parallelism.
 
-`superpose(config)` makes a config of TorchTitan's trainer one of TST's. It puts subclasses in the place of the
-embedding (bags), the output head (head and loss in one op) and the trainer (two phases), and a loss of its own.
+`superpose(config)` exchanges the embedding, the output head, the loss and the trainer in a config of TorchTitan.
 Parameters keep their names. Needs the extra `torchtitan`.
 
     torchrun --nproc-per-node=8 -m torchtitan.train --module tst_ext.integrations.torchtitan --config llama3_8b \\
@@ -11,9 +10,9 @@ Parameters keep their names. Needs the extra `torchtitan`.
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -34,11 +33,12 @@ from ..ops.loss import LossOptions, checked_options
 
 __all__ = ["BagEmbedding", "LossHead", "SuperpositionLoss", "SuperpositionTrainer", "superpose"]
 
+Batch: TypeAlias = tuple[dict[str, Tensor], Tensor]  # inputs and labels
 logger = logging.getLogger(__name__)
 
 
 class BagEmbedding(Embedding):
-    """TorchTitan's embedding, also of bags: ids `[B, L]` or `[B, l, s]`; divided over the vocabulary where it is."""
+    """TorchTitan's embedding of ids `[B, L]` or bags `[B, l, s]`, also where the vocabulary is divided."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Embedding.Config):
@@ -57,10 +57,10 @@ class BagEmbedding(Embedding):
 
 
 class LossHead(Linear):
-    """TorchTitan's output head, which with `labels` returns the loss: inside its forward, where FSDP2 has it whole.
+    """TorchTitan's output head, which returns the loss if it is given labels, and else logits.
 
-    `head(hidden, labels=..., **options)` is `linear_multi_hot_cross_entropy`, with the processes of tensor parallelism
-    as its `tp_group`. Without labels it returns logits.
+    `head(hidden, labels=..., **options)` calls `linear_multi_hot_cross_entropy` inside its forward, where FSDP2 has the
+    weight whole. The processes of tensor parallelism are the `tp_group`.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -76,7 +76,7 @@ class LossHead(Linear):
                 raise ValueError(f"lm_head.weight: expected it whole or [Shard(0)] over tp, got {weight.placements}")
             group = weight.device_mesh.get_group()
             weight, bias = (t if t is None else t.to_local() for t in (weight, bias))
-        if isinstance(input, DTensor):  # the same on each process of tp, and so is the gradient the op returns
+        if isinstance(input, DTensor):
             if not all(placement.is_replicate() for placement in input.placements):
                 raise ValueError(f"lm_head: expected hidden states that are whole over tp, got {input.placements}")
             input = input.to_local()
@@ -84,9 +84,9 @@ class LossHead(Linear):
 
 
 class SuperpositionLoss(ChunkedLossWrapper):
-    """The loss of both phases and of validation: of hidden states, by a `LossHead`, without the logits.
+    """The loss of both phases and of validation, from hidden states, by a `LossHead`.
 
-    A ChunkedLossWrapper to the trainer, which then gives it the head and the hidden states; it chunks inside the op.
+    The trainer hands the head and the hidden states to a ChunkedLossWrapper. This one chunks inside the op.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -95,13 +95,13 @@ class SuperpositionLoss(ChunkedLossWrapper):
         """Weights of the bag positions by name, see tst_ext.position_weights; scaled to a mean of 1."""
 
         objective: str = "mce"
-        """'mce', multi-hot cross-entropy, or 'mce_alt', the sum-to-one variant, one loss a bag."""
+        """'mce', multi-hot cross-entropy, or 'mce_alt', the sum-to-one variant, one loss per bag."""
 
         z_loss: float = 0.0
         """Adds z_loss * lse^2 for each label."""
 
         chunk_size: int | None = None
-        """Rows whose logits exist at a time, at most."""
+        """The most rows whose logits exist at a time."""
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
         weights = config.position_weights
@@ -116,46 +116,35 @@ class SuperpositionLoss(ChunkedLossWrapper):
     def __call__(
         self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum over the labels of hidden states `pred` `[B, l, d]`, divided by `global_valid_tokens` if given.
-
-        Args:
-            labels: `[B, l]`, or in bags `[B, l, s]`.
-        """
+        """Sum over labels `[B, l]` or `[B, l, s]` of hidden states `pred` `[B, l, d]`, over `global_valid_tokens`."""
         assert self.lm_head is not None
-        config, weights, objective = self.config, None, "mce"
-        divisor: Any = 1 if global_valid_tokens is None else global_valid_tokens
+        config, validates = self.config, global_valid_tokens is None
+        divisor: Any = 1 if validates else global_valid_tokens
+        options: dict[str, Any] = dict(chunk_size=config.chunk_size, ignore_index=IGNORE_INDEX)
+        options["z_loss"] = 0.0 if validates else config.z_loss
         if labels.dim() == 3:
-            bag_size, objective = labels.shape[-1], config.objective
-            if objective == "mce_alt":
+            bag_size = labels.shape[-1]
+            options["objective"] = config.objective
+            if config.objective == "mce_alt":
                 divisor = divisor / bag_size  # bags, but for those at the end of a row, which have fewer labels
             if config.position_weights is not None:
                 weights = named_position_weights(config.position_weights, bag_size, device=pred.device)
-                weights = weights / weights.mean()
-        loss = self.lm_head(
-            pred,
-            labels=labels,
-            position_weights=weights,
-            objective=objective,
-            normalizer=divisor,
-            z_loss=0.0 if global_valid_tokens is None else config.z_loss,  # validation has none
-            chunk_size=config.chunk_size,
-            ignore_index=IGNORE_INDEX,
-        )
-        return loss, {}
+                options["position_weights"] = weights / weights.mean()
+        return self.lm_head(pred, labels=labels, normalizer=divisor, **options), {}
 
 
 class SuperpositionTrainer(Trainer):
-    """TorchTitan's trainer in two phases. From the switch on nothing but the loss op differs from TorchTitan's own.
+    """TorchTitan's trainer in two phases. From the switch on only the loss op differs from TorchTitan's own.
 
-    In the superposition phase the rows of a batch have s times as many tokens, `training.seq_len` bags: the data stream
-    goes on at the switch and from checkpoints of either phase as ever. A bag's position is its number in its document,
-    which begins at the bag with its first token. `tps` and MFU count bags as positions, `n_tokens_seen` counts tokens.
+    In the superposition phase the rows of a batch have `training.seq_len` bags, s times as many tokens. The data stream
+    resumes at the switch, and from checkpoints of either phase. A bag's position is its number in its document, which
+    begins at the bag with its first token. `tps` and MFU count bags, `n_tokens_seen` counts tokens.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Superposition:
         bag_size: int = 6
-        """s, tokens a bag; the paper's range is 4 to 8"""
+        """s, tokens per bag; the paper's range is 4 to 8"""
 
         ratio: float = 0.3
         """r, the share of training.steps in the superposition phase; the paper's range is 0.2 to 0.4"""
@@ -167,53 +156,42 @@ class SuperpositionTrainer(Trainer):
         )
 
     def __init__(self, config: Config) -> None:
-        phases, parallelism = config.superposition, config.parallelism
+        phases, parallelism, data = config.superposition, config.parallelism, config.dataloader
         self.schedule = SuperpositionSchedule(config.training.steps, phases.ratio, phases.bag_size)
         for name in ("pipeline_parallel_degree", "context_parallel_degree"):
-            degree = getattr(parallelism, name)
-            if degree > 1:
-                raise ValueError(f"parallelism.{name}: expected 1 with superposition, got {degree}")
+            if getattr(parallelism, name) > 1:
+                raise ValueError(f"parallelism.{name}: expected 1, got {getattr(parallelism, name)}")
         if not config.training.disable_cuda_graphs:
             raise ValueError("training.disable_cuda_graphs: expected True: shapes change at the switch")
-        if parallelism.spmd_backend == "full_dtensor" or (
-            parallelism.spmd_backend == "spmd_types" and parallelism.tensor_parallel_degree > 1
-        ):
-            raise ValueError(
-                "parallelism.spmd_backend: expected 'partial_dtensor', or 'spmd_types' without tensor parallelism, got "
-                f"{parallelism.spmd_backend!r} with tensor_parallel_degree {parallelism.tensor_parallel_degree}"
-            )
+        backend, degree = parallelism.spmd_backend, parallelism.tensor_parallel_degree
+        if backend == "full_dtensor" or (backend == "spmd_types" and degree > 1):
+            wanted = "'partial_dtensor', or 'spmd_types' without tensor parallelism"
+            got = f"{backend!r} with tensor_parallel_degree {degree}"
+            raise ValueError(f"parallelism.spmd_backend: expected {wanted}, got {got}")
         if config.debug.spmd_typechecking:
             raise ValueError("debug.spmd_typechecking: expected False: the ops have no spmd types")
         if not isinstance(config.loss, SuperpositionLoss.Config):
-            raise ValueError(
-                f"loss: expected SuperpositionLoss.Config, got {type(config.loss).__qualname__}; use superpose"
-            )
-        data: Any = config.dataloader
-        if type(data) is not HuggingFaceTextDataLoader.Config or data.num_workers:
-            raise ValueError(
-                "dataloader: expected a HuggingFaceTextDataLoader with num_workers=0, whose row length can change, got "
-                f"{type(data).__qualname__} with num_workers={getattr(data, 'num_workers', 0)}"
-            )
+            got = type(config.loss).__qualname__
+            raise ValueError(f"loss: expected SuperpositionLoss.Config, got {got}; use superpose")
+        if type(data) is not HuggingFaceTextDataLoader.Config or data.num_workers:  # whose row length can change
+            got = f"{type(data).__qualname__} with num_workers={getattr(data, 'num_workers', 0)}"
+            raise ValueError(f"dataloader: expected a HuggingFaceTextDataLoader with num_workers=0, got {got}")
         super().__init__(config)
         for name, ours in (("tok_embeddings", BagEmbedding), ("lm_head", LossHead)):
             module = getattr(self.model_parts[0], name)  # built, because --override.imports may have exchanged it
             if not isinstance(module, ours):
-                raise ValueError(
-                    f"model_spec.model.{name}: expected a {ours.__qualname__}, got {type(module).__qualname__}; "
-                    "use superpose, and no override of it"
-                )
+                wanted = f"a {ours.__qualname__} (by superpose, without an override)"
+                raise ValueError(f"model_spec.model.{name}: expected {wanted}, got {type(module).__qualname__}")
         self.dataset: Any = self.dataloader.dataset  # type: ignore[attr-defined]
 
-    def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
+    def train_step(self, data_iterator: Iterator[Batch]) -> None:
         step = self.step - 1  # TorchTitan counts from 1
         if step == self.schedule.switch_step:
             logger.info("step %d: the superposition phase has ended", self.step)
         self.dataset.seq_len = self.schedule.bag_size_at(step) * self.config.training.seq_len
         super().train_step(data_iterator)
 
-    def batch_generator(
-        self, data_iterable: Iterable[tuple[dict[str, Tensor], Tensor]]
-    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         for inputs, labels in super().batch_generator(data_iterable):
             bag_size = labels.shape[-1] // self.config.training.seq_len
             if bag_size > 1:
@@ -222,16 +200,15 @@ class SuperpositionTrainer(Trainer):
             yield inputs, labels
 
 
-def fold_batch(inputs: dict[str, Tensor], labels: Tensor, bag_size: int) -> tuple[dict[str, Tensor], Tensor]:
-    """A batch of TorchTitan's dataloader in bags: input, labels `[B, L]` to `[B, l, s]`, positions to `[B, l]`.
+def fold_batch(inputs: dict[str, Tensor], labels: Tensor, bag_size: int) -> Batch:
+    """Fold a batch of TorchTitan's dataloader: input, labels `[B, L]` to `[B, l, s]`, positions to `[B, l]`, all int64.
 
-    All int64. TorchTitan's labels are shifted already, inside documents. Positions begin at 0 with each document.
+    TorchTitan's labels are shifted already, inside documents. Positions begin at 0 with each document.
 
     Raises:
         ValueError: the batch has other inputs than input and positions.
     """
-    unknown = inputs.keys() - {"input", "positions"}
-    if unknown:
+    if inputs.keys() - {"input", "positions"}:
         raise ValueError(f"dataloader: expected input and perhaps positions, got {sorted(inputs)}")
     folded = {"input": fold_inputs(inputs["input"], bag_size)}
     if "positions" in inputs:
@@ -242,11 +219,11 @@ def fold_batch(inputs: dict[str, Tensor], labels: Tensor, bag_size: int) -> tupl
 
 
 def superpose(config: Trainer.Config, *, bag_size: int = 6, ratio: float = 0.3, **loss: Any) -> Any:
-    """A config of TorchTitan's trainer with a superposition phase: a new `SuperpositionTrainer.Config`.
+    """Make a `SuperpositionTrainer.Config` of a config of TorchTitan's trainer. CUDA graphs are turned off.
 
     Args:
-        config: as a config registry returns it, of a model whose embedding and output head are TorchTitan's plain ones,
-            tied or not, such as Llama 3 and Qwen3. CUDA graphs are turned off.
+        config: from a config registry, of a model whose embedding and output head are TorchTitan's plain ones, tied or
+            not, such as Llama 3 and Qwen3.
         bag_size, ratio: s and r; also `--superposition.bag_size` and `--superposition.ratio`.
         loss: fields of `SuperpositionLoss.Config`.
 
@@ -265,9 +242,7 @@ def superpose(config: Trainer.Config, *, bag_size: int = 6, ratio: float = 0.3, 
             raise ValueError(f"config: expected {name} to be a {plain.__qualname__}, got {type(given).__qualname__}")
         setattr(model, name, ours(**_fields(given)))
     if getattr(model, "mtp_layers", None):
-        raise ValueError(
-            "config: expected a model without multi-token prediction, whose layers need one token a position"
-        )
+        raise ValueError("config: expected a model without multi-token prediction, which reads single tokens")
     options = _fields(config) | {
         "model_spec": dataclasses.replace(config.model_spec, model=model),
         "loss": SuperpositionLoss.Config(**loss),
@@ -281,20 +256,12 @@ def _fields(config: Any) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
 
 
-# ---- what --config names ---------------------------------------------------------------------------------------------
+def _superposed(plain: Callable[[], Trainer.Config]) -> Callable[[], Any]:
+    return lambda: superpose(plain())
 
 
-def llama3_debugmodel() -> Any:
-    return superpose(llama3.llama3_debugmodel())
-
-
-def llama3_8b() -> Any:
-    return superpose(llama3.llama3_8b())
-
-
-def qwen3_debugmodel() -> Any:
-    return superpose(qwen3.qwen3_debugmodel())
-
-
-def qwen3_0_6b() -> Any:
-    return superpose(qwen3.qwen3_0_6b())
+# The names that --config takes.
+llama3_debugmodel = _superposed(llama3.llama3_debugmodel)
+llama3_8b = _superposed(llama3.llama3_8b)
+qwen3_debugmodel = _superposed(qwen3.qwen3_debugmodel)
+qwen3_0_6b = _superposed(qwen3.qwen3_0_6b)

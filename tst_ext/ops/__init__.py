@@ -1,8 +1,7 @@
 """The operations, a file each: public function, autograd Function, and the fake that torch.compile traces.
 
-Loading `tst_ext._C` registers the compiled ops as `torch.ops.tst_ext.*`; csrc/ has them. Those ops only compute: the
-gradient formulas and the normalisation of the loss are here. `plain` and `chunked` hold the ops in Python, which are
-registered below them: the dispatcher prefers a compiled kernel where there is one.
+Loading `tst_ext._C` registers the compiled ops of csrc/ as `torch.ops.tst_ext.*`. The ops of `plain` and `chunked` are
+registered below them: the dispatcher prefers a compiled kernel.
 """
 
 import torch

@@ -1,8 +1,7 @@
 """linear_multi_hot_cross_entropy as a loop over chunks of rows: a GEMM for the logits, a row pass, two GEMMs.
 
-It runs on CUDA, where the row pass is a kernel; on devices without kernels, where it is plain torch; and for a head
-divided over processes. The CPU's loop is csrc/cpu/linear_multi_hot_cross_entropy.cpp. This one is in Python because
-torch's stable ABI cannot pass the Scalars of aten::addmm.dtype_out, the GEMM that adds to a float32 gradient.
+It serves CUDA, devices without kernels, and a head divided over processes. It is in Python because torch's stable ABI
+cannot pass the Scalars of aten::addmm.dtype_out, the GEMM that adds to a float32 gradient.
 """
 
 import math
@@ -36,11 +35,10 @@ def linear_multi_hot_cross_entropy(
 
 
 def chunk_rows(rows: int, vocabulary: int | None, element_size: int, device: torch.device) -> int:
-    """Rows of a chunk, at most; without a vocabulary a number that does not depend on a process's share of it.
+    """Return the most rows of a chunk.
 
-    On CUDA those whose logits take a 32nd of the device's memory, 2048 to 8192: the float32 sum of the weight's
-    gradient is read and written once per chunk. On an H200 with 128256 columns and d = 2048, 2048 rows take 4 % longer
-    than 8192, 4096 rows 1.5 %, and 16384 take 1 % less.
+    Each chunk reads and writes the float32 sum of the weight's gradient once. On an H200 with 128256 columns and
+    d = 2048, 2048 rows take 4 % longer than 8192, 4096 rows 1.5 %, and 16384 take 1 % less.
     """
     if vocabulary is None:  # of a divided head: all processes need the same number of chunks, and so of exchanges
         return 8192 if device.type == "cuda" else 512
@@ -52,10 +50,8 @@ def chunk_rows(rows: int, vocabulary: int | None, element_size: int, device: tor
 
 
 def padded_columns(vocabulary: int, bias: bool) -> int:
-    """Columns of a row of logits with its padding: 128 bytes of bfloat16, since an odd one can halve a GEMM's speed.
-
-    With a bias there is none: torch's GEMM for CUDA would round the product before it adds the bias.
-    """
+    """Pad the columns of a row of logits to 128 bytes of bfloat16: an odd number can halve a GEMM's speed."""
+    # Not with a bias: torch's GEMM for CUDA would round the product before it adds the bias.
     return vocabulary if bias else -(-vocabulary // 64) * 64
 
 
@@ -76,7 +72,7 @@ def in_chunks(
     grad_weight: bool = False,
     grad_bias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op, with a row pass that takes the tensors of multi_hot_cross_entropy_rows_, and its gradient=."""
+    """Compute the op by a row pass with the tensors and the gradient= of multi_hot_cross_entropy_rows_."""
     device, gradient = hidden.device, grad_hidden or grad_weight or grad_bias
     # Autocast has cast the arguments, and must not cast what is computed in float32.
     available = torch.amp.is_autocast_available(device.type)
@@ -143,7 +139,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
 
 @cache
 def _multiplies_to_float32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this torch multiplies matrices of `dtype` into a float32 result there: no rounding before the sum."""
+    """Tell whether this torch multiplies matrices of `dtype` into a float32 result there, without rounding."""
     a, out = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
     try:
         torch.ops.aten.mm.dtype_out(a, a, out.dtype, out=out)

@@ -18,32 +18,29 @@ def bag_embedding(
     padding_idx: int | None = None,
     position_weights: str | Tensor | None = None,
 ) -> Tensor:
-    """One embedding a bag: the mean (or sum) of the embeddings of its tokens.
+    """Embed each bag as the mean (or sum) of the embeddings of its tokens.
 
     `out[..., :] = sum_i w_i weight[input_ids[..., i], :] / sum_i w_i` over the positions i whose id is not
-    `padding_idx`, with w_i = 1 by default, summed in float32 (float64 for float64) and rounded once. A token that
-    occurs twice in a bag counts twice. The gradient of `weight` is dense, summed in float32 in a fixed order: repeated
-    calls are bitwise equal, whatever the number of threads.
+    `padding_idx`, summed in float32 (float64 for float64) and rounded once. A token that occurs twice counts twice. The
+    gradient of `weight` is dense. Repeated calls are bitwise equal, for any number of threads.
 
     Args:
-        input_ids: `[..., s]`, int64 or int32, each in `[0, V)` or `padding_idx`. The last dimension is the bag; s = 1
-            is an ordinary embedding.
+        input_ids: `[..., s]`, int64 or int32, each in `[0, V)` or `padding_idx`. s = 1 is an ordinary embedding.
         weight: `[V, d]`, float32, bfloat16, float16 or float64.
         mode: "mean" or "sum" (without the divisor).
-        padding_idx: the id of empty slots, which count neither in the sum nor in the divisor; a bag of them alone is
-            zeros. Compared as it is, so a number outside the vocabulary, such as -100, serves and no token is lost.
-        position_weights: weights w_i of the bag positions: a name that `tst_ext.position_weights` knows, or a tensor
-            `[s]`, finite and >= 0, constant (no gradient).
+        padding_idx: the id of empty slots, in or outside the vocabulary (such as -100). They count neither in the sum
+            nor in the divisor, and a bag of them alone is zeros.
+        position_weights: weights w_i of the bag positions, 1 by default: a name that `tst_ext.position_weights` knows,
+            or a constant tensor `[s]`, finite and >= 0.
 
     Returns:
         `[..., d]` in weight's dtype.
 
     Raises:
-        TypeError: a dtype other than those above, or a DTensor.
-        ValueError: a shape, device, weight or mode other than those above.
-        IndexError: an id outside `[0, V)` that is not `padding_idx`; names the id and its place. On other devices than
-            the CPU the device's own check stops instead, as in torch's embedding.
-        RuntimeError: on a second derivative, which is not implemented.
+        TypeError: another dtype, or a DTensor.
+        ValueError: another shape, device, weight or mode.
+        IndexError: an id outside `[0, V)` that is not `padding_idx`; a GPU stops in torch's own check instead.
+        RuntimeError: a second derivative, which is not implemented.
 
     Source: arXiv 2605.06546, the input of the superposition phase.
     """

@@ -1,7 +1,4 @@
-"""linear_multi_hot_cross_entropy: the public function, its autograd Function, and the fakes that torch.compile traces.
-
-The loop over chunks of rows is in csrc/cpu/linear_multi_hot_cross_entropy.cpp for the CPU, else in `chunked`.
-"""
+"""linear_multi_hot_cross_entropy, whose loop over chunks is csrc/cpu's for the CPU and else that of `chunked`."""
 
 import math
 from collections.abc import Callable
@@ -38,66 +35,56 @@ def linear_multi_hot_cross_entropy(
     tp_group: "torch.distributed.ProcessGroup | None" = None,
     sequence_parallel: bool = False,
 ) -> Any:
-    """Multi-hot cross-entropy of `hidden @ weight.T + bias` against a bag of labels per row, without the full logits.
+    """Multi-hot cross-entropy of `hidden @ weight.T + bias` with a bag of labels per row, without the full logits.
 
-    With z the logits of a row and y_1..y_s its labels, the cross-entropy of position i is `lse(z) - z[y_i]`; a token
-    that occurs twice counts twice. Where a gradient is wanted the gradients of a mean or sum are computed here, chunk
-    by chunk, and kept for the backward pass: three GEMMs in all, and memory for one chunk of logits beyond the
-    gradients. docs/ops.md has each option's formula.
+    For a row with logits z and labels y_1..y_s, the cross-entropy of position i is `lse(z) - z[y_i]`. A token that
+    occurs twice counts twice. The forward pass also computes the gradients of a mean or sum, chunk by chunk. That takes
+    three GEMMs in all, and memory for one chunk of logits. docs/ops.md has the formulas, the costs and the numerics.
 
     Args:
         hidden: `[..., d]`, float32, bfloat16, float16 or float64. float16 is computed in float32.
-        weight: `[V, d]`, the output head, of hidden's dtype. Under autocast hidden, weight and bias are cast as
-            `F.linear` casts them.
-        labels: `[..., s]`, or `[...]` for s = 1 (plain next-token loss), int64 or int32, each in `[0, V)` or
-            `ignore_index`.
-        bias: `[V]`, of hidden's dtype; -inf takes an entry out of the vocabulary.
-        position_weights: weights w_i of the bag positions: a name that `tst_ext.position_weights` knows, or a tensor
-            `[s]`, finite and >= 0, constant (no gradient). Default uniform. Not with "mce_alt".
-        objective: "mce", multi-hot cross-entropy, or "mce_alt", `lse(z) - log sum_{v in set(y)} exp(z_v)`: the labels'
-            probabilities need only sum to one. Never negative.
-        ignore_index: the label that counts for nothing.
-        reduction: "mean", the paper's: m_i, the mean over the valid rows of position i, then
-            `sum_i w_i m_i / sum_i w_i` over the positions that have a valid row. "sum": the row losses
-            `sum_i w_i (lse - z[y_i]) / sum_i w_i`, their numerator over valid labels alone, summed over rows. "none":
-            those row losses. ("mce_alt": the mean, sum or list of the losses of rows that have a valid label.) Without
-            ignored labels "mean" is "sum" divided by the number of rows. With no valid label at all it is 0. "none"
-            keeps no gradients: the backward pass recomputes the logits, four GEMMs in all.
-        normalizer: a number or 0-d tensor that takes the place of every divisor of "mean": the loss is
+        weight: `[V, d]`, the output head, in hidden's dtype. Autocast casts hidden, weight and bias as in `F.linear`.
+        labels: `[..., s]`, or `[...]` for s = 1 (next-token loss), int64 or int32, each in `[0, V)` or `ignore_index`.
+        bias: `[V]`, in hidden's dtype. -inf takes an entry out of the vocabulary.
+        position_weights: weights w_i of the bag positions, 1 by default: a name that `tst_ext.position_weights` knows,
+            or a constant tensor `[s]`, finite and >= 0. Not with "mce_alt".
+        objective: "mce", multi-hot cross-entropy, or "mce_alt", `lse(z) - log sum_{v in set(y)} exp(z_v)`. The latter
+            only asks the labels' probabilities to sum to one, and is never negative.
+        ignore_index: the label that counts for nothing. With no valid label at all the loss is 0.
+        reduction: "mean" is the paper's: m_i, the mean over the valid rows of position i, then
+            `sum_i w_i m_i / sum_i w_i` over the positions that have a valid row. "none" returns the row losses
+            `sum_i w_i (lse - z[y_i]) / sum_i w_i`, their numerator over valid labels alone; "sum" adds them up. For
+            "mce_alt" these are the mean, list and sum over the rows that have a valid label. The backward pass of
+            "none" recomputes the logits, which makes four GEMMs.
+        normalizer: a number or 0-d tensor that replaces every divisor of "mean": the loss is
             `sum of w_i (lse - z[y_i]) over all valid labels / normalizer`. With one normalizer the losses and gradients
             of micro-batches and ranks add up to those of the whole batch.
-        logit_softcap: z becomes `logit_softcap * tanh(z / logit_softcap)` first.
+        logit_softcap: c; z becomes `c * tanh(z / c)` first.
         z_loss: adds `z_loss * lse^2` to each row's loss, weighted as the row's labels together.
-        label_smoothing: e in `[0, 1]`; each label's loss becomes `(1 - e) (lse - z[y]) + e (lse - mean z)`, the mean
+        label_smoothing: e in `[0, 1]`. Each label's loss becomes `(1 - e) (lse - z[y]) + e (lse - mean z)`, the mean
             over the entries above -inf.
         return_lse: also return `lse` `[...]` (float32, float64 for float64), with its gradient.
         return_z_loss: also return the share of `z_loss` in the loss, in the shape of the loss, with its gradient.
-        chunk_size: rows whose logits exist at a time, at most. Default: as many as fit an eighth of the full logits, or
-            64 MiB where that is more, and 512 at most beyond 64 MiB; without gradients 512, of which a block of
-            columns exists at a time. On the CPU fewer rows than about 256 cost time, because the weight is read again
-            for every chunk. On CUDA 2048 to 8192, as many as fit 1/32 of the device's memory.
-        tp_group: the processes among which the vocabulary is divided. `weight` and `bias` are then this process's rows
-            of the head, contiguous and in the order of the ranks, any number in each; all else is the same in all
-            processes, labels number the whole vocabulary. Every process gets the whole loss, the whole gradient of
-            hidden, and the gradient of its own rows. Two all-reduces of some numbers a row, and one of hidden's
-            gradient. Chunks hold 512 rows, on CUDA 8192, unless `chunk_size` says otherwise. Under torch.compile a
-            graph break.
-        sequence_parallel: hidden is this process's part `[..., l / processes, d]` of the sequence, in the order of the
-            ranks, all of one size, and so is its gradient; labels are the whole sequence's. It is gathered, and its
-            gradient scattered, here. Only with `tp_group`.
+        chunk_size: the most rows whose logits exist at a time. The default on CUDA is 2048 to 8192, as many as fit 1/32
+            of the device's memory. Elsewhere they fit an eighth of the full logits or 64 MiB, whichever is more, and
+            are at most 512 beyond 64 MiB and without gradients. On the CPU fewer than about 256 rows cost time.
+        tp_group: the processes that divide the vocabulary. `weight` and `bias` are this process's rows of the head,
+            contiguous, in the order of the ranks, any number in each. All else is the same in all processes, and labels
+            number the whole vocabulary. Every process gets the whole loss, the whole gradient of hidden, and the
+            gradient of its own rows. The default chunk is 512 rows, on CUDA 8192. Breaks the graph of torch.compile.
+        sequence_parallel: hidden and its gradient are this process's part `[..., l / processes, d]` of the sequence, in
+            the order of the ranks, all of one size. Labels are the whole sequence's. Only with `tp_group`.
 
     Returns:
         The loss in nats, float32 (float64 for float64): a scalar, or `[...]` for "none". With `return_lse` or
-        `return_z_loss` a tuple `(loss[, lse][, z_loss])`. A gradient that flows into lse or z_loss is computed in the
-        backward pass, by three more GEMMs; torch.compile always lets one flow, of zeros where lse is not used.
+        `return_z_loss` a tuple `(loss[, lse][, z_loss])`. A gradient that flows into lse or z_loss takes three more
+        GEMMs in the backward pass; torch.compile always lets one flow, of zeros where lse is not used.
 
     Raises:
-        TypeError: a dtype other than those above, hidden, weight and bias of different dtypes outside autocast, or a
-            DTensor; a `tp_group` that is no process group.
-        ValueError: a shape, device, weight or option other than those above; this process is not in `tp_group`.
-        IndexError: a label outside `[0, V)` that is not `ignore_index`; names the label and its place. On other
-            devices than the CPU torch's own check stops instead.
-        RuntimeError: on a second derivative, which is not implemented.
+        TypeError: another dtype, dtypes that differ outside autocast, a DTensor, or a `tp_group` of another type.
+        ValueError: another shape, device, weight or option, or this process is not in `tp_group`.
+        IndexError: a label outside `[0, V)` that is not `ignore_index`; a GPU stops in torch's own check instead.
+        RuntimeError: a second derivative, which is not implemented.
 
     Source: arXiv 2605.06546, multi-hot cross-entropy and its sum-to-one variant.
     """
@@ -145,7 +132,7 @@ def linear_multi_hot_cross_entropy(
 
 
 class _Call(NamedTuple):
-    """What a call hands to the op beside tensors."""
+    """The arguments of the op that are not tensors."""
 
     run: Callable[..., tuple[Tensor, ...]]  # the op, or the one for a divided head
     options: LossOptions
@@ -228,18 +215,14 @@ def _sum(gradient: Tensor | None, more: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _graph_is_kept() -> bool:
-    """Whether the backward pass under way keeps its graph. Taken to be so by a torch that does not tell any more."""
+    """Tell whether this backward pass keeps its graph; assume so where a later torch does not tell."""
     kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return kept is None or kept()
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`gradient * factor` rounded once to dtype, without a second gradient in float32 where that can be avoided.
-
-    In place, or not at all for a factor of 1, the usual `loss.backward()`. Not where a compiler traces, and not from a
-    graph that is kept: a second backward would find the gradient changed. Reading the factor on the host is free on the
-    CPU only; elsewhere product and rounding are one pass.
-    """
+    """Return `gradient * factor` rounded once to dtype, if possible without a second gradient in float32."""
+    # Not in place in a graph that is kept: a second backward would find the gradient changed.
     if torch.compiler.is_compiling() or _graph_is_kept():
         return (gradient * factor).to(dtype)
     on_cpu = gradient.device.type == "cpu"
@@ -248,7 +231,7 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         rounded = torch.empty_like(gradient, dtype=dtype)
         torch.ops.tst_ext.scaled_copy_(rounded, gradient, factor)
         return rounded
-    if not on_cpu or factor != 1:
+    if not on_cpu or factor != 1:  # 1 is the usual loss.backward(); reading it is free on the CPU alone
         gradient.mul_(factor)
     if gradient.dtype == dtype:
         return gradient

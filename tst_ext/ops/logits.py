@@ -1,4 +1,4 @@
-"""multi_hot_cross_entropy, of logits that exist already: the public function, its autograd Function, and the fakes."""
+"""multi_hot_cross_entropy of logits that exist already: public function, autograd Function, and fakes."""
 
 import math
 from typing import Any
@@ -27,16 +27,16 @@ def multi_hot_cross_entropy(
     return_z_loss: bool = False,
     inplace: bool = False,
 ) -> Any:
-    """Multi-hot cross-entropy of logits that exist already, one pass over them forward and one backward.
+    """Multi-hot cross-entropy of logits that exist already, in one pass over them forward and one backward.
 
-    The options, the result and the errors are those of `linear_multi_hot_cross_entropy`, which spares the logits.
+    All other options, the result and the errors are those of `linear_multi_hot_cross_entropy`.
 
     Args:
         logits: `[..., V]`, float32, bfloat16, float16 or float64.
         labels: `[..., s]`, or `[...]` for s = 1.
-        inplace: the backward pass writes the gradient over the logits instead of into memory of its own. They must be
-            contiguous, not a leaf that requires grad, and not needed by another op's backward; a second backward
-            through a kept graph raises RuntimeError. Under torch.compile, which places memory itself, without effect.
+        inplace: the backward pass writes the gradient over the logits. They must be contiguous, not a leaf that
+            requires grad, and not needed by another op's backward. A second backward raises RuntimeError. torch.compile
+            places memory itself and ignores this.
 
     Source: arXiv 2605.06546, multi-hot cross-entropy and its sum-to-one variant.
     """

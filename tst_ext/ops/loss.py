@@ -1,4 +1,4 @@
-"""What the losses have in common: their options and the checks of them, the normalisation, and what they return."""
+"""Options, checks, normalisation and results that both losses share."""
 
 import math
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from ..bags import resolved_position_weights
 
 
 class LossOptions(NamedTuple):
-    """The options of a row's loss: those of csrc/loss.h, by the names that the ops take them by."""
+    """The options of csrc/loss.h, under the names that the ops take."""
 
     objective: str = "mce"
     ignore_index: int = -100
@@ -21,7 +21,7 @@ class LossOptions(NamedTuple):
 
 
 def checked_options(options: LossOptions, position_weights: str | Tensor | None) -> LossOptions:
-    """The options in the types of the ops; ValueError names one that is out of its range."""
+    """Return the options in the types of the ops, or raise ValueError for one out of its range."""
     if options.objective not in ("mce", "mce_alt"):
         raise ValueError(f"objective: expected 'mce' or 'mce_alt', got {options.objective!r}")
     if options.objective == "mce_alt" and position_weights is not None:
@@ -58,7 +58,7 @@ def check_reduction(reduction: str, normalizer: float | Tensor | None) -> None:
 
 
 def checked_bags(labels: Tensor, rows: torch.Size, like: Tensor, name: str) -> Tensor:
-    """The labels of `rows`, which are those of the tensor `like` called `name`, as `[N, s]`."""
+    """Return the labels of the rows of `like`, a tensor called `name`, as `[N, s]`."""
     check_tensor("labels", labels, INTEGER)
     check_same_device(**{name: like, "labels": labels})
     bag_size = 1 if labels.shape == rows else labels.shape[-1] if labels.shape[:-1] == rows else 0
@@ -78,10 +78,7 @@ def position_scale_of(
     normalizer: float | Tensor | None,
     position_weights: str | Tensor | None,
 ) -> Tensor:
-    """What one valid label of each position weighs in the loss: `[s]`; for mce_alt what one row weighs, s times.
-
-    Pure tensor code without a look at the numbers, so that nothing waits for the device.
-    """
+    """Weigh a valid label of each position in the loss: `[s]`; for mce_alt a row, s times. Waits for no device."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     given = resolved_position_weights(position_weights, labels.shape[1], like)
     if given is None:
@@ -107,7 +104,7 @@ def position_scale_of(
 
 
 def row_scale_of(labels: Tensor, position_scale: Tensor, objective: str, ignore_index: int) -> Tensor:
-    """What the row's terms that are not a label's weigh: `[N]`; S of csrc/loss.h."""
+    """Weigh the terms of a row that belong to no label: `[N]`, S of csrc/loss.h."""
     valid = labels != ignore_index
     if objective == "mce_alt":
         return torch.where(valid.any(1), position_scale[0], 0)
@@ -125,7 +122,7 @@ def results(
     return_lse: bool,
     return_z_loss: bool,
 ) -> Any:
-    """What the public functions return, from the loss and lse of the op."""
+    """Make the public functions' result from the loss and lse of the op."""
     per_row = reduction == "none"
     returned = [loss.view(rows) if per_row else loss]
     if return_lse:

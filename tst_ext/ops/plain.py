@@ -1,7 +1,4 @@
-"""The ops in plain torch, for tensors on a device that this build has no kernel for: deterministic, slower.
-
-The formulas are those of csrc/loss.h. `tst_ext.ops` registers the functions of OPS.
-"""
+"""The ops in plain torch, for devices without a kernel: the formulas of csrc/loss.h, deterministic and slower."""
 
 import math
 import warnings
@@ -25,7 +22,7 @@ def _warn(device: str) -> None:
 def _coefficients(
     input_ids: Tensor, dtype: torch.dtype, mode: str, padding_idx: int | None, position_weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Ids with 0 for `padding_idx`, and what each id's row counts in its bag, 0 for those: both `[..., s]`."""
+    """Return ids with 0 for `padding_idx`, and each id's weight in its bag, 0 for padding: both `[..., s]`."""
     w = torch.ones_like(input_ids, dtype=dtype)
     if position_weights is not None:
         position_weights = position_weights.to(torch.promote_types(position_weights.dtype, dtype))

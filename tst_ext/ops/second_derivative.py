@@ -1,7 +1,7 @@
-"""Second derivatives are not implemented, and must not come out as zeros.
+"""Raise an error on a second derivative, which is not implemented.
 
-torch's once_differentiable raises only where the upstream gradient itself has a graph: without that, a gradient penalty
-would lose its gradient without a word.
+torch's once_differentiable does so only where the upstream gradient has a graph. A gradient penalty without one would
+silently lose its gradient.
 """
 
 import functools
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class _Link(torch.autograd.Function):
-    """An empty tensor that depends on all `tensors` and keeps none of them alive."""
+    """Return an empty tensor that depends on all `tensors` and keeps none of them alive."""
 
     @staticmethod
     def forward(*tensors: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ class _Link(torch.autograd.Function):
 
 
 class _First(torch.autograd.Function):
-    """`gradient` as it is, depending on `sources`; its own gradient is an error."""
+    """Return `gradient` as a function of `sources` whose own gradient is an error."""
 
     @staticmethod
     def forward(gradient: Tensor, *sources: Tensor) -> Tensor:
@@ -46,19 +46,18 @@ class _First(torch.autograd.Function):
 
 
 def link(*tensors: Tensor | None) -> Tensor | None:
-    """What a second derivative with respect to `tensors` would flow into; None where there is no graph."""
+    """Return an input for second derivatives with respect to `tensors` to flow into; None without a graph."""
     tracked = [t for t in tensors if t is not None and t.requires_grad]
     return _Link.apply(*tracked) if tracked and torch.is_grad_enabled() else None
 
 
 def first_derivative(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """For a `backward` whose last saved tensor is the link to the inputs."""
+    """Decorate a `backward` whose last saved tensor is the link to the inputs."""
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # compiled: refuses by itself
-        # Before the backward, which may overwrite what it saved; not where it is of no use: some hooks allow to unpack
-        # once only.
+        # Before the backward, which may overwrite what it saved. Not in vain: some hooks allow to unpack only once.
         link = ctx.saved_tensors[-1] if differentiable else None
         with torch.no_grad():
             gradients = backward(ctx, *grads)

@@ -1,7 +1,7 @@
 """linear_multi_hot_cross_entropy where each process of a group holds some rows of the head.
 
-A process multiplies with its own rows and runs the row kernel over its own logits. Between the kernel's two passes the
-group adds up a few numbers per row of the batch, whatever the vocabulary and the bag size are.
+A process runs the row kernel over its own logits. Between the kernel's two passes the group adds up a few numbers per
+row of the batch.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ ELSEWHERE = -1  # stands for a label that is ignored, or another process's: it c
 
 
 def checked_rows(hidden: Tensor, tp_group: "dist.ProcessGroup | None", sequence_parallel: bool) -> torch.Size:
-    """The shape of the rows of hidden, those of the whole sequence where hidden is a part of it."""
+    """Return the shape of the rows of hidden, or of the whole sequence where hidden is a part."""
     rows = hidden.shape[:-1]
     if tp_group is None:
         if sequence_parallel:
@@ -38,7 +38,7 @@ def checked_rows(hidden: Tensor, tp_group: "dist.ProcessGroup | None", sequence_
 
 
 def shard_of(weight: Tensor, group: "dist.ProcessGroup") -> tuple[Tensor, Tensor]:
-    """The first row of the head that is in `weight`, and V: 0-d tensors on its device, so that nothing waits for it."""
+    """Return the first row of the head in `weight`, and V: 0-d tensors on its device, so that nothing waits."""
     sizes = [torch.zeros((), dtype=torch.int64, device=weight.device) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, torch.full_like(sizes[0], weight.shape[0]), group=group)
     ends = torch.stack(sizes).cumsum(0)
@@ -57,7 +57,7 @@ def linear_multi_hot_cross_entropy(
     grad_hidden: bool = False,
     **keywords: Any,  # the others of the op
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op of that name; losses and lse are the group's, the gradients of weight and bias those of its own rows."""
+    """Compute the op: loss and lse of the group, and gradients of weight and bias of this process's rows."""
     options = LossOptions(**{name: keywords.pop(name) for name in LossOptions._fields if name in keywords})
     first, vocabulary = shard_of(weight, tp_group)
     valid = labels != options.ignore_index
@@ -107,7 +107,7 @@ def _rows(
     grad_lse: Tensor | None,  # [N]
     gradient: bool,
 ) -> None:
-    """A row pass of the whole group: docs/ops.md, "A head divided over processes", has the formulas."""
+    """Run a row pass of the whole group by the formulas of docs/ops.md, "A head divided over processes"."""
     shard = logits.shape[1]
     valid = labels != options.ignore_index
     own = labels - first

@@ -20,14 +20,14 @@ def fold_batch(batch: dict[str, Any], bag_size: int, objective: str = "mce") -> 
     """Fold a batch of a collator into bags, for a model after `superpose`.
 
     Args:
-        batch: input_ids `[B, L]`, labels `[B, L]` in the convention of Transformers (`labels[t]` is `input_ids[t]`, or
-            -100) and, if there is one, attention_mask `[B, L]`. L need not be a multiple of s.
+        batch: input_ids, labels (`labels[t]` is `input_ids[t]`, or -100) and perhaps attention_mask, each `[B, L]`. L
+            need not be a multiple of s.
         bag_size: s.
         objective: the objective of the loss.
 
     Returns:
-        input_ids and labels `[B, ceil(L / s), s]`, with -100 in slots of padding; attention_mask `[B, ceil(L / s)]`.
-        Trainer counts `num_items_in_batch` in shift_labels: the labels again, or for "mce_alt" one per bag.
+        input_ids and labels `[B, ceil(L / s), s]`, with -100 in slots of padding; attention_mask `[B, ceil(L / s)]`;
+        shift_labels, in which Trainer counts `num_items_in_batch`: the labels, or for "mce_alt" one per bag.
 
     Raises:
         ValueError: the batch has other tensors, or lacks one of these.
@@ -49,7 +49,7 @@ def fold_batch(batch: dict[str, Any], bag_size: int, objective: str = "mce") -> 
 
 
 def _join(rows: list[dict[str, Any]], columns: set[str] | None) -> dict[str, Any]:
-    """Join rows into one: the lists or tensors of each column, one after the other."""
+    """Join the lists or tensors of each column."""
     joined: dict[str, Any] = {}
     for name in rows[0].keys() if columns is None else rows[0].keys() & columns:
         parts = [row[name] for row in rows]
@@ -68,7 +68,7 @@ def _join(rows: list[dict[str, Any]], columns: set[str] | None) -> dict[str, Any
 class Samples(Dataset):
     """Read a dataset in samples: `bag_size` rows each for i < `bagged`, one row each afterwards, pass after pass.
 
-    A sample depends on i alone. Trainer skips samples to resume a run, and skipping costs nothing.
+    A sample depends on i alone, so skipping samples to resume a run costs nothing.
     """
 
     def __init__(
@@ -84,10 +84,8 @@ class Samples(Dataset):
         return self.total
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        if i < self.bagged:
-            first, size = i * self.bag_size, self.bag_size
-        else:
-            first, size = self.bagged * self.bag_size + i - self.bagged, 1
+        size = self.bag_size if i < self.bagged else 1
+        first = min(i, self.bagged) * self.bag_size + max(0, i - self.bagged)
         number, place = divmod(first, len(self.rows) // self.bag_size * self.bag_size)
         if self.order[0] != number:
             self.order = (number, self._order(number))

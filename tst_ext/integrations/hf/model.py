@@ -1,7 +1,5 @@
 """Teach a model of Transformers to read bags, after a trial that it is what TST needs."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import wraps
 from types import MethodType
 from typing import Any, cast
@@ -24,23 +22,19 @@ LOSS_OPTIONS = OPTIONS - {
 
 
 def superpose(model: PreTrainedModel, **loss_options: Any) -> PreTrainedModel:
-    """Let `model` read bags, in place: `model(input_ids=bags, labels=bag_labels).loss` is then TST's.
+    """Let `model` read bags, and return it: `model(input_ids=bags, labels=bag_labels).loss` is then TST's.
 
-    Bags are `[B, l, s]`, and labels are those of `fold_labels`, `[B, l, s]`. `num_items_in_batch` is the number of
-    labels that count in the whole batch ("mce_alt": of bags that have one). With it the loss is the sum over the labels
-    divided by it, and position weights are scaled to a mean of 1. Neither the logits nor embeddings of single tokens
-    are formed. Ids `[B, L]` still go the model's own way, and `save_pretrained` writes the same files.
+    `bags` and `bag_labels`, from `fold_labels`, are `[B, l, s]`. `num_items_in_batch` is the number of labels in the
+    whole batch ("mce_alt": of bags with a label). It becomes the divisor of the loss, and position weights are scaled
+    to a mean of 1. Ids `[B, L]` still go the model's own way, and `save_pretrained` writes the same files.
 
-    The head must be `logits = softcap(hidden @ weight.T + bias)`. The model must be causal, and compute the same from
+    The head must be `softcap(hidden @ weight.T + bias)`. The model must be causal, and compute the same from
     `inputs_embeds` as from ids. Three tokens are tried out here, unless the model is on the meta device.
 
     Args:
         model: an `AutoModelForCausalLM`, not wrapped yet by DDP, FSDP or PEFT.
         loss_options: position_weights, objective, z_loss, label_smoothing or chunk_size of
             `linear_multi_hot_cross_entropy`.
-
-    Returns:
-        `model`.
 
     Raises:
         TypeError: not a `PreTrainedModel`, or an unknown option.
@@ -50,12 +44,9 @@ def superpose(model: PreTrainedModel, **loss_options: Any) -> PreTrainedModel:
     if unknown:
         raise TypeError(f"superpose: expected loss options among {sorted(LOSS_OPTIONS)}, got {sorted(unknown)}")
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model: expected a transformers PreTrainedModel that is not wrapped, got {type(model).__name__}"
-        )
-    name, base, head, embedding = type(model).__name__, model.base_model, model.get_output_embeddings(), None
-    if base is not model:
-        embedding = model.get_input_embeddings()
+        raise TypeError(f"model: expected a transformers PreTrainedModel, not wrapped, got {type(model).__name__}")
+    name, head = type(model).__name__, model.get_output_embeddings()
+    embedding = None if model.base_model is model else model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):
         raise ValueError(f"model: expected a decoder under a head, with an nn.Embedding, got {name}")
     if type(head) is not nn.Linear:
@@ -71,14 +62,13 @@ def superpose(model: PreTrainedModel, **loss_options: Any) -> PreTrainedModel:
         raise ValueError(f"model: expected no hooks on the embedding of {name}, which bags go past")
     before = vars(model).get("forward")  # of an instance that something else has patched
     if before is not None and not hasattr(before, "__func__"):
-        raise ValueError(
-            f"model: expected the forward of {name}, or a method in its place, got {type(before).__name__}"
-        )
+        raise ValueError(f"model: expected the forward of {name}, or a method for it, got {type(before).__name__}")
     original = cast(MethodType, model.forward).__func__
     logit_softcap = getattr(config, "final_logit_softcapping", None)
     if not head.weight.is_meta:
         _try_out(model, logit_softcap)
     weights = loss_options.get("position_weights")
+    options = dict(loss_options, logit_softcap=logit_softcap, ignore_index=PADDING)
 
     @wraps(original)  # Trainer looks at the signature
     def forward(self: PreTrainedModel, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -97,16 +87,7 @@ def superpose(model: PreTrainedModel, **loss_options: Any) -> PreTrainedModel:
             items = items * w.to(labels.device).float().mean()
         hidden = self.base_model(inputs_embeds=_embed(self, input_ids), use_cache=False, **kwargs)[0]
         head = self.get_output_embeddings()
-        loss = linear_multi_hot_cross_entropy(
-            hidden,
-            head.weight,
-            labels,
-            bias=head.bias,
-            logit_softcap=logit_softcap,
-            normalizer=items,
-            ignore_index=PADDING,
-            **loss_options,
-        )
+        loss = linear_multi_hot_cross_entropy(hidden, head.weight, labels, bias=head.bias, normalizer=items, **options)
         return CausalLMOutput(loss=loss)
 
     forward.superposed = before  # type: ignore[attr-defined]
@@ -138,24 +119,6 @@ def _embed(model: PreTrainedModel, bags: Tensor) -> Tensor:
     return embedded if scale is None else embedded * torch.as_tensor(scale, device=embedded.device).to(embedded.dtype)
 
 
-@contextmanager
-def _in_evaluation(model: PreTrainedModel) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"model: {type(model).__name__} does not run on ids, or not on inputs_embeds: {error}"
-        ) from error
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _differ(a: Tensor, b: Tensor) -> bool:
     """Tell whether a differs from b by more than rounding in another order explains."""
     return a.shape != b.shape or bool((a - b).abs().max() > 8 * torch.finfo(a.dtype).eps * b.abs().max())
@@ -175,9 +138,11 @@ def _try_out(model: PreTrainedModel, logit_softcap: float | None) -> None:
         reached.append(inputs[0])
         return (probe,)
 
+    training = [module for module in model.modules() if module.training]
     hook = head.register_forward_pre_hook(replace)
+    model.eval()
     try:
-        with _in_evaluation(model):
+        with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits
             hook.remove()
             hidden = model.base_model(inputs_embeds=_embed(model, ids.unsqueeze(-1)), use_cache=False)[0]
@@ -186,20 +151,21 @@ def _try_out(model: PreTrainedModel, logit_softcap: float | None) -> None:
             own_loss = model(input_ids=ids, labels=ids).loss
             labels = fold_labels(ids, 1, shifted=False)
             loss = linear_multi_hot_cross_entropy(hidden, weight, labels, bias=bias, logit_softcap=logit_softcap)
+    except Exception as error:
+        raise ValueError(f"model: {name} does not run on ids, or not on inputs_embeds: {error}") from error
     finally:
         hook.remove()
+        for module in training:
+            module.training = True
     expected = F.linear(probe, weight, bias)
     if logit_softcap is not None:
         expected = logit_softcap * torch.tanh(expected / logit_softcap)
+    more = "does more than hidden @ weight.T + bias"
     if len(reached) != 1 or _differ(logits, expected):
-        raise ValueError(
-            f"model: the head of {name} does more than hidden @ weight.T + bias and final_logit_softcapping"
-        )
+        raise ValueError(f"model: the head of {name} {more} and final_logit_softcapping")
     if _differ(reached[0], hidden):
-        raise ValueError(
-            f"model: {name} does not compute the same from inputs_embeds as from input_ids, or does more than "
-            "hidden @ weight.T + bias after it"
-        )
+        unlike = "does not compute the same from inputs_embeds as from input_ids"
+        raise ValueError(f"model: {name} {unlike}, or {more} after it")
     if _differ(other[:, :2], hidden[:, :2]):
         raise ValueError(f"model: {name} is not causal, so a bag would see its targets")
     if abs(own_loss - loss) > 16 * torch.finfo(weight.dtype).eps * own_loss:

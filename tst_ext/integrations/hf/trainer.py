@@ -22,13 +22,11 @@ class SuperpositionTrainer(Trainer):
     """Train the first `ratio` of the steps by TST; from the switch on this is the ordinary `transformers.Trainer`.
 
     A step of the superposition phase reads `bag_size` times as many tokens at the same cost. `train_dataset` has packed
-    rows of L tokens: a sample is `bag_size` consecutive rows, and one row after the switch. Rows are shuffled in such
-    groups, and `train_sampling_strategy="sequential"` keeps their order. Without `max_steps` the run has as many steps
-    as read the rows `num_train_epochs` times. To Trainer the run is one epoch, so "epoch" strategies act at its end.
-    A run resumes from a checkpoint in either phase.
-
-    `log_history` has the training loss of the phase and `bag_size`. A log is written at the switch, so that no average
-    mixes the two losses. Evaluation is next-token in both phases.
+    rows of L tokens. A sample is `bag_size` consecutive rows, and one row after the switch. Rows are shuffled in such
+    groups; `train_sampling_strategy="sequential"` keeps their order. Without `max_steps` the run reads the rows
+    `num_train_epochs` times. To Trainer the run is one epoch, so "epoch" strategies act at its end. A run resumes from
+    a checkpoint in either phase. `log_history` has `bag_size` and the training loss of the phase. Evaluation is
+    next-token in both phases.
 
     Args:
         args, kwargs: arguments of `Trainer`. It needs a `model`, to which `superpose` is applied.
@@ -38,7 +36,7 @@ class SuperpositionTrainer(Trainer):
 
     Raises:
         TypeError, ValueError: what `superpose` and `SuperpositionSchedule` refuse; model_init, label_smoothing_factor,
-            compute_loss_func, ignore_data_skip, neftune_noise_alpha, sampling by length, DataParallel, DeepSpeed
+            compute_loss_func, ignore_data_skip, neftune_noise_alpha, split_batches, sampling by length, DataParallel,
             ZeRO-3, tensor, context or sequence parallelism, an `IterableDataset` with workers.
 
     Source: arXiv 2605.06546. Optimiser state and learning-rate schedule carry over at the switch.
@@ -56,30 +54,21 @@ class SuperpositionTrainer(Trainer):
         self.bag_size, self.ratio, self.loss_options = bag_size, ratio, loss_options or {}
         self.max_steps = self.args.max_steps  # as asked for
         if self.args.label_smoothing_factor:
-            raise ValueError(
-                "label_smoothing_factor: it forms the logits; expected 0, and label_smoothing in loss_options for the "
-                "superposition phase"
-            )
+            raise ValueError("label_smoothing_factor: expected 0, because it forms the logits; see loss_options")
         if self.args.n_gpu > 1:
             raise ValueError(f"args: expected one device per process (torchrun), got DataParallel on {self.args.n_gpu}")
-        if self.args.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(
-                "train_sampling_strategy: expected 'random' or 'sequential', because rows have one length, got "
-                f"{self.args.train_sampling_strategy!r}"
-            )
+        strategy = self.args.train_sampling_strategy
+        if strategy not in ("random", "sequential"):  # rows have one length
+            raise ValueError(f"train_sampling_strategy: expected 'random' or 'sequential', got {strategy!r}")
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if plugin is not None and plugin.zero_stage == 3:
             raise ValueError("args: DeepSpeed ZeRO-3 does not gather weights for TST's ops; use FSDP2")
         if isinstance(self.train_dataset, IterableDataset) and self.args.dataloader_num_workers:
-            raise ValueError(
-                "dataloader_num_workers: expected 0 for an IterableDataset, which each worker would repeat"
-            )
+            raise ValueError("dataloader_num_workers: expected 0, because each would repeat the IterableDataset")
         if self.accelerator.split_batches:
             raise ValueError("accelerator_config: expected split_batches=False, because the batch size is per device")
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
-            raise ValueError(
-                "args: expected data parallelism alone (DDP or FSDP), got tensor, context or sequence parallelism"
-            )
+            raise ValueError("args: expected DDP or FSDP alone, got tensor, context or sequence parallelism")
         for name in ("ignore_data_skip", "neftune_noise_alpha"):
             if getattr(self.args, name):
                 raise ValueError(f"{name}: expected none, got {getattr(self.args, name)}")
@@ -106,24 +95,21 @@ class SuperpositionTrainer(Trainer):
             return super().get_train_dataloader()
         self.args.max_steps = self._steps()  # Trainer derives the learning-rate schedule from it
         bagged = self.schedule.switch_step * self._samples_per_step()
+        columns = None  # all
+        if self.args.remove_unused_columns:
+            self._set_signature_columns_if_needed()
+            columns = set(cast(list[str], self._signature_columns))
         if has_length(rows):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             shuffle = None if self.args.train_sampling_strategy == "sequential" else seed
             total = self.args.max_steps * self._samples_per_step()
-            self.train_dataset = Samples(rows, self._columns(), self.bag_size, bagged, total, shuffle)
+            self.train_dataset = Samples(rows, columns, self.bag_size, bagged, total, shuffle)
         else:
-            self.train_dataset = SampleStream(rows, self._columns(), self.bag_size, bagged)
+            self.train_dataset = SampleStream(rows, columns, self.bag_size, bagged)
         try:
             return super().get_train_dataloader()
         finally:
             self.train_dataset = rows
-
-    def _columns(self) -> set[str] | None:
-        """Name the columns of a row that Trainer keeps; None for all."""
-        if not self.args.remove_unused_columns:
-            return None
-        self._set_signature_columns_if_needed()
-        return set(cast(list[str], self._signature_columns))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         return SequentialSampler(train_dataset) if isinstance(train_dataset, Samples) else None
