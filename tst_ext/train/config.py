@@ -1,4 +1,4 @@
-"""What a run is made of, as typed dataclasses: the source of the command line, of TOML files and of config.json."""
+"""Describe a run by typed dataclasses: the source of the command line, of TOML files and of config.json."""
 
 import dataclasses
 import json
@@ -16,6 +16,11 @@ from .files import UserError, write_text
 def _check(name: str, value: Any, valid: bool, wanted: str) -> None:
     if not valid:
         raise UserError(f"{name}: expected {wanted}, got {value!r}")
+
+
+def _check_integers(config: Any, low: int, *names: str) -> None:
+    for name in names:
+        _check(name, getattr(config, name), getattr(config, name) >= low, f"an integer >= {low}")
 
 
 def _check_choices(config: Any) -> None:
@@ -41,8 +46,7 @@ class ModelConfig:
     """Base of the rotary position embedding."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "layers", "heads", "kv_heads", "ffn_dim"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
+        _check_integers(self, 1, "dim", "layers", "heads", "kv_heads", "ffn_dim")
         _check("heads", self.heads, self.dim % (2 * self.heads) == 0, f"heads with dim = {self.dim} / heads even")
         _check("kv_heads", self.kv_heads, self.heads % self.kv_heads == 0, f"a divisor of heads = {self.heads}")
         _check("rope_theta", self.rope_theta, 0 < self.rope_theta < math.inf, "a number > 0")
@@ -51,7 +55,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     data: tuple[Path, ...] = ()
-    """Files (.txt: a document; .jsonl: a document a line), folders of those, or one folder that `tst prepare` wrote.
+    """Files (.txt: one document; .jsonl: one per line), folders of those, or one folder that `tst prepare` wrote.
     Default: the source files of Python's standard library."""
     text_key: str = "text"
     """Key of the text in a line of a .jsonl file."""
@@ -65,26 +69,22 @@ class DataConfig:
     """Share of the documents held out for validation."""
 
     def __post_init__(self) -> None:
-        _check(
-            "vocabulary", self.vocabulary, 257 <= self.vocabulary <= 2**32, "257 (the bytes and a separator) or more"
-        )
+        _check("vocabulary", self.vocabulary, 257 <= self.vocabulary <= 2**32, "257 (bytes and a separator) or more")
         _check("holdout", self.holdout, 0 < self.holdout < 1, "a number between 0 and 1")
 
 
 @dataclass(frozen=True)
 class SuperpositionConfig:
     bag_size: int = 4
-    """s, tokens a bag in the superposition phase; the paper uses 4 to 8."""
+    """s, tokens per bag in the superposition phase; the paper uses 4 to 8."""
     ratio: float = 0.2
     """r, share of the steps in the superposition phase; the paper uses 0.2 to 0.4; 0 trains the baseline."""
     stages: tuple[tuple[float, int], ...] = ()
-    """Further stages of the superposition phase, each a share of the steps and a bag size: coarse to fine."""
+    """Further stages of the superposition phase, coarse to fine: each a share of the steps and a bag size."""
     sides: Literal["both", "input", "output"] = "both"
-    """Where tokens are superposed. input: reads bags, predicts the next token. output: reads tokens, predicts the next
-    bag. Both as in the paper's ablation, where both together are best."""
+    """input: reads bags, predicts the next token. output: reads tokens, predicts the next bag. The paper: both wins."""
     scale: Literal["sequence", "batch"] = "sequence"
-    """What takes s times more tokens a step: sequence, with as many latent positions as in recovery, or batch, with s
-    times more sequences of the same length in tokens."""
+    """sequence: a step reads sequences of s times more tokens. batch: s times more sequences of as many tokens."""
     straddle: bool = True
     """Whether a bag may hold the end of one document and the beginning of the next."""
     position_weights: Literal["uniform", "power_law", "exponential", "first", "fitted"] = "uniform"
@@ -98,7 +98,7 @@ class SuperpositionConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        _check("bag_size", self.bag_size, self.bag_size >= 1, "an integer >= 1")
+        _check_integers(self, 1, "bag_size")
         _check("ratio", self.ratio, 0 <= self.ratio <= 1, "a number from 0 to 1")
         for ratio, bag_size in self.stages:
             _check("stages", self.stages, 0 <= ratio <= 1 and bag_size >= 1, "pairs of a share and a bag size >= 1")
@@ -117,7 +117,7 @@ class SuperpositionConfig:
             _check("fitted", self.fitted, usable, "C0, a, k with weights >= 0, and the first above 0")
 
     def bag_sizes(self) -> tuple[int, ...]:
-        """The bag sizes of all stages with a share of the steps."""
+        """Return the bag sizes of all stages with a share of the steps."""
         return tuple(s for ratio, s in ((self.ratio, self.bag_size), *self.stages) if ratio > 0)
 
 
@@ -126,9 +126,9 @@ class OptimizerConfig:
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW (betas 0.9, 0.95)."""
     warmup: float = 0.1
-    """Over how long the learning rate rises to its peak: a share of the steps, or, from 1 on, a number of steps."""
+    """Steps in which the learning rate rises to its peak: a share of all steps if below 1, else their number."""
     decay: float = 0.1
-    """Share of the steps, at the end, over which it falls to zero."""
+    """Share of the steps, at the end, in which it falls to zero."""
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrices; gains of the norms have none."""
     clip: float = 1.0
@@ -146,7 +146,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How a run is carried out. A resumed run may change these, and nothing else."""
+    """Say how a run is carried out. A resumed run may change these options and no others."""
 
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
@@ -155,12 +155,11 @@ class RunConfig:
     parallel: Literal["fsdp", "ddp"] = "fsdp"
     """With more than one process (torchrun): parameters sharded by FSDP2, or copied by DDP."""
     micro_batch: int = 0
-    """Sequences that a process puts through the model at a time; gradients of the parts of a batch add up to those of
-    the whole. 0: all of its share."""
+    """Sequences in the model at a time in each process; gradients of the parts are summed. 0: all of its share."""
     compile: bool = False
-    """Compiles each block of the model by torch.compile."""
+    """Compile each block of the model by torch.compile."""
     activation_checkpointing: bool = False
-    """Keeps only the inputs of the blocks for the backward pass, which computes the rest again."""
+    """Keep only the inputs of the blocks for the backward pass, which computes the rest again."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
@@ -170,19 +169,17 @@ class RunConfig:
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     tensorboard: bool = False
-    """Writes the metrics for TensorBoard too (pip install tensorboard)."""
+    """Write the metrics for TensorBoard too (pip install tensorboard)."""
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        for name in ("checkpoint_every", "keep", "eval_every", "log_every"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
-        for name in ("threads", "micro_batch"):
-            _check(name, getattr(self, name), getattr(self, name) >= 0, "an integer >= 0")
+        _check_integers(self, 1, "checkpoint_every", "keep", "eval_every", "log_every")
+        _check_integers(self, 0, "threads", "micro_batch")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. The default is a small model that shows TST's advantage on a CPU in minutes."""
+    """Describe one training run. The default is a small model that shows TST's advantage on a CPU in minutes."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -192,9 +189,9 @@ class TrainConfig:
     steps: int = 8000
     """Optimiser steps of both phases together; each costs the same FLOPs."""
     batch: int = 8
-    """Sequences a step, of all processes together."""
+    """Sequences per step, of all processes together."""
     latent_tokens: int = 64
-    """Positions a sequence has in the model: tokens, or bags in the superposition phase."""
+    """Positions of a sequence in the model: tokens, or bags in the superposition phase."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in; bfloat16 is mixed precision, with float32 weights and optimiser state."""
     seed: int = 0
@@ -204,8 +201,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        for name in ("steps", "batch", "latent_tokens", "eval_tokens"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
+        _check_integers(self, 1, "steps", "batch", "latent_tokens", "eval_tokens")
         _check("seed", self.seed, 0 <= self.seed < 2**63, "an integer from 0 to 2**63 - 1")
         _check("eval_tokens", self.eval_tokens, self.eval_tokens >= self.latent_tokens, "at least latent_tokens")
         _check("warmup", self.optimizer.warmup, self.optimizer.warmup <= self.steps, f"at most steps = {self.steps}")
@@ -215,7 +211,7 @@ class TrainConfig:
 
 
 def load_config(path: Path) -> TrainConfig:
-    """Reads a configuration from TOML, or from the config.json of a run. Keys left out keep their defaults.
+    """Read a configuration from TOML, or from the config.json of a run. Keys left out keep their defaults.
 
     Raises:
         UserError: the file is missing or malformed, a key is unknown, a value has the wrong type or is out of range.
@@ -229,7 +225,7 @@ def load_config(path: Path) -> TrainConfig:
 
 
 def config_from_dict(values: Any, where: str) -> TrainConfig:
-    """The configuration of which `values` is the `config_dict`; errors as of `load_config`, and begin with `where`."""
+    """Invert `config_dict`. Raise UserError as `load_config` does, with messages that begin with `where`."""
     return _from_dict(TrainConfig, values, where)
 
 
@@ -237,9 +233,8 @@ def _from_dict(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected a table, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            raise UserError(f"{where}: unknown key {key!r}; known: {', '.join(fields)}")
+    if unknown := [key for key in values if key not in fields]:
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(fields)}")
     converted = {key: _convert(fields[key].type, value, f"{where}: {key}") for key, value in values.items()}
     try:
         return cls(**converted)
@@ -248,7 +243,7 @@ def _from_dict(cls: type, values: Any, where: str) -> Any:
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
-    """`value`, as TOML or JSON has it, as a field of type `kind`."""
+    """Convert a value of TOML or JSON to a field of type `kind`."""
     if dataclasses.is_dataclass(kind):
         return _from_dict(kind, value, where)  # type: ignore[arg-type]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -272,10 +267,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def config_dict(config: TrainConfig) -> dict[str, Any]:
-    """The resolved configuration as JSON has it."""
+    """Return the resolved configuration as JSON has it."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    """Writes the resolved configuration as JSON, which `load_config` reads back to an equal one."""
+    """Write the resolved configuration as JSON, which `load_config` reads back to an equal one."""
     write_text(path, json.dumps(config_dict(config), indent=2) + "\n")

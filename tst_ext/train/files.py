@@ -23,11 +23,7 @@ def check_writable(folder: Path) -> None:
 
 
 def check_out(folder: Path) -> None:
-    """Check, before any work is done, that `folder` can be made or is an empty one.
-
-    Raises:
-        UserError: it holds something, is a file, or lies where nothing can be written.
-    """
+    """Check, before any work is done, that `folder` is empty or can be made; raise UserError otherwise."""
     check_writable(folder)
     if folder.exists() and any(not p.name.startswith(UNFINISHED) for p in folder.iterdir()):
         raise UserError(f"out {folder}: the folder is not empty; choose another or remove it")
@@ -45,10 +41,9 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new folder next to `folder`, which gets that name at the end, or is removed after an error.
+    """Yield a new folder that is renamed to `folder` at the end, or removed after an error.
 
-    Raises:
-        UserError: the folder cannot be written, or that of the name is not empty.
+    Raises UserError if the folder cannot be written, or one of that name is not empty.
     """
     folder = folder.resolve()  # it has a neighbour also if it is "." or a link
     unfinished = None
@@ -86,9 +81,10 @@ def lock(path: Path) -> int | None:
 
 
 def in_use(path: Path) -> bool:
-    """Tell whether a process has that folder locked."""
-    handle = lock(path) if path.exists() else None
-    if handle is None:
-        return path.exists()
-    os.close(handle)
-    return False
+    """Tell whether a process has that file or folder locked."""
+    if not path.exists():
+        return False
+    handle = lock(path)
+    if handle is not None:
+        os.close(handle)
+    return handle is None
