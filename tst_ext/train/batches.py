@@ -14,7 +14,7 @@ from torch import Tensor
 from ..bags import document_offsets, fold_inputs, fold_labels
 from .config import TrainConfig
 from .data import Shard
-from .files import UserError
+from .files import UserError, check
 
 T = TypeVar("T")
 PADDING = -100  # in empty slots of bags, on both sides
@@ -33,11 +33,9 @@ class Batch:
 def check_batches(config: TrainConfig, training: Shard, world: int) -> None:
     """Raise UserError if `world` processes cannot make the batches of `config` from `training`."""
     share, rest = divmod(config.batch, world)
-    if rest:
-        raise UserError(f"batch: expected a multiple of the {world} processes, got {config.batch}")
-    micro_batch, options = config.run.micro_batch, config.superposition
-    if micro_batch and share % micro_batch:
-        raise UserError(f"micro_batch: expected a divisor of the {share} sequences per process, got {micro_batch}")
+    check("batch", config.batch, rest == 0, f"a multiple of the {world} processes")
+    micro_batch, options = config.run.micro_batch or share, config.superposition
+    check("micro_batch", micro_batch, share % micro_batch == 0, f"a divisor of the {share} sequences per process")
     if not options.straddle and training.end_of_text is None:
         raise UserError(f"straddle: shard {training.path} names no end-of-text token (end_of_text in its .json)")
     for s in (1, *options.bag_sizes()):

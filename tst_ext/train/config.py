@@ -10,24 +10,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..bags import FITTED
-from .files import UserError, write_text
-
-
-def _check(name: str, value: Any, valid: bool, wanted: str) -> None:
-    if not valid:
-        raise UserError(f"{name}: expected {wanted}, got {value!r}")
+from .files import UserError, check, write_text
 
 
 def _check_integers(config: Any, low: int, *names: str) -> None:
     for name in names:
-        _check(name, getattr(config, name), getattr(config, name) >= low, f"an integer >= {low}")
+        check(name, getattr(config, name), getattr(config, name) >= low, f"an integer >= {low}")
 
 
 def _check_choices(config: Any) -> None:
     for f in dataclasses.fields(config):
         if typing.get_origin(f.type) is Literal:
             choices, value = typing.get_args(f.type), getattr(config, f.name)
-            _check(f.name, value, value in choices, f"one of {', '.join(choices)}")
+            check(f.name, value, value in choices, f"one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -47,9 +42,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_integers(self, 1, "dim", "layers", "heads", "kv_heads", "ffn_dim")
-        _check("heads", self.heads, self.dim % (2 * self.heads) == 0, f"heads with dim = {self.dim} / heads even")
-        _check("kv_heads", self.kv_heads, self.heads % self.kv_heads == 0, f"a divisor of heads = {self.heads}")
-        _check("rope_theta", self.rope_theta, 0 < self.rope_theta < math.inf, "a number > 0")
+        check("heads", self.heads, self.dim % (2 * self.heads) == 0, f"heads with dim = {self.dim} / heads even")
+        check("kv_heads", self.kv_heads, self.heads % self.kv_heads == 0, f"a divisor of heads = {self.heads}")
+        check("rope_theta", self.rope_theta, 0 < self.rope_theta < math.inf, "a number > 0")
 
 
 @dataclass(frozen=True)
@@ -69,8 +64,8 @@ class DataConfig:
     """Share of the documents held out for validation."""
 
     def __post_init__(self) -> None:
-        _check("vocabulary", self.vocabulary, 257 <= self.vocabulary <= 2**32, "257 (bytes and a separator) or more")
-        _check("holdout", self.holdout, 0 < self.holdout < 1, "a number between 0 and 1")
+        check("vocabulary", self.vocabulary, 257 <= self.vocabulary <= 2**32, "257 (bytes and a separator) or more")
+        check("holdout", self.holdout, 0 < self.holdout < 1, "a number between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -99,14 +94,14 @@ class SuperpositionConfig:
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_integers(self, 1, "bag_size")
-        _check("ratio", self.ratio, 0 <= self.ratio <= 1, "a number from 0 to 1")
+        check("ratio", self.ratio, 0 <= self.ratio <= 1, "a number from 0 to 1")
         for ratio, bag_size in self.stages:
-            _check("stages", self.stages, 0 <= ratio <= 1 and bag_size >= 1, "pairs of a share and a bag size >= 1")
+            check("stages", self.stages, 0 <= ratio <= 1 and bag_size >= 1, "pairs of a share and a bag size >= 1")
         total = self.ratio + sum(ratio for ratio, _ in self.stages)
-        _check("stages", self.stages, total <= 1 + 1e-9, "shares that add up to at most 1 with ratio")
-        _check("scale", self.scale, self.sides != "output" or self.scale == "sequence", "sequence with sides output")
+        check("stages", self.stages, total <= 1 + 1e-9, "shares that add up to at most 1 with ratio")
+        check("scale", self.scale, self.sides != "output" or self.scale == "sequence", "sequence with sides output")
         uniform = self.objective == "mce" or self.position_weights == "uniform"
-        _check("position_weights", self.position_weights, uniform, "uniform with objective mce_alt")
+        check("position_weights", self.position_weights, uniform, "uniform with objective mce_alt")
         if self.position_weights == "fitted":
             c0, a, k = self.fitted
             try:
@@ -114,7 +109,7 @@ class SuperpositionConfig:
             except OverflowError:
                 weights = [math.inf]
             usable = all(0 <= w < math.inf for w in weights) and weights[0] > 0
-            _check("fitted", self.fitted, usable, "C0, a, k with weights >= 0, and the first above 0")
+            check("fitted", self.fitted, usable, "C0, a, k with weights >= 0, and the first above 0")
 
     def bag_sizes(self) -> tuple[int, ...]:
         """Return the bag sizes of all stages with a share of the steps."""
@@ -135,13 +130,13 @@ class OptimizerConfig:
     """Largest norm of the gradient of all parameters together."""
 
     def __post_init__(self) -> None:
-        _check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "a number > 0")
+        check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "a number > 0")
         whole = self.warmup < 1 or float(self.warmup).is_integer()
-        _check("warmup", self.warmup, self.warmup >= 0 and whole, "a share below 1 or a number of steps")
+        check("warmup", self.warmup, self.warmup >= 0 and whole, "a share below 1 or a number of steps")
         share = self.warmup if self.warmup < 1 else 0
-        _check("decay", self.decay, 0 <= self.decay <= 1 - share, "a share from 0 to 1 - warmup")
-        _check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a number >= 0")
-        _check("clip", self.clip, self.clip > 0, "a number > 0")
+        check("decay", self.decay, 0 <= self.decay <= 1 - share, "a share from 0 to 1 - warmup")
+        check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a number >= 0")
+        check("clip", self.clip, self.clip > 0, "a number > 0")
 
 
 @dataclass(frozen=True)
@@ -202,12 +197,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_integers(self, 1, "steps", "batch", "latent_tokens", "eval_tokens")
-        _check("seed", self.seed, 0 <= self.seed < 2**63, "an integer from 0 to 2**63 - 1")
-        _check("eval_tokens", self.eval_tokens, self.eval_tokens >= self.latent_tokens, "at least latent_tokens")
-        _check("warmup", self.optimizer.warmup, self.optimizer.warmup <= self.steps, f"at most steps = {self.steps}")
+        check("seed", self.seed, 0 <= self.seed < 2**63, "an integer from 0 to 2**63 - 1")
+        check("eval_tokens", self.eval_tokens, self.eval_tokens >= self.latent_tokens, "at least latent_tokens")
+        check("warmup", self.optimizer.warmup, self.optimizer.warmup <= self.steps, f"at most steps = {self.steps}")
         for s in self.superposition.bag_sizes() if self.superposition.scale == "batch" else ():
             wanted = f"a multiple of the bag size {s}, with scale batch"
-            _check("latent_tokens", self.latent_tokens, self.latent_tokens % s == 0, wanted)
+            check("latent_tokens", self.latent_tokens, self.latent_tokens % s == 0, wanted)
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -230,8 +225,7 @@ def config_from_dict(values: Any, where: str) -> TrainConfig:
 
 
 def _from_dict(cls: type, values: Any, where: str) -> Any:
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: expected a table, got {values!r}")
+    check(where, values, isinstance(values, dict), "a table")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := [key for key in values if key not in fields]:
         raise UserError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(fields)}")
@@ -250,19 +244,19 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin is Literal:  # __post_init__ knows the choices
         return value
     if origin is tuple:
-        _check(where, value, isinstance(value, list | tuple), "a list")
+        check(where, value, isinstance(value, list | tuple), "a list")
         if arguments[-1] is Ellipsis:
             return tuple(_convert(arguments[0], item, where) for item in value)
-        _check(where, value, len(value) == len(arguments), f"a list of {len(arguments)}")
+        check(where, value, len(value) == len(arguments), f"a list of {len(arguments)}")
         return tuple(_convert(part, item, where) for part, item in zip(arguments, value, strict=True))
     if type(None) in arguments:  # X | None
         return None if value is None else _convert(arguments[0], value, where)
     if kind is Path:
-        _check(where, value, isinstance(value, str), "a path")
+        check(where, value, isinstance(value, str), "a path")
         return Path(value)
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**1000 else math.inf
-    _check(where, value, type(value) is kind, f"a value of type {kind.__name__}")
+    check(where, value, type(value) is kind, f"a value of type {kind.__name__}")
     return value
 
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from .config import DataConfig
-from .files import UserError, whole_folder
+from .files import UserError, check, whole_folder
 
 FORMAT = 1
 SPLITS = ("train", "val")
@@ -99,8 +99,7 @@ def prepare(documents: list[str], config: DataConfig, folder: Path) -> None:
     Raises:
         UserError: fewer than two documents, an unusable tokenizer, or a folder that is not empty or cannot be written.
     """
-    if len(documents) < 2:
-        raise UserError(f"data: expected at least 2 documents, one of them to hold out, got {len(documents)}")
+    check("data", len(documents), len(documents) >= 2, "at least 2 documents, one of them to hold out")
     documents = sorted(documents)
     random.Random(SHUFFLE_SEED).shuffle(documents)
     held_out = min(max(1, round(config.holdout * len(documents))), len(documents) - 1)
@@ -240,8 +239,8 @@ class Shard:
         tokens = np.empty((len(starts), length + 1), self.dtype)
         for row, start in zip(tokens, starts.tolist(), strict=True):
             self._fill(row, start)
-        if tokens.max() >= self.vocabulary:  # on a GPU it would end in a device assertion
-            raise UserError(f"shard {self.path}: expected ids below vocabulary = {self.vocabulary}, got {tokens.max()}")
+        largest = int(tokens.max())  # an id beyond the vocabulary would end in a device assertion on a GPU
+        check(f"shard {self.path}", largest, largest < self.vocabulary, f"ids below vocabulary = {self.vocabulary}")
         windows = torch.from_numpy(tokens.astype(np.int64))
         return windows[:, :-1], windows[:, 1:]
 
@@ -264,5 +263,4 @@ class Shard:
 
     def check_length(self, length: int) -> None:
         """Raise UserError unless the shard holds a window of `length` tokens and the label of its last one."""
-        if len(self) <= length:
-            raise UserError(f"shard {self.path}: expected at least {length + 1} tokens per sequence, got {len(self)}")
+        check(f"shard {self.path}", len(self), len(self) > length, f"at least {length + 1} tokens per sequence")

@@ -15,6 +15,12 @@ class UserError(Exception):
     """Something the user can put right; the command line prints it in one line, without a traceback."""
 
 
+def check(name: str, value: object, valid: bool, wanted: str) -> None:
+    """Raise UserError unless `value` is valid, in the words of every message: what was expected, and what came."""
+    if not valid:
+        raise UserError(f"{name}: expected {wanted}, got {value!r}")
+
+
 def check_writable(folder: Path) -> None:
     """Check, before any work is done, that `folder` can be made or written to; raise UserError otherwise."""
     existing = next(p for p in (folder, *folder.parents) if p.exists())
