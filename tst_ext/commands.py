@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from .train.config import DataConfig, RunConfig, TrainConfig, load_config
-from .train.files import UserError, check_out
+from .train.files import UserError, check, check_out
 from .train.presets import PRESETS, preset
 
 CONFIG_HELP = (
@@ -23,7 +23,8 @@ CONFIG_HELP = (
     f"paper's models ({', '.join(PRESETS)}); options override them."
 )
 Config = Annotated[TrainConfig, tyro.conf.arg(name="")]  # options without a section's name: --dim, not --model.dim
-Run = tyro.conf.Positional[Path]
+Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="Folder of a run.")]
+Checkpoint = Annotated[str, tyro.conf.arg(help="auto: the latest; or the name of one.")]
 DEFAULT, ON_CPU = TrainConfig(), TrainConfig(run=RunConfig(device="cpu"))
 
 
@@ -54,10 +55,7 @@ def run(command: str, argv: list[str]) -> int:
 
 
 def _defaults(argv: list[str]) -> tuple[TrainConfig | None, list[str]]:
-    """Return the configuration that the options of argv override, and argv without --config and --preset.
-
-    It is that of --config or --preset; else that of the run in the folder --out; else the default.
-    """
+    """Return the configuration of --preset, --config or the run in --out, if any, and argv without the first two."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for option in ("--config", "--preset", "--out"):
         parser.add_argument(option)
@@ -67,14 +65,13 @@ def _defaults(argv: list[str]) -> tuple[TrainConfig | None, list[str]]:
         raise UserError(f"{error.argument_name}: expected a value after it") from error
     if given.config is not None and given.preset is not None:
         raise UserError("config, preset: expected one of them")
-    run = None
     if given.out is not None:
-        argv, run = [*argv, f"--out={given.out}"], Path(given.out) / "config.json"
+        argv = [*argv, f"--out={given.out}"]
+        if given.config is None and (Path(given.out) / "config.json").exists():
+            given.config = Path(given.out) / "config.json"
     if given.preset is not None:
         return preset(given.preset), argv
-    if given.config is not None:
-        return load_config(Path(given.config)), argv
-    return (load_config(run) if run and run.exists() else None), argv
+    return (None if given.config is None else load_config(Path(given.config))), argv
 
 
 def _out(given: Path | None) -> Path:
@@ -88,8 +85,7 @@ def train_command(
 
     Args:
         out: Folder for the run. A folder that holds a run resumes it, by its own configuration. Default: runs/DATE-TIME
-        resume: auto: from the latest checkpoint, if there is one; or a checkpoint's name; never: only in an empty
-            folder.
+        resume: auto: the latest checkpoint, if there is one; or a checkpoint's name; never: take only an empty folder.
         progress: Show a progress bar.
     """
     from .train.loop import train
@@ -111,8 +107,7 @@ def compare_command(config: Config = ON_CPU, *, out: Path | None = None, seeds: 
     """Train a baseline and TST at equal FLOPs, or resume such runs: a sweep over seeds.
 
     Args:
-        out: Folder for the runs, the table and loss.png. With the options of an earlier call its runs are resumed.
-            Default: runs/DATE-TIME.
+        out: Folder for runs, table and loss.png. The options of an earlier call resume it. Default: runs/DATE-TIME.
         seeds: Seeds to compare, two runs each. Default: --seed alone.
     """
     from .lab.compare import compare
@@ -134,7 +129,7 @@ def sweep_command(
 
     Args:
         file: A .toml file with the options of tst train and tables [[grid]]; docs/trainer.md describes it.
-        out: Folder for the runs, the table and the figures; a sweep begun there is resumed. Default: runs/NAME OF FILE.
+        out: Folder for runs, table and figures; a sweep begun there is resumed. Default: runs/NAME OF FILE.
         jobs: Runs at a time; 0: as many as the cores are enough for, or one per GPU.
         only: Names of grids or runs; no others are run.
         list: Print the names of the runs and run none.
@@ -148,20 +143,19 @@ def sweep_command(
         for grid in sweep.grids:
             print("\n  ".join([f"{grid.name}:", *grid.runs]))
         return 0
-    if jobs < 0:
-        raise UserError(f"jobs: expected an integer >= 0, got {jobs}")
+    check("jobs", jobs, jobs >= 0, "an integer >= 0")
     out = out or Path("runs") / file.stem
     _exit_on_sigterm()
     return _report(run_sweep(sweep, out, jobs=jobs, only=only), "sweep", out)
 
 
 def _exit_on_sigterm() -> None:
-    """Make SIGTERM, from a job queue or `timeout`, an exception, so that the runs are ended with this process."""
+    """Make SIGTERM an exception, so that the runs end with this process."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _report(results: dict[str, Any], command: str, folder: Path) -> int:
-    """Print the table of a sweep and the runs that failed; return the exit status."""
+    """Print the table of a sweep and its failed runs, and return the exit status."""
     from .lab.sweep import table
 
     print(table(results))
@@ -176,7 +170,7 @@ def prepare_command(data: DataConfig, *, out: Path) -> int:
     """Write text as token shards with a BPE trained on it.
 
     Args:
-        out: Folder to write; must not hold anything yet.
+        out: Folder to write; must be empty or new.
     """
     from .train.data import prepare, read_documents
 
@@ -212,10 +206,10 @@ def fit_weights_command(
     """Measure how the mutual information of two tokens decays with their distance and fit position weights to it.
 
     Args:
-        out: Folder for fit_weights.json and fit_weights.png; must not hold anything yet. Default: runs/DATE-TIME.
-        tokens: Tokens to measure; the fewer, the higher the floor of the estimate.
+        out: Folder for fit_weights.json and fit_weights.png; must be empty or new. Default: runs/DATE-TIME.
+        tokens: Tokens to measure; fewer tokens raise the floor of the estimate.
         distances: Largest distance between two tokens; fewer than about 16 leave the curve's end open.
-        subtract_floor: Fit what exceeds the estimate for independent tokens; the paper's constants do not.
+        subtract_floor: Fit what exceeds the estimate for independent tokens, unlike the paper.
     """
     from .lab.fit_weights import fit_weights
     from .train.data import Shard, prepared_folder
@@ -237,16 +231,14 @@ def export_command(
     out: Path,
     format: Literal["hf"] = "hf",
     dtype: Literal["float32", "bfloat16"] = "float32",
-    checkpoint: str = "auto",
+    checkpoint: Checkpoint = "auto",
 ) -> int:
     """Write a run's model in a format that other software loads.
 
     Args:
-        run: Folder of a run.
-        out: Folder to write; must not hold anything yet.
+        out: Folder to write; must be empty or new.
         format: hf: config.json, safetensors and tokenizer, as transformers loads them.
         dtype: Of the weights in the files.
-        checkpoint: auto: the latest; or the name of one.
     """
     import torch
 
@@ -268,18 +260,16 @@ def generate_command(
     temperature: float = 0.8,
     top_k: int = 50,
     seed: int = 0,
-    checkpoint: str = "auto",
+    checkpoint: Checkpoint = "auto",
 ) -> int:
     """Continue a text with a run's model.
 
     Args:
-        run: Folder of a run.
-        prompt: Text to continue; without any a new document begins.
+        prompt: Text to continue; if empty, a new document begins.
         max_tokens: Most tokens to append.
         temperature: Divides the logits; 0 takes the most probable token each time.
         top_k: Draw among that many most probable tokens; 0: among all.
         seed: Seed of the draws.
-        checkpoint: auto: the latest; or the name of one.
     """
     from .lab.generate import generate
     from .train.run_folder import load_run
@@ -298,18 +288,16 @@ def eval_command(
     text_key: str = "text",
     batch: int = 16,
     device: str = "auto",
-    checkpoint: str = "auto",
+    checkpoint: Checkpoint = "auto",
 ) -> int:
     """Print next-token loss and bits per byte of a text under a run's model.
 
     Args:
-        run: Folder of a run.
-        data: Files (.txt, .jsonl), folders of those, or one folder that `tst prepare` wrote, of which the held-out
-            split is read. Default: the run's own held-out split.
+        data: Files (.txt, .jsonl), folders of those, or the held-out split of one folder that `tst prepare` wrote.
+            Default: the run's own held-out split.
         text_key: Key of the text in a line of a .jsonl file.
         batch: Sequences at a time.
-        device: cpu, cuda, or auto: cuda where there is one.
-        checkpoint: auto: the latest; or the name of one.
+        device: cpu, cuda, or auto: cuda if there is one.
     """
     from .lab.evaluate import evaluate, evaluate_shard
     from .train.data import Shard, prepared_folder, read_documents
@@ -325,7 +313,7 @@ def eval_command(
         folder = prepared_folder(source)
         if not (folder / "tokenizer.json").exists():
             raise UserError(f"data {folder}: it has no tokenizer.json to compare with the run's")
-        # Ids of another tokenizer would give figures, and wrong ones.
+        # With another tokenizer the figures would be wrong.
         if (folder / "tokenizer.json").read_bytes() != (run / "tokenizer.json").read_bytes():
             raise UserError(f"data {folder}: its tokenizer.json is not the run's")
         result = evaluate_shard(model, Shard(folder, "val"), tokenizer, **options)

@@ -256,7 +256,6 @@ class TestWriting:
             raise Killed
 
         with monkeypatch.context() as context, pytest.raises(Killed):
-            context.setattr(checkpoint, "_remove_unfinished", lambda folder: None)
             context.setattr(checkpoint.shutil, "rmtree", lambda path, **o: half(path) if path.is_dir() else None)
             train(often, tmp_path / "run", progress=False)
         found = checkpoint.checkpoints(tmp_path / "run")

@@ -1,6 +1,5 @@
-"""What is done with runs of the trainer: to plan, compare and sweep them, and to use the models that come out.
+"""Plan, compare and sweep runs of the trainer, and use their models. Needs the extra `train`, which it imports.
 
-Reading order: subprocesses.py (`tst train` in processes of its own), sweep.py (a grid of runs), compare.py (a sweep
-over seeds), plots.py. By themselves: plan.py and fit_weights.py before a run; evaluate.py, generate.py and export.py
-after it. Imports `tst_ext.train`, and is not imported by it. Needs the extra `train`.
+Reading order: subprocesses.py, sweep.py, compare.py (a sweep over seeds), plots.py. By themselves: plan.py and
+fit_weights.py before a run; evaluate.py, generate.py and export.py after it.
 """

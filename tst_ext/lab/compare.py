@@ -1,7 +1,6 @@
-"""Compare TST with its baseline at equal FLOPs: runs that differ in nothing but the superposition phase.
+"""Compare TST with its baseline at equal FLOPs, as a sweep of one grid whose only option is the seed.
 
-Both start from the same weights (same seed), take as many steps at the same cost per step, and are judged by the same
-held-out next-token loss. They are a sweep of one grid, whose only option is the seed.
+Both start from the same weights, take as many steps at the same cost, and are judged by the same held-out loss.
 """
 
 import dataclasses
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..train.config import TrainConfig
-from ..train.files import UserError
+from ..train.files import UserError, check
 from ..train.plot import plot_losses
 from .subprocesses import available_cores, on_cpu
 from .sweep import make_sweep, run_sweep
@@ -18,19 +17,15 @@ from .sweep import make_sweep, run_sweep
 def compare(config: TrainConfig, folder: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
     """Train TST and its baseline for each seed, by `run_sweep`, and draw loss.png of the first seed in `folder`.
 
-    A folder that holds a part of this comparison is completed. On CPUs without `threads` in `config` the runs that go
-    at the same time share the cores.
-
-    Returns:
-        What results.json holds: of each run the final held-out loss and its difference from the baseline in nats.
+    A folder that holds a part of this comparison is completed. On CPUs, runs at the same time share the cores unless
+    `config` has `threads`. Return the content of results.json, with losses and their differences in nats.
 
     Raises:
-        UserError: no superposition, no seeds or one twice, and all that `run_sweep` raises it for.
+        UserError: no superposition, no seeds or one twice, and as `run_sweep`.
     """
     if not any(s > 1 for s in config.superposition.bag_sizes()):
         raise UserError("ratio, bag_size: expected ratio > 0 and bag_size > 1: TST would be the baseline itself")
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds: expected at least one, each once, got {seeds}")
+    check("seeds", seeds, len(seeds) == len(set(seeds)) > 0, "at least one, each once")
     if config.run.threads == 0 and on_cpu(config):
         threads = max(1, available_cores() // (2 * len(seeds)))
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, threads=threads))

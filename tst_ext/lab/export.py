@@ -1,9 +1,7 @@
-"""Export a trained model to files that Hugging Face's transformers, and what reads its format, load.
+"""Export a trained model to files that transformers, and what reads its format, load as a Llama.
 
-What superposition leaves behind is an ordinary causal language model, here one of Llama's shape, so the export is a
-matter of names and layout: each fused matrix becomes the matrices it stands for, and the configuration is spelt in
-Llama's keys. Nothing is computed, so in float32 the weights are those of the run, bit for bit. The pairs of the rotary
-embedding are already laid out as Llama's, the halves of a head.
+Only names and layout change: each fused matrix becomes the matrices it stands for. In float32 the weights are those of
+the run, bit for bit. The pairs of the rotary embedding already are the halves of a head, as Llama's.
 """
 
 import json
@@ -34,18 +32,14 @@ def export_hf(
 ) -> None:
     """Write `folder`, whole or not at all, as `transformers.AutoModelForCausalLM.from_pretrained` reads it.
 
-    Weights go to model.safetensors, or, where they are more than `file_bytes`, to several files and
-    model.safetensors.index.json; beside them config.json and generation_config.json, and with a tokenizer
-    tokenizer.json and tokenizer_config.json.
-
     Args:
         model: on any device, with its whole parameters (not sharded over processes).
         config: of the run that trained it. `latent_tokens` becomes the longest sequence, max_position_embeddings.
         tokenizer_path: the run's tokenizer.json, or None.
         end_of_text: id of the token that ends a document, which becomes the model's eos and bos token, or None.
-        folder: must not hold anything yet.
+        folder: empty or new.
         dtype: of the weights in the files.
-        file_bytes: most bytes of tensors in a file; a tensor above it has a file of its own.
+        file_bytes: most bytes of tensors in a file; a larger tensor has a file of its own. Several files get an index.
 
     Raises:
         UserError: the folder is not empty or cannot be written, or the tokenizer cannot be read.
@@ -93,10 +87,10 @@ def _llama_config(config: TrainConfig, vocabulary: int, dtype: torch.dtype) -> d
 
 
 def _llama_tensors(model: Transformer, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """The weights by Llama's names; views, not copies."""
+    """Yield the weights by Llama's names, as views."""
     state = model.state_dict()
     head_dim = config.dim // config.heads
-    heads = [config.heads * head_dim, config.kv_heads * head_dim, config.kv_heads * head_dim]
+    heads = [n * head_dim for n in (config.heads, config.kv_heads, config.kv_heads)]
     yield "model.embed_tokens.weight", state["embedding.weight"]
     for layer in range(config.layers):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
@@ -129,7 +123,7 @@ def _save_weights(tensors: list[tuple[str, Tensor]], folder: Path, dtype: torch.
     weight_map: dict[str, str] = {}
     for number, file in enumerate(files, start=1):
         path = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        # Converted file by file, so that a copy takes the memory of one file at most. "pt" is what transformers asks.
+        # Converted file by file, so that a copy takes the memory of one file at most. transformers asks for "pt".
         save_file({n: t.to("cpu", dtype) for n, t in file.items()}, folder / path, metadata={"format": "pt"})
         (folder / path).chmod(0o644)  # safetensors 0.8 makes it 0600
         weight_map |= dict.fromkeys(file, path)
@@ -140,11 +134,9 @@ def _save_weights(tensors: list[tuple[str, Tensor]], folder: Path, dtype: torch.
 
 def _tokenizer_files(path: Path, end_of_text: int | None, config: TrainConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(path)
-    # Training read text without the tokens that a post-processor adds around it, such as Llama 3's <|begin_of_text|>:
-    # the model has never seen them.
-    specification = json.loads(tokenizer.to_str()) | {"post_processor": None}
     return {
-        "tokenizer.json": specification,
+        # The model has never seen the tokens of a post-processor, such as Llama 3's <|begin_of_text|>.
+        "tokenizer.json": json.loads(tokenizer.to_str()) | {"post_processor": None},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": None if end_of_text is None else tokenizer.id_to_token(end_of_text),

@@ -1,16 +1,11 @@
 """Measure position weights on your own text: how the mutual information of two tokens decays with their distance.
 
-The idea (arXiv 2605.06546, Figure 10): what has been read says much about the next token and less about each one after
-it, so the labels of a bag deserve less and less weight. How much less is measured. I(d), the mutual information between
-x_t and x_{t+d}, is estimated at d = 1, 2, ..., C0 + a * d**k is fitted to it, and w_i = C0 + a * i**k are the weights,
-of which only the ratios matter. The paper has 3.63 + 1.35 * d**-1.25 on DCLM.
+C0 + a * d**k is fitted to I(d), the mutual information of x_t and x_{t+d}. The weights are w_i = C0 + a * i**k; only
+their ratios matter. The paper (arXiv 2605.06546, Figure 10) has 3.63 + 1.35 * d**-1.25 on DCLM.
 
-The floor: an estimate that takes frequencies for probabilities is too high, even where tokens are independent. With
-V = 128,256 and Zipf's law it gives 2.7 nats from 4 M tokens and 3.4 from 1 M. What it gives for your text is measured,
-by pairing each x_t with the partner of another. We infer, the paper does not say, that its C0 = 3.63 is mostly such a
-floor. It draws weights towards uniform, the more so the fewer tokens are read; it is shown, and can be subtracted.
-Dependent pairs, which take fewer values, are less biased than the floor, so what is left is too low rather than too
-high.
+An estimate by frequencies is too high even for independent tokens, by a floor: for V = 128,256 and Zipf's law 2.7 nats
+from 4 M tokens and 3.4 from 1 M. The floor draws weights towards uniform. It is measured by pairing each x_t with the
+partner of another, and can be subtracted. Dependent pairs are less biased, so what is left is rather too low.
 """
 
 import json
@@ -21,7 +16,7 @@ import numpy as np
 
 from ..bags import FITTED
 from ..train.data import Shard
-from ..train.files import UserError, write_text
+from ..train.files import UserError, check, write_text
 from ..train.plot import figure
 
 LONGEST = 64  # bag positions whose weights must be usable; the paper's largest bag has 16
@@ -29,7 +24,7 @@ STEEPEST, FLATTEST = -10.0, -0.01  # k; at these ends the curve is a step after 
 
 
 def _pairs(tokens: np.ndarray, distance: int, end_of_text: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """All x_t and x_{t+distance} of one document, `[N]` each."""
+    """Return all x_t and x_{t+distance} of one document, `[N]` each."""
     x, y = tokens[:-distance], tokens[distance:]
     if end_of_text is not None:
         ends = np.concatenate(([0], np.cumsum(tokens == end_of_text)))
@@ -45,56 +40,49 @@ def _estimate(x: np.ndarray, y: np.ndarray, vocabulary: int) -> float:
         p = counts[counts > 0] / len(x)
         return -float(p @ np.log(p))
 
-    # One integer a pair and a sort: a [V, V] table would take 131 GB at V = 128,256.
+    # One integer per pair and a sort: a [V, V] table would take 131 GB at V = 128,256.
     joint = np.unique(x * vocabulary + y, return_counts=True)[1]
     return entropy(np.bincount(x)) + entropy(np.bincount(y)) - entropy(joint)
 
 
 def mutual_information(tokens: np.ndarray, distance: int, vocabulary: int, end_of_text: int | None) -> float:
-    """Plug-in estimate of the mutual information between x_t and x_{t+distance}, in nats; biased upwards.
+    """Estimate the mutual information between x_t and x_{t+distance} from frequencies, in nats; biased upwards.
 
     Args:
         tokens: `[n]`, int64, ids in [0, vocabulary).
         distance: in tokens, 1 or more.
-        vocabulary: V.
         end_of_text: id that ends a document. Pairs with it in [t, t + distance] do not count; with None all count.
 
-    Raises:
-        UserError: there is no pair to count.
-
-    Source: arXiv 2605.06546, Figure 10.
+    Raises UserError if there is no pair to count. Source: arXiv 2605.06546, Figure 10.
     """
     return _estimate(*_pairs(tokens, distance, end_of_text), vocabulary)
 
 
 def independent_floor(tokens: np.ndarray, distance: int, vocabulary: int, end_of_text: int | None) -> float:
-    """What `mutual_information` gives for the same pairs with their second halves permuted, by a fixed seed."""
+    """Return `mutual_information` of the same pairs with their second halves permuted, by a fixed seed."""
     x, y = _pairs(tokens, distance, end_of_text)
     return _estimate(x, np.random.Generator(np.random.Philox(key=0)).permutation(y), vocabulary)
 
 
 def fit(distances: np.ndarray, values: np.ndarray) -> tuple[float, float, float]:
-    """Least squares of C0 + a * d**k with k in [-10, -0.01]: (C0, a, k); a < 0 where the curve rises.
+    """Fit C0 + a * d**k with k in [-10, -0.01] by least squares and return (C0, a, k); a < 0 if the curve rises.
 
-    A flat curve has no k: where values differ by no more than rounding, the result is (their mean, 0, -1).
-
-    Args:
-        distances: `[D]`, positive, at least 3 different ones.
-        values: `[D]`.
+    `distances` `[D]` are positive, at least 3 different ones; `values` are `[D]`. A flat curve has no k: if values
+    differ by no more than rounding, the result is (their mean, 0, -1).
     """
     d, y = np.asarray(distances, dtype=np.float64), np.asarray(values, dtype=np.float64)
     if np.ptp(y) <= 1e-12 * np.abs(y).max():  # some thousand roundings of float64
         return float(y.mean()), 0.0, -1.0
 
     def solve(k: float) -> tuple[float, float, float]:
-        """The squared error at k, and the C0 and a of it, in which the curve is linear."""
+        """Return the squared error at k with the best C0 and a, in which the curve is linear."""
         basis = d**k
         centred = basis - basis.mean()
         a = centred @ (y - y.mean()) / (centred @ centred)
         c0 = y.mean() - a * basis.mean()
         return float(np.sum((c0 + a * basis - y) ** 2)), float(c0), float(a)
 
-    # k alone is searched, on ever finer grids. Not by scipy, which would be a dependency for one curve.
+    # k alone is searched, on ever finer grids. scipy would be a dependency for one curve.
     low, high = STEEPEST, FLATTEST
     while high - low > 1e-12:
         grid = np.linspace(low, high, 201)
@@ -108,27 +96,23 @@ def fit_weights(shard: Shard, *, tokens: int, distances: int, subtract_floor: bo
     """Measure a shard and fit its position weights; write fit_weights.json and fit_weights.png to `folder`.
 
     Args:
-        shard: the text; documents are kept apart where it names an end-of-text token.
-        tokens: read from the start of the shard; all where it has fewer. Each takes about 70 bytes of memory.
+        shard: the text; documents are kept apart if it names an end-of-text token.
+        tokens: read from the start of the shard, at most all. Each takes about 70 bytes of memory.
         distances: D, the largest distance.
-        subtract_floor: fit the mutual information less its floor, or 0 where that is negative.
-        folder: made where it is not there.
+        subtract_floor: fit the mutual information less its floor, or 0 if that is negative.
 
     Returns:
-        What fit_weights.json holds: distances, values and floor `[D]`, the latter two in nats and as measured; c0, a
-        and k, for `--position-weights fitted --fitted C0 A K`; tokens, as read; the shard's sha256; subtract_floor.
+        The content of fit_weights.json: distances, values and floor `[D]`, the latter two in nats and as measured; c0,
+        a and k, for `--position-weights fitted --fitted C0 A K`; tokens read; the shard's sha256; subtract_floor.
 
     Raises:
-        UserError: fewer than 3 distances, too few tokens, no pair of one document at some distance, a fit that gives
-            unusable weights, or the folder cannot be written.
+        UserError: fewer than 3 distances, too few tokens, no pair of one document at some distance, a fit with unusable
+            weights, or the folder cannot be written.
     """
-    if distances < 3:
-        raise UserError(f"distances: expected at least 3, for three constants, got {distances}")
+    check("distances", distances, distances >= 3, "at least 3, for three constants")
     count = min(tokens, len(shard))
-    if count <= distances:
-        raise UserError(
-            f"tokens: expected more than distances = {distances}, got {count}; shard {shard.path} has {len(shard)}"
-        )
+    wanted = f"more than distances = {distances} (shard {shard.path} has {len(shard)})"
+    check("tokens", count, count > distances, wanted)
     text, d = shard.read(0, count), np.arange(1, distances + 1)
     values, floor = (
         np.array([estimate(text, i, shard.vocabulary, shard.end_of_text) for i in d.tolist()])
@@ -155,7 +139,7 @@ def fit_weights(shard: Shard, *, tokens: int, distances: int, subtract_floor: bo
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:
-    """The paper's Figure 10 for this text."""
+    """Draw the paper's Figure 10 for this text."""
     d, values, floor = (np.array(result[name]) for name in ("distances", "values", "floor"))
     fitted = (result["c0"], result["a"], result["k"])
     with figure(path, "distance (tokens)", "mutual information (nats)") as axes:

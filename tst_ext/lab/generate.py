@@ -1,9 +1,7 @@
-"""Generate text from a trained model, one token after the other.
+"""Generate text from a trained model, one token after the other, to look at samples.
 
-A reference, to read and to look at samples with: every token runs the whole window through the same code as training.
-A cache of keys and values would make a token cost one position instead of all, and would be a second way through the
-attention that could be wrong in its own way; to serve a model, export it (`tst_ext.lab.export`) to software made for
-that. The head, in a small model the largest matrix, runs on the last position alone.
+Every token runs the whole window through the code of training. A cache of keys and values would be faster, but a second
+attention that could be wrong in its own way. To serve a model, export it (`tst_ext.lab.export`).
 """
 
 import math
@@ -12,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..train.files import UserError
+from ..train.files import UserError, check
 from ..train.model import Transformer
 
 
@@ -32,23 +30,21 @@ def generate(
     """Continue `prompt` and return the continuation, without the prompt and without the end of text.
 
     Args:
-        model: on any device.
         tokenizer: the run's; no special tokens are put around the prompt, as none were in training.
         prompt: text to continue. One that has no tokens starts from `end_of_text`, as a document does in training.
         max_tokens: most tokens to append.
         temperature: divides the logits; 0 takes the most probable token each time.
         top_k: draws among that many most probable tokens; 0 among all.
-        seed: of the draws; the same on every device, because they are made on the CPU from logits in float32.
+        seed: of the draws, which are made on the CPU from logits in float32.
         end_of_text: id of the token that ends the continuation, or None.
-        positions: tokens the model reads at most, the last ones of a longer text; `latent_tokens` of the run.
+        positions: most tokens the model reads, the last ones of a longer text; `latent_tokens` of the run.
 
     Raises:
         UserError: an argument out of range, or nothing to start from; names the argument.
     """
     limits = {"max_tokens": (max_tokens, 1), "temperature": (temperature, 0), "top_k": (top_k, 0)}
     for name, (value, low) in limits.items():
-        if not low <= value < math.inf:  # false for nan, too
-            raise UserError(f"{name}: expected a number >= {low}, got {value!r}")
+        check(name, value, low <= value < math.inf, f"a number >= {low}")
     ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids
     if not ids:
         if end_of_text is None:
@@ -59,7 +55,7 @@ def generate(
     device = next(model.parameters()).device
     for _ in range(max_tokens):
         window = torch.tensor([ids[-positions:]], device=device)  # [1, l]
-        logits = model.head(model.hidden(window)[:, -1:])[0, 0]  # [V]
+        logits = model.head(model.hidden(window)[:, -1:])[0, 0]  # [V], of the last position alone
         token = sample(logits.float().cpu(), temperature, top_k, generator)
         if token == end_of_text:
             break

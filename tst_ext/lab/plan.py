@@ -1,8 +1,7 @@
 """Plan a run before it is paid for: tokens, FLOPs, hours, and when TST is worth it.
 
-Hours follow from one number that any ordinary run shows, its tokens per second. A superposition step has as many latent
-positions as an ordinary step, so it takes as long and reads s times more data. TST saves steps: those that a baseline
-needs beyond as many for the same loss. Only training tells how many; docs/evidence.md has the paper's numbers and ours.
+A superposition step takes as long as an ordinary step, so hours follow from the tokens per second of an ordinary run.
+How many steps TST saves only training tells; docs/evidence.md has the paper's numbers and ours.
 """
 
 import math
@@ -11,7 +10,7 @@ from typing import Any
 
 from .. import SuperpositionSchedule
 from ..train.config import TrainConfig
-from ..train.files import UserError
+from ..train.files import check
 from ..train.flops import parameters, step_flops
 
 MULTIPLE = 1.8  # the paper's 3B run: a baseline takes 36,000 steps to the loss of TST's 20,000
@@ -22,31 +21,26 @@ def plan(config: TrainConfig, *, gpus: int, tokens_per_second_per_gpu: float) ->
     """Compute the resources of the run that `config` describes, as JSON has it.
 
     Args:
-        config: the run; the model's vocabulary is taken to be its `data.vocabulary`.
+        config: the run, whose `data.vocabulary` is taken for the model's.
         gpus: GPUs of the run, one process each.
         tokens_per_second_per_gpu: latent tokens, which are the tokens that a run without superposition counts.
 
     Returns:
         parameters; phases, each with steps, bag_size, latent_tokens, data_tokens, flops and hours; their total; the
-        baseline of equal steps; break_even (None without superposition): the superposed share of the steps, and at the
-        paper's multiple of a baseline's steps the hours saved and the slowdown of a superposition step that would
-        undo it; recommended, as `recommend` returns it. Hours are of training steps alone, without validation and
-        checkpoints; with scale "batch", whose attention is cheaper, they are an upper bound.
+        baseline of equal steps; break_even (None without superposition): the superposed share of the steps, and, for
+        the paper's multiple of a baseline's steps, the hours saved and the slowdown of a superposition step that undoes
+        it; recommended, by `recommend`. Hours are of training steps alone, and an upper bound with scale "batch".
 
     Raises:
         UserError: a number outside its range, or a batch that the trainer could not share out.
     """
     share, rest = divmod(config.batch, max(1, gpus))
     micro_batch = config.run.micro_batch or share
-    for name, value, valid, wanted in (
-        ("gpus", gpus, gpus >= 1, "an integer >= 1"),
-        ("tokens_per_second_per_gpu", tokens_per_second_per_gpu, 0 < tokens_per_second_per_gpu < math.inf, "above 0"),
-        ("batch", config.batch, rest == 0, f"a multiple of the {gpus} GPUs"),
-        ("micro_batch", micro_batch, rest or share % micro_batch == 0, f"a divisor of the {share} sequences of a GPU"),
-    ):
-        if not valid:
-            raise UserError(f"{name}: expected {wanted}, got {value!r}")
-
+    speed = tokens_per_second_per_gpu
+    check("gpus", gpus, gpus >= 1, "an integer >= 1")
+    check("tokens_per_second_per_gpu", speed, 0 < speed < math.inf, "above 0")
+    check("batch", config.batch, rest == 0, f"a multiple of the {gpus} GPUs")
+    check("micro_batch", micro_batch, share % micro_batch == 0, f"a divisor of the {share} sequences of a GPU")
     model, vocabulary, options = config.model, config.data.vocabulary, config.superposition
 
     def phase(name: str, steps: int, s: int) -> dict[str, Any]:
@@ -59,7 +53,7 @@ def plan(config: TrainConfig, *, gpus: int, tokens_per_second_per_gpu: float) ->
             "latent_tokens": latent,
             "data_tokens": latent if options.sides == "output" else s * latent,
             "flops": steps * step_flops(model, vocabulary, config.batch * cut, config.latent_tokens // cut),
-            "hours": latent / (gpus * tokens_per_second_per_gpu) / 3600,
+            "hours": latent / (gpus * speed) / 3600,
         }
 
     schedule = SuperpositionSchedule(config.steps, options.ratio, options.bag_size, options.stages)
@@ -69,8 +63,8 @@ def plan(config: TrainConfig, *, gpus: int, tokens_per_second_per_gpu: float) ->
     total = {"phase": "total", "bag_size": None, **{key: sum(p[key] for p in phases) for key in SUMMED}}
     weights = parameters(model, vocabulary)
     superposed = sum(p["steps"] for p in phases if p["bag_size"] > 1) / config.steps
-    # With superposition steps of 1 + x times a baseline's, TST takes 1 + r x times as long, and a baseline of m times
-    # the steps m times: they are even at x = (m - 1) / r.
+    # If superposition steps take 1 + x times as long, TST takes 1 + r x times as long, and a baseline of m times the
+    # steps takes m times as long. They are even at x = (m - 1) / r.
     even = superposed and {
         "share": superposed,
         "multiple": MULTIPLE,
@@ -79,7 +73,7 @@ def plan(config: TrainConfig, *, gpus: int, tokens_per_second_per_gpu: float) ->
     }
     return {
         "gpus": gpus,
-        "tokens_per_second_per_gpu": tokens_per_second_per_gpu,
+        "tokens_per_second_per_gpu": speed,
         "parameters": {"total": weights, "without_embedding_and_head": weights - 2 * vocabulary * model.dim},
         "phases": phases,
         "total": total,
@@ -89,21 +83,18 @@ def plan(config: TrainConfig, *, gpus: int, tokens_per_second_per_gpu: float) ->
     }
 
 
-# Latent tokens per parameter. Bags of two lose by 0.015 at 0.9 and gain 0.040 at 1.8, where 1.5 is a choice between:
-# one model of 1.1 M parameters (docs/evidence.md), in which steps and tokens per parameter were not varied apart.
+# Latent tokens per parameter, a choice between 0.9, where bags of two lose by 0.015, and 1.8, where they gain 0.040.
+# One model of 1.1 M parameters (docs/evidence.md); steps and tokens per parameter were not varied apart.
 GAINS_FROM = 1.5
 MEASURED_FROM = 12.5  # the paper's 3B run, the shortest of its runs by this measure
 LARGE = 100_000_000  # parameters; the paper's smallest model has 267 M, the largest of docs/evidence.md 1.8 M
 
 
 def recommend(config: TrainConfig) -> dict[str, Any]:
-    """Choose s, r and weights to start with, by the size of the model and how long it trains.
+    """Choose s, r (0 for the baseline) and weights to start with, by the size of the model and how long it trains.
 
-    Returns:
-        bag_size, ratio (0: train the baseline), position_weights, tokens_per_parameter (positions of the model over
-        the whole run), and evidence: what they rest on, in a sentence, with losses in nats.
-
-    Source: docs/evidence.md, and arXiv 2605.06546 for its sizes.
+    Return also tokens_per_parameter, latent tokens of the run per parameter, and evidence, a sentence with losses in
+    nats. Source: docs/evidence.md, and arXiv 2605.06546 for its sizes.
     """
     size = parameters(config.model, config.data.vocabulary)
     length = config.steps * config.batch * config.latent_tokens / size
@@ -181,7 +172,7 @@ def _hours(hours: float) -> str:
 
 
 def _table(*rows: list[str]) -> str:
-    """A Markdown table with aligned columns; the first row is its head, the first column text, the others numbers."""
+    """Write rows, the first of them the head, as aligned Markdown; the first column is text, the others numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
     cells = ([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows)

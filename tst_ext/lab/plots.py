@@ -12,9 +12,8 @@ from ..train.plot import figure
 def plot_grid(rows: list[dict[str, Any]], grid: str, options: tuple[str, ...], path: Path) -> None:
     """Draw the final losses of one grid of a sweep to `path`: over its first option, a colour for each of the others.
 
-    Points are means over seeds, bars their standard deviations, dashes the baselines of the same seeds: one for all
-    that have the same, else each in the colour of the first that has it. Runs whose baseline is not done are left out,
-    and baselines without a run. Nothing is drawn where nothing is left, or where the grid has nothing but seeds.
+    Points are means over seeds, bars their standard deviations, dashes the baselines of the same seeds. Only pairs of
+    run and baseline are drawn, and nothing if there are none or the grid varies only seeds.
     """
     all_rows = {row["name"]: row for row in rows}
     mine = [row for row in rows if grid in row["grids"]]
@@ -27,7 +26,7 @@ def plot_grid(rows: list[dict[str, Any]], grid: str, options: tuple[str, ...], p
     numbers = all(type(value) in (int, float) for value in places.values())
     at = {key: value if numbers else i for i, (key, value) in enumerate(places.items())}
     line, dashes = ("o-", "s--") if numbers else ("o", "s")  # between two words there is nothing
-    # Options that go with the first one, as the width of a model with its depth, say nothing more.
+    # Options that follow from the first one, as the width of a model from its depth, are not named.
     pairs = {o: {(json.dumps(row["options"][x]), json.dumps(row["options"][o])) for row in drawn} for o in rest}
     rest = [option for option in rest if len(pairs[option]) > len(places)]
     drawn.sort(key=lambda row: [v if type(v := row["options"][o]) in (int, float) else 0 for o in rest])
@@ -46,7 +45,7 @@ def plot_grid(rows: list[dict[str, Any]], grid: str, options: tuple[str, ...], p
 
 
 def _baselines(axes: Any, lines: dict[str, Any], all_rows: dict[str, Any], rest: list[str], style: str) -> None:
-    """Draw the baselines of all lines, those of several lines once: across where they are the same at all places."""
+    """Draw the baselines of all lines, each once, in the first line's colour, and across if the same at all places."""
     kinds: dict[tuple[tuple[Any, tuple[str, ...]], ...], tuple[str, str]] = {}  # names by place -> color, label
     for i, (label, points) in enumerate(lines.items()):
         names = {p: tuple(sorted(row["baseline"] for row in group)) for p, group in sorted(points.items())}
@@ -72,12 +71,12 @@ def _baselines(axes: Any, lines: dict[str, Any], all_rows: dict[str, Any], rest:
 def _points(axes: Any, rows: dict[Any, list[dict[str, Any]]], color: str, style: str, label: str) -> None:
     losses = {place: [row["val_loss"] for row in group] for place, group in sorted(rows.items())}
     means = [statistics.mean(values) for values in losses.values()]
-    # NaN: no bar, where one of no length would say that there is no spread
+    # NaN draws no bar; a bar of no length would say that there is no spread.
     deviations = [statistics.stdev(values) if len(values) > 1 else math.nan for values in losses.values()]
     look: dict[str, Any] = {"color": color, "label": _plain(label), "capsize": 3, "markersize": 4, "linewidth": 1}
     axes.errorbar([*losses], means, deviations, fmt=style, **look)
 
 
 def _plain(text: str) -> str:
-    """Escape text for matplotlib, which takes what is between two dollar signs for a formula."""
+    """Escape text for matplotlib, which reads formulas between dollar signs."""
     return text.replace("$", r"\$")

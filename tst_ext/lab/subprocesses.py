@@ -47,12 +47,12 @@ def start(config: TrainConfig, folder: Path, environment: Mapping[str, str] | No
 
 
 def is_running(folder: Path) -> bool:
-    """Tell whether a run is going in that folder, one of `start` or another."""
+    """Tell whether a run is going in that folder, by `start` or otherwise."""
     return in_use(_log(folder)) or in_use(folder)
 
 
 def failure(folder: Path, status: int) -> str:
-    """Say what became of a run that ended with this exit status, other than 0."""
+    """Say why a run ended with this exit status, other than 0."""
     if status < 0:
         return f"was killed by signal {-status} (log {_log(folder)})"
     last = _log(folder).read_text(errors="replace").strip().splitlines()[-1:]
@@ -63,8 +63,7 @@ def stop(processes: Iterable["subprocess.Popen[bytes]"]) -> None:
     """End the processes that still run, each with a checkpoint, and wait for them."""
     processes = list(processes)
     for process in processes:
-        if process.poll() is None:
-            process.terminate()
+        process.terminate()  # does nothing to one that has ended
     for process in processes:
         process.wait()
 
@@ -88,17 +87,17 @@ class Progress:
         self.begin = time.monotonic()
         self.next = self.begin + (0 if self.terminal else LOG_SECONDS)
         self.steps = {name: self._last(name)["step"] for name in runs}
-        self.before = self._flops()  # of an earlier call: they tell nothing of the speed
+        self.before = self._flops()  # an earlier call's tell nothing of the speed
 
     def _last(self, name: str) -> dict[str, Any]:
-        lines = read_metrics(self.folder / name) if self.shown else []
-        return next((line for line in reversed(lines) if "loss" in line), {"step": 0})
+        lines = [line for line in read_metrics(self.folder / name) if "loss" in line]
+        return lines[-1] if lines else {"step": 0}
 
     def _flops(self) -> float:
         return sum(run_flops(config, self.steps[name]) for name, config in self.runs.items())
 
     def show(self, going: list[str]) -> None:
-        """Show the share that is done, the time left, and steps and losses of the runs that are going."""
+        """Show the share done, the time left, and steps and losses of the runs that are going."""
         now = time.monotonic()
         if not self.shown or now < self.next:
             return
@@ -106,14 +105,14 @@ class Progress:
         lines = {name: self._last(name) for name in going}
         self.steps |= {name: line["step"] for name, line in lines.items()}
         total, done = sum(map(run_flops, self.runs.values())), self._flops()
-        texts = [f"{done / total:.0%}"]
+        text = f"{done / total:.0%}"
         if done > self.before:
             left = (now - self.begin) / (done - self.before) * (total - done)
-            texts[0] += f", {timedelta(seconds=round(left))} left"
+            text += f", {timedelta(seconds=round(left))} left"
         for name, line in lines.items():
             loss = f" loss {line['loss']:.3f}" if "loss" in line else ""
-            texts.append(f"{name} {line['step']}/{self.runs[name].steps}{loss}")
-        self._print("; ".join(texts), "" if self.terminal else "\n")
+            text += f"; {name} {line['step']}/{self.runs[name].steps}{loss}"
+        self._print(text, "" if self.terminal else "\n")
 
     def ended(self, row: dict[str, Any]) -> None:
         """Show the result of a run: its row in results.json."""

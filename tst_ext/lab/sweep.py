@@ -1,9 +1,6 @@
 """Do a grid of runs that can be interrupted: choose the runs, run those still to do, and write one table of them.
 
-A sweep's file is a configuration, as --config takes it, with tables `[[grid]]`. There each option of tst train has a
-list of values, and the grid is their product. `cases` is a list of tables of options that go together, `seeds` a list
-of seeds. Every run's baseline (ratio 0, otherwise the same) belongs to the grid too. Runs that several grids want are
-run once.
+docs/trainer.md, "Sweeps", has the format of a sweep's file.
 """
 
 import csv
@@ -26,7 +23,7 @@ import torch
 from ..train.config import TrainConfig, config_dict, config_from_dict, load_config
 from ..train.data import Shard, prepared_folder
 from ..train.distributed import choose_device
-from ..train.files import UserError, check_writable, lock, write_text
+from ..train.files import UserError, check, check_writable, lock, write_text
 from ..train.metrics import read_metrics
 from ..train.signals import deferred_signals
 from .plots import plot_grid
@@ -34,10 +31,7 @@ from .subprocesses import Progress, available_cores, failure, is_running, on_cpu
 
 
 def _options() -> dict[str, str]:
-    """Map each option to the section it stands in, "" for none.
-
-    How a run is carried out (the section `run`) is the same for all runs of a sweep; `seeds` stands for the seed.
-    """
+    """Map each option that a grid can vary to its section, "" for none. `seeds` stands for the seed."""
     options: dict[str, str] = {}
     for f in dataclasses.fields(TrainConfig):
         if dataclasses.is_dataclass(f.type):
@@ -48,14 +42,13 @@ def _options() -> dict[str, str]:
 
 
 OPTIONS = _options()
-
 RESULT = ("steps", "switch_step", "data_tokens", "seconds", "val_loss")  # of result.json
 LONGEST_NAME = 200  # bytes; file systems take 255, and a run's log and options have endings
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The runs of one table `[[grid]]`: their names, baselines included, and the options it varies, in its order."""
+    """Name the runs of one table `[[grid]]`, with baselines, and the options it varies, in its order."""
 
     name: str
     options: tuple[str, ...]
@@ -64,17 +57,11 @@ class Grid:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The runs of all grids.
-
-    Attributes:
-        runs: every run by its name.
-        options: of each run those options in which runs differ, and those that a grid names.
-        baselines: the name of each run's baseline; a baseline has its own.
-    """
+    """Hold the runs of all grids, by their names."""
 
     runs: dict[str, TrainConfig]
-    options: dict[str, dict[str, Any]]
-    baselines: dict[str, str]
+    options: dict[str, dict[str, Any]]  # of each run those in which runs differ, and those that a grid names
+    baselines: dict[str, str]  # of each run its baseline, of a baseline itself
     grids: tuple[Grid, ...]
 
 
@@ -89,19 +76,19 @@ def load_sweep(path: Path) -> Sweep:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"sweep {path}: {error}") from error
     grids = values.pop("grid", None)
-    if not isinstance(grids, list) or not grids or not all(isinstance(grid, dict) for grid in grids):
-        raise UserError(f"sweep {path}: expected tables [[grid]], got {grids!r}")
+    valid = isinstance(grids, list) and grids != [] and all(isinstance(grid, dict) for grid in grids)
+    check(f"sweep {path}", grids, valid, "tables [[grid]]")
     base = config_from_dict(values, f"sweep {path}")
     if base.run.threads == 0 and on_cpu(base):
-        # A core a run: two of the default runs at a time, 32 ms a step each, do what one on both cores does in 16 ms.
+        # One core per run: two default runs at a time, at 32 ms per step, do what one on both cores does in 16 ms.
         base = dataclasses.replace(base, run=dataclasses.replace(base.run, threads=1))
 
     read: dict[str, tuple[tuple[str, ...], list[TrainConfig]]] = {}
     for i, grid in enumerate(grids):
         where = f"sweep {path}: grid {grid.get('name', i)}"
         name = grid.pop("name", f"grid-{i}")
-        if not isinstance(name, str) or re.fullmatch(rf"[\w-]{{1,{LONGEST_NAME // 4}}}", name) is None:
-            raise UserError(f"{where}: name: expected up to {LONGEST_NAME // 4} letters, digits, _ and -, got {name!r}")
+        valid = isinstance(name, str) and re.fullmatch(r"[\w-]{1,50}", name) is not None  # up to 4 bytes each
+        check(f"{where}: name", name, valid, "up to 50 letters, digits, _ and -")
         if name in read:
             raise UserError(f"{where}: name: expected another one, {name!r} is a grid already")
         options, points = _points(grid, base.seed, where)
@@ -110,14 +97,10 @@ def load_sweep(path: Path) -> Sweep:
 
 
 def make_sweep(base: TrainConfig, grids: dict[str, tuple[tuple[str, ...], list[TrainConfig]]]) -> Sweep:
-    """Name the runs of all grids and add their baselines.
+    """Name the runs of all grids by the options in which they differ from `base`, and add their baselines.
 
-    Args:
-        base: the configuration whose options the names of runs leave out.
-        grids: for each name of a grid the options it varies and its runs.
-
-    Raises:
-        UserError: a name is too long, or two different runs would have it.
+    `grids` has the options that a grid varies and its runs. Raises UserError if a name is too long, or two different
+    runs would have it.
     """
     runs: dict[str, TrainConfig] = {}
     baselines: dict[str, str] = {}
@@ -153,10 +136,8 @@ def _points(grid: dict[str, Any], seed: int, where: str) -> tuple[tuple[str, ...
     """Return the options that a grid varies, and for each of its runs their values, the seed among them."""
     seeds, cases = grid.pop("seeds", [seed]), grid.pop("cases", [{}])
     for key, value in {**grid, "seeds": seeds, "cases": cases}.items():
-        if not isinstance(value, list) or not value:
-            raise UserError(f"{where}: {key}: expected a list of values, got {value!r}")
-    if not all(isinstance(case, dict) for case in cases):
-        raise UserError(f"{where}: cases: expected a list of tables, got {cases!r}")
+        check(f"{where}: {key}", value, isinstance(value, list) and value != [], "a list of values")
+    check(f"{where}: cases", cases, all(isinstance(case, dict) for case in cases), "a list of tables")
     options = dict.fromkeys([*grid, *(key for case in cases for key in case)])
     for option in options:
         if option not in OPTIONS:
@@ -190,20 +171,16 @@ def run_sweep(
     """Do the runs that are not done yet, in `folder`/runs, and keep results.json, results.csv and the figures.
 
     An interrupted run resumes from its checkpoint. One that fails does not stop the others, and is tried again the next
-    time. On CPUs as many run at a time as there are cores for, on GPUs one each.
+    time. Return the content of results.json.
 
     Args:
-        jobs: runs at a time; 0: as above.
+        jobs: runs at a time; 0: as many as there are cores for, or one per GPU.
         only: names of runs or grids; no others are run.
         progress: whether to show steps, losses and the time left.
 
-    Returns:
-        What results.json holds.
-
     Raises:
         UserError: an unknown name in `only`; the device or the data cannot be used; `folder` cannot be written to,
-            another sweep uses it, or it holds a run of other options or other data by one of these names, or a damaged
-            one. Nothing has been run then.
+            another sweep uses it, or it holds a damaged run or one of other options or data. Nothing is run then.
     """
     check_writable(folder)
     to_do = [name for name in _choose(sweep, only) if not (folder / "runs" / name / "result.json").exists()]
@@ -218,10 +195,9 @@ def run_sweep(
         now = Shard(prepared, "train").sha256, Shard(prepared, "val").sha256
         for name, read in results.data.items():
             if sweep.runs[name].data == data and read != now:
-                raise UserError(
-                    f"data {prepared}: expected what {folder / 'runs' / name} has read (sha256 {read[0]}, held out "
-                    f"{read[1]}), got {now[0]}, {now[1]}; choose another --out or remove that folder"
-                )
+                before = f"{folder / 'runs' / name} has read (sha256 {read[0]}, held out {read[1]})"
+                remedy = "choose another --out or remove that folder"
+                raise UserError(f"data {prepared}: expected what {before}, got {now[0]}, {now[1]}; {remedy}")
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     claim = lock(folder)
     if claim is None:
@@ -243,8 +219,7 @@ def _choose(sweep: Sweep, only: tuple[str, ...] | None) -> list[str]:
     if only == ():
         raise UserError(f"only: expected {wanted}, got nothing")
     for name in only or ():
-        if name not in grids and name not in sweep.runs:
-            raise UserError(f"only: expected {wanted}, got {name!r}")
+        check("only", name, name in grids or name in sweep.runs, wanted)
     chosen = {run for name in only for run in grids.get(name, (name,))} if only else set(sweep.runs)
     return sorted((name for name in sweep.runs if name in chosen), key=lambda name: -run_flops(sweep.runs[name]))
 
@@ -259,7 +234,7 @@ def _check_same(folder: Path, config: TrainConfig) -> None:
 
 
 def _slots(config: TrainConfig, jobs: int) -> list[dict[str, str]]:
-    """Return what each of the runs at a time gets as its environment: on GPUs one of them."""
+    """Return the environments of the runs at a time: on GPUs each has one of them."""
     if on_cpu(config):
         return [{}] * (jobs or max(1, available_cores() // max(1, config.run.threads)))
     if ":" in config.run.device:  # a certain one
@@ -278,7 +253,7 @@ def _run(sweep: Sweep, folder: Path, to_do: list[str], jobs: int, results: "_Res
     progress = Progress({name: sweep.runs[name] for name in to_do}, folder / "runs", shown)
     try:
         while waiting or running:
-            # Runs whose sweep was killed go on without it: they are waited for, and each takes the place of another.
+            # Runs whose sweep was killed go on without it: each takes the place of another until it ends.
             going = {name for name in waiting if is_running(path[name])}
             for name in [name for name in waiting if name not in going]:
                 if (path[name] / "result.json").exists():
@@ -302,19 +277,12 @@ def _run(sweep: Sweep, folder: Path, to_do: list[str], jobs: int, results: "_Res
 
 
 class _Results:
-    """Keep results.json, its contents, and results.csv, of what is done by now.
-
-    Attributes:
-        data: checksums of the text that a finished run has read and was validated on.
-
-    Raises:
-        UserError: a file of a finished run is damaged.
-    """
+    """Keep results.json and results.csv up to date. Raise UserError if a file of a finished run is damaged."""
 
     def __init__(self, sweep: Sweep, folder: Path) -> None:
         self.folder = folder
         self.environments: list[dict[str, Any]] = []
-        self.data: dict[str, tuple[str, str]] = {}
+        self.data: dict[str, tuple[str, str]] = {}  # checksums of the texts that a finished run has read
         self.rows: dict[str, dict[str, Any]] = {}
         for name, config in sweep.runs.items():
             self.rows[name] = {
@@ -333,7 +301,7 @@ class _Results:
         return {"environments": self.environments, "runs": list(self.rows.values())}
 
     def ended(self, name: str, failed: str | None = None) -> dict[str, Any]:
-        """Return the row of a run that ended, with a result or by what `failed` says."""
+        """Return the row of a run that ended, with a result or as `failed` says."""
         if failed is None:
             self._add(name)
         else:
@@ -350,9 +318,8 @@ class _Results:
             row |= {"val_loss": float(result["val_loss"]), **_history(run)}
             self.data[name] = facts["data"], facts["held_out"]
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(
-                f"out {run}: environment.json, result.json or metrics.jsonl is damaged ({error!r}); remove the folder"
-            ) from error
+            files = "environment.json, result.json or metrics.jsonl"
+            raise UserError(f"out {run}: {files} is damaged ({error!r}); remove the folder") from error
         self.rows[name] |= row
         if environment not in self.environments:
             self.environments.append(environment)
@@ -377,12 +344,8 @@ class _Results:
 
 
 def _history(run: Path) -> dict[str, Any]:
-    """Sum up the metrics of a run.
-
-    curve: step, data tokens, seconds and held-out loss of each validation, None where no line tells; phases: of each
-    phase the medians of data tokens a second and of MFU.
-    """
-    curve: list[list[Any]] = []
+    """Sum up the metrics of a run: the curve of validations, and for each phase the medians of tokens_per_s and MFU."""
+    curve: list[list[Any]] = []  # step, data tokens, seconds (both None if no line has them) and held-out loss
     phases: dict[str, list[dict[str, Any]]] = {}
     last: dict[str, Any] = {"step": 0}
     for line in read_metrics(run):
@@ -400,11 +363,9 @@ def _history(run: Path) -> dict[str, Any]:
 
 
 def cells(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put runs together that differ in nothing but the seed, with the mean and the spread over their seeds.
+    """Put runs together that differ only in the seed: options, seeds, and val_loss and difference over the seeds.
 
-    Returns:
-        For each cell options, seeds, val_loss and difference, the last two as (mean, standard deviation) with None for
-        the deviation of one run, and for the mean where there is no run or no baseline.
+    The last two are (mean, standard deviation). The deviation of one run is None, and so is the mean of none.
     """
     together: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -420,9 +381,8 @@ def cells(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _spread(values: list[float]) -> tuple[float | None, float | None]:
-    if not values:
-        return None, None
-    return math.fsum(values) / len(values), statistics.stdev(values) if len(values) > 1 else None
+    mean = math.fsum(values) / len(values) if values else None
+    return mean, statistics.stdev(values) if len(values) > 1 else None
 
 
 def table(results: dict[str, Any]) -> str:

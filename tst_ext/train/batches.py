@@ -1,4 +1,4 @@
-"""The batch of a step in each phase, and a thread that reads ahead of the loop."""
+"""Make the batch of a step in each phase, and read ahead of the loop in a thread."""
 
 import threading
 from collections import deque
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..bags import document_offsets, fold_inputs, fold_labels
 from .config import TrainConfig
 from .data import Shard
-from .files import UserError
+from .files import UserError, check
 
 T = TypeVar("T")
 PADDING = -100  # in empty slots of bags, on both sides
@@ -22,41 +22,28 @@ PADDING = -100  # in empty slots of bags, on both sides
 
 @dataclass(frozen=True)
 class Batch:
-    """One process's share of a step's batch.
+    """Hold one process's share of a step's batch."""
 
-    Attributes:
-        ids: `[b, l]` tokens or `[b, l, s]` bags.
-        labels: `[b, l]` or `[b, l, s]`.
-        counts: for each of the s bag positions how many of its labels count.
-        tokens: data tokens read.
-    """
-
-    ids: Tensor
-    labels: Tensor
-    counts: list[int]
-    tokens: int
+    ids: Tensor  # [b, l] tokens or [b, l, s] bags
+    labels: Tensor  # [b, l] or [b, l, s]
+    counts: list[int]  # for each of the s bag positions how many of its labels count
+    tokens: int  # data tokens read
 
 
 def check_batches(config: TrainConfig, training: Shard, world: int) -> None:
-    """Raises UserError where the batches of `config` cannot be made from `training` by `world` processes."""
+    """Raise UserError if `world` processes cannot make the batches of `config` from `training`."""
     share, rest = divmod(config.batch, world)
-    if rest:
-        raise UserError(f"batch: expected a multiple of the {world} processes, got {config.batch}")
-    if config.run.micro_batch and share % config.run.micro_batch:
-        raise UserError(
-            f"micro_batch: expected a divisor of the {share} sequences of each process, got {config.run.micro_batch}"
-        )
-    options = config.superposition
+    check("batch", config.batch, rest == 0, f"a multiple of the {world} processes")
+    micro_batch, options = config.run.micro_batch or share, config.superposition
+    check("micro_batch", micro_batch, share % micro_batch == 0, f"a divisor of the {share} sequences per process")
     if not options.straddle and training.end_of_text is None:
-        raise UserError(
-            f"straddle: shard {training.path} does not name its end-of-text token (end_of_text in its .json)"
-        )
+        raise UserError(f"straddle: shard {training.path} names no end-of-text token (end_of_text in its .json)")
     for s in (1, *options.bag_sizes()):
         training.check_length(_window(config, s))
 
 
 def _window(config: TrainConfig, bag_size: int) -> int:
-    """Tokens of a sequence in the data, labels of the last position not counted."""
+    """Return the tokens of a sequence in the data, without the labels of its last position."""
     options = config.superposition
     if options.sides == "output":
         return config.latent_tokens + bag_size - 1  # the last position's bag of labels reaches beyond it
@@ -64,10 +51,9 @@ def _window(config: TrainConfig, bag_size: int) -> int:
 
 
 def read_batch(shard: Shard, config: TrainConfig, bag_size: int, step: int, rank: int = 0, world: int = 1) -> Batch:
-    """The batch of `step`, as it is wherever a run was entered and by however many processes.
+    """Read this process's share of the batch of `step`, a function of `step` and `config` alone.
 
-    Equal FLOPs in both phases: with bags either a sequence has s times more tokens and as many latent positions, or
-    there are s times more sequences of as many tokens.
+    Both phases have equal FLOPs: bags take s times longer sequences of tokens, or s times more sequences.
     """
     options, s = config.superposition, bag_size
     sequences = config.batch * (s if options.scale == "batch" else 1)
@@ -83,7 +69,7 @@ def read_batch(shard: Shard, config: TrainConfig, bag_size: int, step: int, rank
         documents: dict[str, Any] = {}
         if not options.straddle:
             assert shard.end_of_text is not None
-            # The shape of the fold without documents: what short bags displace is dropped.
+            # The fold keeps its shape: what short bags displace is dropped.
             documents = {"cu_seqlens": document_offsets(ids, shard.end_of_text), "num_bags": ids.shape[1] // s}
         ids, labels = fold_inputs(ids, s, **documents), fold_labels(labels, s, shifted=True, **documents)
         if options.sides == "input":
@@ -96,7 +82,7 @@ def read_batch(shard: Shard, config: TrainConfig, bag_size: int, step: int, rank
 
 
 def _within_document(labels: Tensor, ended: Tensor) -> Tensor:
-    """Ignores labels `[b, l, s]` beyond the end of their position's document; `ended` `[b, l + s - 1]` marks ends."""
+    """Ignore labels `[b, l, s]` beyond the end of their position's document; `ended` `[b, l + s - 1]` marks ends."""
     document = torch.nn.functional.pad(ended.cumsum(1), (1, 0))  # [b, l + s], of each token: how many ended before it
     length, s = labels.shape[1:]
     same = document[:, 1:].unfold(1, s, 1) == document[:, :length, None]
@@ -105,13 +91,11 @@ def _within_document(labels: Tensor, ended: Tensor) -> Tensor:
 
 @contextmanager
 def ahead(read: Callable[[int], T], start: int, stop: int, depth: int = 8) -> Iterator[Iterator[T]]:
-    """A context with `read(start)`, ..., `read(stop - 1)`, read by a thread while the loop works on those before.
+    """Yield an iterator of `read(start)`, ..., `read(stop - 1)`, read by a thread while the loop works.
 
-    The thread fills up to `depth` items as soon as half of them are gone. Woken for every item it finds cold caches and
-    stands in the way of the loop, which takes 5 % of a small model's step of 17 ms on two cores; this way 2 %.
-
-    An exception in the thread is raised where its item would have come. The thread ends with the context: one that
-    still worked when the interpreter shuts down would abort the process.
+    The thread fills up to `depth` items as soon as half of them are gone. It costs 2 % of a small model's step of 17 ms
+    on two cores; woken for every item it finds cold caches and costs 5 %. An exception in it is raised where its item
+    would have come. It ends with the context, because a thread at work would abort the interpreter's shutdown.
     """
     items: deque[T | BaseException] = deque()
     changed = threading.Condition()

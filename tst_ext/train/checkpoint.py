@@ -1,10 +1,7 @@
-"""Checkpoints by torch.distributed.checkpoint (DCP): whole or absent, checked before they are read, free of code.
+"""Save and load checkpoints by torch.distributed.checkpoint (DCP): whole or absent, checked before they are read.
 
-A checkpoint is a folder `checkpoints/step-00001000` of a run: the tensors of model, optimiser and random number
-generators as safetensors files, one a process, and checkpoint.json with the position in the run, the resolved
-configuration, and size and SHA-256 of every file. It is written under another name and renamed when all of it is on the
-disk. DCP's own file format keeps its metadata as a pickle, which can run code when it is read; its safetensors storage
-has no such part. Shards of any number of processes load into any other number.
+Tensors are stored as safetensors, because DCP's own file format has a pickle, which can run code when it is read.
+docs/trainer.md has the layout and what is promised of it.
 """
 
 import hashlib
@@ -30,31 +27,27 @@ MANIFEST = "checkpoint.json"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, the earliest first; what was being written when a process died is not among them."""
+    """List the checkpoints of a run, the earliest first, without one that was being written when a process died."""
     found = (folder / "checkpoints").glob("step-*")
     return sorted((p for p in found if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
 
 
 def last_good(folder: Path) -> str:
-    """For messages: what a run that failed has left."""
+    """Say in a message which checkpoint a failed run has left."""
     found = checkpoints(folder)
     return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint that is whole: its folder, and what its checkpoint.json holds."""
+    """Hold the folder of a whole checkpoint, and the content of its checkpoint.json."""
 
     path: Path
     manifest: dict[str, Any]
 
 
 def choose(folder: Path, resume: str, processes: Processes | None = None) -> Found | None:
-    """The checkpoint to go on from; None where the run has none.
-
-    Args:
-        folder: of the run.
-        resume: "auto", the latest one; or a checkpoint's name or path, step-00001000.
+    """Find and verify the checkpoint to resume from: "auto", the latest one of the run (or None), or a name or path.
 
     Raises:
         UserError: it is not there, or not as it was written; names the latest one before it that is whole.
@@ -82,7 +75,7 @@ def choose(folder: Path, resume: str, processes: Processes | None = None) -> Fou
 
 
 def set_aside_after(path: Path) -> None:
-    """Renames the checkpoints after `path`, from which a run goes on; the user may want them still."""
+    """Rename the checkpoints after `path`, from which a run resumes; the user may still want them."""
     found = checkpoints(path.parent.parent)
     for later in found[found.index(path) + 1 :]:
         number = 1 + sum(1 for _ in path.parent.glob(f"aside-{later.name}-*"))
@@ -94,7 +87,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> dict[str, Tensor]:
-    """All tensors of the state by name, shared with it: loading into them is loading the state."""
+    """Return all tensors of the state by name, shared with it: loading into them is loading the state."""
     tensors = _weights(model)
     for name, parameter in model.named_parameters():
         assert parameter in optimizer.state, f"no optimiser state of {name}"
@@ -115,16 +108,17 @@ def save(
     processes: Processes,
     keep: int,
 ) -> None:
-    """Writes the checkpoint of `state["step"]` and removes all but the latest `keep`. Called by every process.
+    """Write the checkpoint of `state["step"]` and remove all but the latest `keep`. Every process calls it.
 
     Raises:
-        UserError: it cannot be written (the disk is full, say); what was there before is untouched.
+        UserError: it cannot be written, for example to a full disk; what was there before is untouched.
     """
     path = folder / "checkpoints" / f"step-{state['step']:08}"
     unfinished = path.with_name(UNFINISHED + path.name)
 
     def prepare() -> None:
-        _remove_unfinished(path.parent)
+        for left in path.parent.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(left, ignore_errors=True)
         unfinished.mkdir(parents=True)
 
     def finish() -> None:
@@ -154,7 +148,7 @@ def save(
 
 
 def verify(path: Path, processes: Processes | None = None) -> dict[str, Any]:
-    """What checkpoint.json of `path` holds, after every file was found as it was written.
+    """Check every file of the checkpoint and return the content of its checkpoint.json.
 
     Raises:
         UserError: a file is missing, truncated, altered or one too many; names it.
@@ -181,12 +175,12 @@ def verify(path: Path, processes: Processes | None = None) -> dict[str, Any]:
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
-    """Reads a verified checkpoint into model, optimiser and random number generators. Called by every process.
+    """Read a verified checkpoint into model, optimiser and random number generators. Every process calls it.
 
     Raises:
         UserError: it is not one of this model.
     """
-    for parameter in model.parameters():  # a step makes the optimiser's state; what it does is overwritten
+    for parameter in model.parameters():  # a step makes the optimiser's state; its effect is overwritten
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
@@ -198,7 +192,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, process
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Reads the weights of a verified checkpoint into `model`, on one process."""
+    """Read the weights of a verified checkpoint into `model`, on one process."""
     _read(path, _weights(model), alone=True)
 
 
@@ -216,13 +210,12 @@ def _read(path: Path, tensors: dict[str, Tensor], alone: bool) -> None:
             dcp.load(wanted, storage_reader=reader, no_dist=alone)
     except UserError:
         raise
-    # safetensors has an error type of its own, and DCP's is no Exception
-    except (Exception, dcp.CheckpointException) as error:
+    except (Exception, dcp.CheckpointException) as error:  # safetensors has its own type, and DCP's is no Exception
         raise UserError(f"checkpoint {path}: cannot be read: {_reason(error)}") from error
 
 
 def _checksums(path: Path, processes: Processes | None) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each file but the manifest; each process reads its share of the files."""
+    """Return size and SHA-256 of each file but the manifest; each process reads its share of the files."""
     rank, world = (processes.rank, processes.world) if processes else (0, 1)
     mine = {}
     for file in sorted(p for p in path.iterdir() if p.name != MANIFEST)[rank::world]:
@@ -238,32 +231,25 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def _discard(path: Path) -> None:
-    """Removes a checkpoint so that a process killed half-way leaves none that looks whole."""
+    """Remove a checkpoint so that a process killed half-way leaves none that looks whole."""
     doomed = path.with_name(f"{UNFINISHED}{path.name}-removed")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)  # what another process still reads goes with the next one
 
 
-def _remove_unfinished(folder: Path) -> None:
-    for path in folder.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _reason(error: BaseException) -> str:
-    """The first process's own words, where DCP has wrapped them together with the tracebacks of all."""
+    """Return the first process's own words, without DCP's wrapper of them and the tracebacks of all."""
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, KeyboardInterrupt):  # a second Ctrl-C
         raise error
-    if isinstance(error, UserError):
-        return str(error)
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @contextmanager
 def _alone_is_right() -> Iterator[None]:
-    """DCP warns that a process without others reads and writes alone, also where no_dist says so."""
+    """Silence DCP's warning that a process reads and writes alone: no_dist says so."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield

@@ -1,4 +1,4 @@
-"""What a run is made of, as typed dataclasses: the source of the command line, of TOML files and of config.json."""
+"""Describe a run by typed dataclasses: the source of the command line, of TOML files and of config.json."""
 
 import dataclasses
 import json
@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..bags import FITTED
-from .files import UserError, write_text
+from .files import UserError, check, write_text
 
 
-def _check(name: str, value: Any, valid: bool, wanted: str) -> None:
-    if not valid:
-        raise UserError(f"{name}: expected {wanted}, got {value!r}")
+def _check_integers(config: Any, low: int, *names: str) -> None:
+    for name in names:
+        check(name, getattr(config, name), getattr(config, name) >= low, f"an integer >= {low}")
 
 
 def _check_choices(config: Any) -> None:
     for f in dataclasses.fields(config):
         if typing.get_origin(f.type) is Literal:
             choices, value = typing.get_args(f.type), getattr(config, f.name)
-            _check(f.name, value, value in choices, f"one of {', '.join(choices)}")
+            check(f.name, value, value in choices, f"one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,16 @@ class ModelConfig:
     """Base of the rotary position embedding."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "layers", "heads", "kv_heads", "ffn_dim"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
-        _check("heads", self.heads, self.dim % (2 * self.heads) == 0, f"heads with dim = {self.dim} / heads even")
-        _check("kv_heads", self.kv_heads, self.heads % self.kv_heads == 0, f"a divisor of heads = {self.heads}")
-        _check("rope_theta", self.rope_theta, 0 < self.rope_theta < math.inf, "a number > 0")
+        _check_integers(self, 1, "dim", "layers", "heads", "kv_heads", "ffn_dim")
+        check("heads", self.heads, self.dim % (2 * self.heads) == 0, f"heads with dim = {self.dim} / heads even")
+        check("kv_heads", self.kv_heads, self.heads % self.kv_heads == 0, f"a divisor of heads = {self.heads}")
+        check("rope_theta", self.rope_theta, 0 < self.rope_theta < math.inf, "a number > 0")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     data: tuple[Path, ...] = ()
-    """Files (.txt: a document; .jsonl: a document a line), folders of those, or one folder that `tst prepare` wrote.
+    """Files (.txt: one document; .jsonl: one per line), folders of those, or one folder that `tst prepare` wrote.
     Default: the source files of Python's standard library."""
     text_key: str = "text"
     """Key of the text in a line of a .jsonl file."""
@@ -65,26 +64,22 @@ class DataConfig:
     """Share of the documents held out for validation."""
 
     def __post_init__(self) -> None:
-        _check(
-            "vocabulary", self.vocabulary, 257 <= self.vocabulary <= 2**32, "257 (the bytes and a separator) or more"
-        )
-        _check("holdout", self.holdout, 0 < self.holdout < 1, "a number between 0 and 1")
+        check("vocabulary", self.vocabulary, 257 <= self.vocabulary <= 2**32, "257 (bytes and a separator) or more")
+        check("holdout", self.holdout, 0 < self.holdout < 1, "a number between 0 and 1")
 
 
 @dataclass(frozen=True)
 class SuperpositionConfig:
     bag_size: int = 4
-    """s, tokens a bag in the superposition phase; the paper uses 4 to 8."""
+    """s, tokens per bag in the superposition phase; the paper uses 4 to 8."""
     ratio: float = 0.2
     """r, share of the steps in the superposition phase; the paper uses 0.2 to 0.4; 0 trains the baseline."""
     stages: tuple[tuple[float, int], ...] = ()
-    """Further stages of the superposition phase, each a share of the steps and a bag size: coarse to fine."""
+    """Further stages of the superposition phase, coarse to fine: each a share of the steps and a bag size."""
     sides: Literal["both", "input", "output"] = "both"
-    """Where tokens are superposed. input: reads bags, predicts the next token. output: reads tokens, predicts the next
-    bag. Both as in the paper's ablation, where both together are best."""
+    """input: reads bags, predicts the next token. output: reads tokens, predicts the next bag. The paper: both wins."""
     scale: Literal["sequence", "batch"] = "sequence"
-    """What takes s times more tokens a step: sequence, with as many latent positions as in recovery, or batch, with s
-    times more sequences of the same length in tokens."""
+    """sequence: a step reads sequences of s times more tokens. batch: s times more sequences of as many tokens."""
     straddle: bool = True
     """Whether a bag may hold the end of one document and the beginning of the next."""
     position_weights: Literal["uniform", "power_law", "exponential", "first", "fitted"] = "uniform"
@@ -98,15 +93,15 @@ class SuperpositionConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        _check("bag_size", self.bag_size, self.bag_size >= 1, "an integer >= 1")
-        _check("ratio", self.ratio, 0 <= self.ratio <= 1, "a number from 0 to 1")
+        _check_integers(self, 1, "bag_size")
+        check("ratio", self.ratio, 0 <= self.ratio <= 1, "a number from 0 to 1")
         for ratio, bag_size in self.stages:
-            _check("stages", self.stages, 0 <= ratio <= 1 and bag_size >= 1, "pairs of a share and a bag size >= 1")
+            check("stages", self.stages, 0 <= ratio <= 1 and bag_size >= 1, "pairs of a share and a bag size >= 1")
         total = self.ratio + sum(ratio for ratio, _ in self.stages)
-        _check("stages", self.stages, total <= 1 + 1e-9, "shares that add up to at most 1 with ratio")
-        _check("scale", self.scale, self.sides != "output" or self.scale == "sequence", "sequence with sides output")
+        check("stages", self.stages, total <= 1 + 1e-9, "shares that add up to at most 1 with ratio")
+        check("scale", self.scale, self.sides != "output" or self.scale == "sequence", "sequence with sides output")
         uniform = self.objective == "mce" or self.position_weights == "uniform"
-        _check("position_weights", self.position_weights, uniform, "uniform with objective mce_alt")
+        check("position_weights", self.position_weights, uniform, "uniform with objective mce_alt")
         if self.position_weights == "fitted":
             c0, a, k = self.fitted
             try:
@@ -114,10 +109,10 @@ class SuperpositionConfig:
             except OverflowError:
                 weights = [math.inf]
             usable = all(0 <= w < math.inf for w in weights) and weights[0] > 0
-            _check("fitted", self.fitted, usable, "C0, a, k with weights >= 0, and the first above 0")
+            check("fitted", self.fitted, usable, "C0, a, k with weights >= 0, and the first above 0")
 
     def bag_sizes(self) -> tuple[int, ...]:
-        """The bag sizes of all stages with a share of the steps."""
+        """Return the bag sizes of all stages with a share of the steps."""
         return tuple(s for ratio, s in ((self.ratio, self.bag_size), *self.stages) if ratio > 0)
 
 
@@ -126,27 +121,27 @@ class OptimizerConfig:
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW (betas 0.9, 0.95)."""
     warmup: float = 0.1
-    """Over how long the learning rate rises to its peak: a share of the steps, or, from 1 on, a number of steps."""
+    """Steps in which the learning rate rises to its peak: a share of all steps if below 1, else their number."""
     decay: float = 0.1
-    """Share of the steps, at the end, over which it falls to zero."""
+    """Share of the steps, at the end, in which it falls to zero."""
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrices; gains of the norms have none."""
     clip: float = 1.0
     """Largest norm of the gradient of all parameters together."""
 
     def __post_init__(self) -> None:
-        _check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "a number > 0")
+        check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "a number > 0")
         whole = self.warmup < 1 or float(self.warmup).is_integer()
-        _check("warmup", self.warmup, self.warmup >= 0 and whole, "a share below 1 or a number of steps")
+        check("warmup", self.warmup, self.warmup >= 0 and whole, "a share below 1 or a number of steps")
         share = self.warmup if self.warmup < 1 else 0
-        _check("decay", self.decay, 0 <= self.decay <= 1 - share, "a share from 0 to 1 - warmup")
-        _check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a number >= 0")
-        _check("clip", self.clip, self.clip > 0, "a number > 0")
+        check("decay", self.decay, 0 <= self.decay <= 1 - share, "a share from 0 to 1 - warmup")
+        check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a number >= 0")
+        check("clip", self.clip, self.clip > 0, "a number > 0")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How a run is carried out. A resumed run may change these, and nothing else."""
+    """Say how a run is carried out. A resumed run may change these options and no others."""
 
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
@@ -155,12 +150,11 @@ class RunConfig:
     parallel: Literal["fsdp", "ddp"] = "fsdp"
     """With more than one process (torchrun): parameters sharded by FSDP2, or copied by DDP."""
     micro_batch: int = 0
-    """Sequences that a process puts through the model at a time; gradients of the parts of a batch add up to those of
-    the whole. 0: all of its share."""
+    """Sequences in the model at a time in each process; gradients of the parts are summed. 0: all of its share."""
     compile: bool = False
-    """Compiles each block of the model by torch.compile."""
+    """Compile each block of the model by torch.compile."""
     activation_checkpointing: bool = False
-    """Keeps only the inputs of the blocks for the backward pass, which computes the rest again."""
+    """Keep only the inputs of the blocks for the backward pass, which computes the rest again."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
@@ -170,19 +164,17 @@ class RunConfig:
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     tensorboard: bool = False
-    """Writes the metrics for TensorBoard too (pip install tensorboard)."""
+    """Write the metrics for TensorBoard too (pip install tensorboard)."""
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        for name in ("checkpoint_every", "keep", "eval_every", "log_every"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
-        for name in ("threads", "micro_batch"):
-            _check(name, getattr(self, name), getattr(self, name) >= 0, "an integer >= 0")
+        _check_integers(self, 1, "checkpoint_every", "keep", "eval_every", "log_every")
+        _check_integers(self, 0, "threads", "micro_batch")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. The default is a small model that shows TST's advantage on a CPU in minutes."""
+    """Describe one training run. The default is a small model that shows TST's advantage on a CPU in minutes."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -192,9 +184,9 @@ class TrainConfig:
     steps: int = 8000
     """Optimiser steps of both phases together; each costs the same FLOPs."""
     batch: int = 8
-    """Sequences a step, of all processes together."""
+    """Sequences per step, of all processes together."""
     latent_tokens: int = 64
-    """Positions a sequence has in the model: tokens, or bags in the superposition phase."""
+    """Positions of a sequence in the model: tokens, or bags in the superposition phase."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in; bfloat16 is mixed precision, with float32 weights and optimiser state."""
     seed: int = 0
@@ -204,18 +196,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        for name in ("steps", "batch", "latent_tokens", "eval_tokens"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
-        _check("seed", self.seed, 0 <= self.seed < 2**63, "an integer from 0 to 2**63 - 1")
-        _check("eval_tokens", self.eval_tokens, self.eval_tokens >= self.latent_tokens, "at least latent_tokens")
-        _check("warmup", self.optimizer.warmup, self.optimizer.warmup <= self.steps, f"at most steps = {self.steps}")
+        _check_integers(self, 1, "steps", "batch", "latent_tokens", "eval_tokens")
+        check("seed", self.seed, 0 <= self.seed < 2**63, "an integer from 0 to 2**63 - 1")
+        check("eval_tokens", self.eval_tokens, self.eval_tokens >= self.latent_tokens, "at least latent_tokens")
+        check("warmup", self.optimizer.warmup, self.optimizer.warmup <= self.steps, f"at most steps = {self.steps}")
         for s in self.superposition.bag_sizes() if self.superposition.scale == "batch" else ():
             wanted = f"a multiple of the bag size {s}, with scale batch"
-            _check("latent_tokens", self.latent_tokens, self.latent_tokens % s == 0, wanted)
+            check("latent_tokens", self.latent_tokens, self.latent_tokens % s == 0, wanted)
 
 
 def load_config(path: Path) -> TrainConfig:
-    """Reads a configuration from TOML, or from the config.json of a run. Keys left out keep their defaults.
+    """Read a configuration from TOML, or from the config.json of a run. Keys left out keep their defaults.
 
     Raises:
         UserError: the file is missing or malformed, a key is unknown, a value has the wrong type or is out of range.
@@ -229,17 +220,15 @@ def load_config(path: Path) -> TrainConfig:
 
 
 def config_from_dict(values: Any, where: str) -> TrainConfig:
-    """The configuration of which `values` is the `config_dict`; errors as of `load_config`, and begin with `where`."""
+    """Invert `config_dict`. Raise UserError as `load_config` does, with messages that begin with `where`."""
     return _from_dict(TrainConfig, values, where)
 
 
 def _from_dict(cls: type, values: Any, where: str) -> Any:
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: expected a table, got {values!r}")
+    check(where, values, isinstance(values, dict), "a table")
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            raise UserError(f"{where}: unknown key {key!r}; known: {', '.join(fields)}")
+    if unknown := [key for key in values if key not in fields]:
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(fields)}")
     converted = {key: _convert(fields[key].type, value, f"{where}: {key}") for key, value in values.items()}
     try:
         return cls(**converted)
@@ -248,34 +237,34 @@ def _from_dict(cls: type, values: Any, where: str) -> Any:
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
-    """`value`, as TOML or JSON has it, as a field of type `kind`."""
+    """Convert a value of TOML or JSON to a field of type `kind`."""
     if dataclasses.is_dataclass(kind):
         return _from_dict(kind, value, where)  # type: ignore[arg-type]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:  # __post_init__ knows the choices
         return value
     if origin is tuple:
-        _check(where, value, isinstance(value, list | tuple), "a list")
+        check(where, value, isinstance(value, list | tuple), "a list")
         if arguments[-1] is Ellipsis:
             return tuple(_convert(arguments[0], item, where) for item in value)
-        _check(where, value, len(value) == len(arguments), f"a list of {len(arguments)}")
+        check(where, value, len(value) == len(arguments), f"a list of {len(arguments)}")
         return tuple(_convert(part, item, where) for part, item in zip(arguments, value, strict=True))
     if type(None) in arguments:  # X | None
         return None if value is None else _convert(arguments[0], value, where)
     if kind is Path:
-        _check(where, value, isinstance(value, str), "a path")
+        check(where, value, isinstance(value, str), "a path")
         return Path(value)
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**1000 else math.inf
-    _check(where, value, type(value) is kind, f"a value of type {kind.__name__}")
+    check(where, value, type(value) is kind, f"a value of type {kind.__name__}")
     return value
 
 
 def config_dict(config: TrainConfig) -> dict[str, Any]:
-    """The resolved configuration as JSON has it."""
+    """Return the resolved configuration as JSON has it."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    """Writes the resolved configuration as JSON, which `load_config` reads back to an equal one."""
+    """Write the resolved configuration as JSON, which `load_config` reads back to an equal one."""
     write_text(path, json.dumps(config_dict(config), indent=2) + "\n")

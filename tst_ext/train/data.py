@@ -1,9 +1,4 @@
-"""Text to token shards on disk, and shards to batches.
-
-A prepared folder holds `train.bin` and `val.bin`, little-endian uint16 or uint32 token ids of all documents one after
-the other, each followed by an end-of-text token; beside each a JSON header with the number of tokens, the vocabulary
-size and a checksum; and `tokenizer.json`.
-"""
+"""Turn text into token shards on disk, and shards into batches. docs/data.md has the format of a prepared folder."""
 
 import hashlib
 import json
@@ -21,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from .config import DataConfig
-from .files import UserError, whole_folder
+from .files import UserError, check, whole_folder
 
 FORMAT = 1
 SPLITS = ("train", "val")
@@ -30,12 +25,12 @@ CHECKSUM_LIMIT = 1 << 30  # bytes; opening a larger shard checks its size only, 
 
 
 def cache_folder() -> Path:
-    """Where prepared text is kept between runs: `$XDG_CACHE_HOME/tst-ext`, by default `~/.cache/tst-ext`."""
+    """Return where prepared text is kept between runs: `$XDG_CACHE_HOME/tst-ext`, by default `~/.cache/tst-ext`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tst-ext"
 
 
 def read_documents(config: DataConfig) -> list[str]:
-    """The documents of `config.data` in the order of the files, or those of the default corpus.
+    """Return the documents of `config.data` in the order of the files, or those of the default corpus.
 
     Raises:
         UserError: a path is missing, of an unknown kind, or unreadable; names file and line.
@@ -43,8 +38,10 @@ def read_documents(config: DataConfig) -> list[str]:
     if not config.data:
         stdlib = Path(sysconfig.get_paths()["stdlib"])
         files = sorted(p for p in stdlib.rglob("*.py") if not {"site-packages", "dist-packages"} & set(p.parts))
-        return [text for text in (p.read_text(encoding="utf-8", errors="replace") for p in files) if text]
-    return [text for path in config.data for text in _read(path, config.text_key) if text]
+        texts = (p.read_text(encoding="utf-8", errors="replace") for p in files)
+    else:
+        texts = (text for path in config.data for text in _read(path, config.text_key))
+    return [text for text in texts if text]
 
 
 def _read(path: Path, text_key: str) -> Iterator[str]:
@@ -75,12 +72,9 @@ def _read(path: Path, text_key: str) -> Iterator[str]:
 
 
 def prepared_folder(config: DataConfig) -> Path:
-    """The prepared folder of `config`: the one it names, else one in the cache, made now unless it is there.
+    """Return the prepared folder that `config` names, else one in the cache, which is made unless it is there.
 
-    The cache's key covers the text itself, the settings and the tokenizer library, so a change of any makes a new one.
-
-    Raises:
-        UserError: as `read_documents` and `prepare` do.
+    The cache's key covers text, settings and the tokenizer library. Raises UserError as `read_documents` and `prepare`.
     """
     if len(config.data) == 1 and (config.data[0] / "train.json").exists():
         return config.data[0]
@@ -97,18 +91,15 @@ def prepared_folder(config: DataConfig) -> Path:
 
 
 def prepare(documents: list[str], config: DataConfig, folder: Path) -> None:
-    """Writes `folder`, whole or not at all, in the tokens of `config.tokenizer` or of a byte-level BPE trained for it.
+    """Write `folder`, whole or not at all, in the tokens of `config.tokenizer` or of a byte-level BPE trained for it.
 
-    Documents are shuffled by a fixed seed, then `config.holdout` of them (at least one) become the held-out split, so
-    that no document is in both. The folder is written under another name and renamed: a process that prepares the
-    same text at the same time does no harm.
+    Documents are shuffled by a fixed seed; `config.holdout` of them, at least one, become the held-out split. A process
+    that prepares the same text at the same time does no harm.
 
     Raises:
-        UserError: fewer than two documents, a tokenizer that cannot be used, or the folder is not empty or cannot be
-            written.
+        UserError: fewer than two documents, an unusable tokenizer, or a folder that is not empty or cannot be written.
     """
-    if len(documents) < 2:
-        raise UserError(f"data: expected at least 2 documents, one of them to hold out, got {len(documents)}")
+    check("data", len(documents), len(documents) >= 2, "at least 2 documents, one of them to hold out")
     documents = sorted(documents)
     random.Random(SHUFFLE_SEED).shuffle(documents)
     held_out = min(max(1, round(config.holdout * len(documents))), len(documents) - 1)
@@ -128,11 +119,7 @@ def prepare(documents: list[str], config: DataConfig, folder: Path) -> None:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Reads a tokenizer.json, which is data: the library's format holds no code.
-
-    Raises:
-        UserError: the file is missing or malformed.
-    """
+    """Read a tokenizer.json, which holds no code. Raises UserError if the file is missing or malformed."""
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises plain Exception for a malformed file
@@ -143,7 +130,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def _train_tokenizer(documents: list[str], config: DataConfig) -> Tokenizer:
-    """A byte-level BPE, which can write any text."""
+    """Train a byte-level BPE, which can write any text."""
     tokenizer = Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -164,8 +151,7 @@ def _write_shard(path: Path, documents: list[str], tokenizer: Tokenizer, end_of_
     count, checksum = 0, hashlib.sha256()
     with open(path.with_suffix(".bin"), "wb") as file:
         for start in range(0, len(documents), 256):
-            # _fast: without the character offsets, which nobody reads. No special tokens: some tokenizers would begin
-            # every text with one.
+            # _fast leaves out character offsets. Some tokenizers would begin every text with a special token.
             for encoding in tokenizer.encode_batch_fast(documents[start : start + 256], add_special_tokens=False):
                 ids = np.array([*encoding.ids, separator], dtype=np.dtype(dtype).newbyteorder("<")).tobytes()
                 file.write(ids)
@@ -185,16 +171,12 @@ def _write_shard(path: Path, documents: list[str], tokenizer: Tokenizer, end_of_
 
 
 class Shard:
-    """One split of a prepared folder, read piece by piece.
+    """Read one split, "train" or "val", of a prepared folder piece by piece.
 
     Attributes:
-        vocabulary: V, ids are below it.
-        end_of_text: id of the token that ends a document, None where the header names none.
-        sha256: the tokens' checksum by the header.
-
-    Args:
-        folder: what `prepared_folder` returned.
-        split: "train" or "val".
+        vocabulary: V; ids are below it.
+        end_of_text: id of the token that ends a document, None if the header names none.
+        sha256: checksum of the tokens by the header.
 
     Raises:
         UserError: a file is missing, truncated or altered, or its header is not one of ours.
@@ -204,7 +186,9 @@ class Shard:
         header_path, path = folder / f"{split}.json", folder / f"{split}.bin"
         try:
             header: dict[str, Any] = json.loads(header_path.read_text(encoding="utf-8"))
+            self.file = open(path, "rb")
             size = path.stat().st_size
+            checksum = hashlib.file_digest(self.file, "sha256").hexdigest() if size <= CHECKSUM_LIMIT else None
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"shard {folder}: {error}") from error
         kinds = {"format": int, "dtype": str, "tokens": int, "vocabulary": int, "sha256": str}
@@ -226,30 +210,20 @@ class Shard:
         wanted = self.length * self.dtype.itemsize
         if size != wanted:
             raise UserError(f"shard {path}: expected {wanted} bytes by its header, got {size}; prepare it again")
-        try:
-            self.file = open(path, "rb")
-            intact = size > CHECKSUM_LIMIT or hashlib.file_digest(self.file, "sha256").hexdigest() == self.sha256
-        except OSError as error:
-            raise UserError(f"shard {path}: {error}") from error
-        if not intact:
+        if checksum not in (None, self.sha256):
             raise UserError(f"shard {path}: its checksum is not that of its header; prepare it again")
 
     def __len__(self) -> int:
         return self.length
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens `[start, start + count)` as int64.
-
-        Raises:
-            UserError: the file cannot be read, or has become shorter.
-        """
+        """Return tokens `[start, start + count)` as int64. Raises UserError if the file is unreadable or shorter."""
         tokens = np.empty(count, self.dtype)
         self._fill(tokens, start)
         return tokens.astype(np.int64)
 
     def _fill(self, tokens: np.ndarray, start: int) -> None:
-        """By a read, not a memory map: a file that shrinks or fails under a map ends the process by SIGBUS, without a
-        word and without a checkpoint."""
+        # Not by a memory map: if a mapped file shrinks, SIGBUS ends the process without a message or checkpoint.
         offset = start * self.dtype.itemsize
         try:
             count = os.preadv(self.file.fileno(), [tokens.data], offset)
@@ -265,34 +239,28 @@ class Shard:
         tokens = np.empty((len(starts), length + 1), self.dtype)
         for row, start in zip(tokens, starts.tolist(), strict=True):
             self._fill(row, start)
-        if tokens.max() >= self.vocabulary:  # on a GPU it would end in a device assertion
-            raise UserError(f"shard {self.path}: expected ids below vocabulary = {self.vocabulary}, got {tokens.max()}")
+        largest = int(tokens.max())  # an id beyond the vocabulary would end in a device assertion on a GPU
+        check(f"shard {self.path}", largest, largest < self.vocabulary, f"ids below vocabulary = {self.vocabulary}")
         windows = torch.from_numpy(tokens.astype(np.int64))
         return windows[:, :-1], windows[:, 1:]
 
     def batch(self, seed: int, step: int, batch: int, length: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The batch of one step: input ids and labels, `[batch, length]` int64; labels are shifted by one token.
+        """Return `rows` of the batch of a step: input ids and labels, `[batch, length]` int64.
 
-        Stateless: the positions are a function of (seed, step), from a counter-based generator, so a run can be
-        repeated or entered at any step, by any number of processes, each of which reads its `rows` of the batch.
-
-        Raises:
-            UserError: the shard is shorter than one window, or cannot be read.
+        Labels are shifted by one token. The positions are a function of (seed, step) alone.
+        Raises UserError if the shard is shorter than one window, or cannot be read.
         """
         self.check_length(length)
         generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
         return self._windows(generator.integers(0, len(self) - length, size=batch)[rows], length)
 
     def windows(self, tokens: int, batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The first `tokens` tokens (or all, where there are fewer) as consecutive windows, in batches as above."""
+        """Yield the first `tokens` tokens, or all if fewer, as consecutive windows, in batches as above."""
         self.check_length(length)
         starts = np.arange(0, min(tokens, len(self) - 1) - length + 1, length)
         for first in range(0, len(starts), batch):
             yield self._windows(starts[first : first + batch], length)
 
     def check_length(self, length: int) -> None:
-        """Raises UserError unless the shard holds a window of `length` tokens and the label of its last one."""
-        if len(self) < length + 1:
-            raise UserError(
-                f"shard {self.path}: expected at least {length + 1} tokens for one sequence, got {len(self)}"
-            )
+        """Raise UserError unless the shard holds a window of `length` tokens and the label of its last one."""
+        check(f"shard {self.path}", len(self), len(self) > length, f"at least {length + 1} tokens per sequence")

@@ -1,4 +1,4 @@
-"""The processes of a run: one, or those that torchrun started; PyTorch's own engines share out the model."""
+"""Connect the processes of a run, one or those of torchrun, and share out the model by PyTorch's own engines."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name, with "auto" the GPU where there is one; UserError where it cannot be used."""
+    """Return the device of that name, for "auto" the GPU if there is one. Raise UserError if it cannot be used."""
     try:
         if name != "auto" and torch.device(name).type not in ("cpu", "cuda"):
             raise RuntimeError("the trainer runs on these")
@@ -34,11 +34,9 @@ def choose_device(name: str) -> torch.device:
 
 
 class Processes:
-    """What the loop asks of the processes; a context, which joins their group and leaves it.
+    """Join the group of processes, and leave it when this context ends.
 
-    Attributes:
-        rank: this process's number, `world`: how many there are. Rank 0 writes the files and talks to the user.
-        device: this process's device.
+    This process is number `rank` of `world`, and computes on `device`. Rank 0 writes the files and talks to the user.
     """
 
     def __init__(self, device: str) -> None:
@@ -64,39 +62,37 @@ class Processes:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """`tensor` summed over all processes, in place."""
+        """Sum `tensor` over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def sum_numbers(self, numbers: list[int]) -> list[int]:
-        """Each of the numbers summed over all processes."""
+        """Sum each of the numbers over all processes."""
         return numbers if self.world == 1 else self.sum(torch.tensor(numbers)).tolist()
 
     def first_only(self, function: Callable[[], T]) -> T:
-        """`function()` of the first process, or its error, on every process: none waits for one that has given up."""
+        """Return `function()` of the first process, or raise its error, on every process, so that none waits."""
         value, error = None, None
         if self.first:
             try:
                 value = function()
-            except UserError as raised:
-                error = raised
-            except OSError as raised:
-                error = UserError(str(raised))
+            except (UserError, OSError) as raised:
+                error = raised if isinstance(raised, UserError) else UserError(str(raised))
         value, error = self.share((value, error))
         if error is not None:
             raise error
         return value  # type: ignore[return-value]
 
     def share(self, value: Any) -> Any:
-        """Rank 0's `value`, on every process."""
+        """Return rank 0's `value` on every process."""
         values = [value]
         if self.world > 1:
             dist.broadcast_object_list(values)
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's `value`, on every process."""
+        """Return every process's `value` on every process."""
         values = [value]
         if self.world > 1:
             values = [None] * self.world
@@ -104,7 +100,7 @@ class Processes:
         return values
 
     def parallelise(self, model: Transformer, config: TrainConfig) -> nn.Module:
-        """The model as this run computes it: its blocks compiled, its parameters shared out, as `config` asks."""
+        """Compile the blocks and share out the parameters as `config` asks."""
         for block in model.blocks:
             assert isinstance(block, Block)
             block.recompute = config.run.activation_checkpointing
@@ -118,28 +114,26 @@ class Processes:
         half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
         policy = MixedPrecisionPolicy(**half) if config.dtype == "bfloat16" else MixedPrecisionPolicy()  # type: ignore[arg-type]
         mesh = init_device_mesh(self.device.type, (self.world,))
-        # Embedding and head are units of their own: the full head exists only during the loss. The root, which is the
-        # last norm, is sharded again after a forward pass too: left whole, as is FSDP2's default, its parameter after a
-        # validation is another object than the optimiser's, and a checkpoint would lack its optimiser state.
+        # Embedding and head are units of their own: the full head exists only during the loss. The root, the last norm,
+        # is sharded again after a forward pass. FSDP2's default leaves it whole, as another object than the optimiser's
+        # parameter, and a checkpoint after a validation would lack its optimiser state.
         for module in (model.embedding, *model.blocks, model.head, model):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         return model
 
     def finish(self) -> None:
-        """Waits for the device's work, so that what follows is timed alone."""
+        """Wait for the device's work, so that what follows is timed alone."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def autocast(self, config: TrainConfig) -> contextlib.AbstractContextManager[Any]:
-        """Mixed precision where FSDP2 does not bring its own."""
+        """Use mixed precision unless FSDP2 brings its own."""
         if config.dtype == "float32" or (self.world > 1 and config.run.parallel == "fsdp"):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def accumulate(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """DDP exchanges the gradients of a batch with its last part.
-
-        FSDP2 does with each: to hold them back it would keep all gradients whole, 4 bytes a parameter, 12 GiB at 3B.
-        """
+        """Exchange the gradients of a batch with its last part under DDP, with each part under FSDP2."""
+        # FSDP2 would have to keep all gradients whole: 4 bytes per parameter, 12 GiB at 3B.
         hold = isinstance(model, DistributedDataParallel) and not last
         return model.no_sync() if hold else contextlib.nullcontext()  # type: ignore[operator]

@@ -15,6 +15,12 @@ class UserError(Exception):
     """Something the user can put right; the command line prints it in one line, without a traceback."""
 
 
+def check(name: str, value: object, valid: bool, wanted: str) -> None:
+    """Raise UserError unless `value` is valid, in the words of every message: what was expected, and what came."""
+    if not valid:
+        raise UserError(f"{name}: expected {wanted}, got {value!r}")
+
+
 def check_writable(folder: Path) -> None:
     """Check, before any work is done, that `folder` can be made or written to; raise UserError otherwise."""
     existing = next(p for p in (folder, *folder.parents) if p.exists())
@@ -23,11 +29,7 @@ def check_writable(folder: Path) -> None:
 
 
 def check_out(folder: Path) -> None:
-    """Check, before any work is done, that `folder` can be made or is an empty one.
-
-    Raises:
-        UserError: it holds something, is a file, or lies where nothing can be written.
-    """
+    """Check, before any work is done, that `folder` is empty or can be made; raise UserError otherwise."""
     check_writable(folder)
     if folder.exists() and any(not p.name.startswith(UNFINISHED) for p in folder.iterdir()):
         raise UserError(f"out {folder}: the folder is not empty; choose another or remove it")
@@ -45,10 +47,9 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new folder next to `folder`, which gets that name at the end, or is removed after an error.
+    """Yield a new folder that is renamed to `folder` at the end, or removed after an error.
 
-    Raises:
-        UserError: the folder cannot be written, or that of the name is not empty.
+    Raises UserError if the folder cannot be written, or one of that name is not empty.
     """
     folder = folder.resolve()  # it has a neighbour also if it is "." or a link
     unfinished = None
@@ -86,9 +87,10 @@ def lock(path: Path) -> int | None:
 
 
 def in_use(path: Path) -> bool:
-    """Tell whether a process has that folder locked."""
-    handle = lock(path) if path.exists() else None
-    if handle is None:
-        return path.exists()
-    os.close(handle)
-    return False
+    """Tell whether a process has that file or folder locked."""
+    if not path.exists():
+        return False
+    handle = lock(path)
+    if handle is not None:
+        os.close(handle)
+    return handle is None

@@ -1,4 +1,4 @@
-"""The training loop."""
+"""Train a model through both phases."""
 
 import dataclasses
 import math
@@ -31,13 +31,13 @@ from .signals import Stopped, stop_signals
 
 @lru_cache(maxsize=16)  # the counts are the same in every step, unless bags end with documents
 def loss_options(options: SuperpositionConfig, counts: tuple[int, ...], world: int) -> dict[str, Any]:
-    """The options of the loss that make the parts of a batch add up to the loss of the whole, and its gradient.
+    """Return the options of the loss that make the parts of a batch add up to the loss of the whole, and its gradient.
+
+    The loss is the mean over the rows of each position, then the weighted mean over positions (docs/ops.md).
 
     Args:
         counts: for each of the s bag positions how many of its labels count, of the whole batch.
         world: processes, over which DDP and FSDP2 average gradients instead of adding them.
-
-    For each position the mean over its rows, then the weighted mean over positions: the paper's, docs/ops.md has it.
     """
     if len(counts) > 1 and options.objective == "mce_alt":
         return {"objective": "mce_alt", "normalizer": max(counts) / world}
@@ -52,7 +52,7 @@ def loss_options(options: SuperpositionConfig, counts: tuple[int, ...], world: i
 
 @torch.no_grad()
 def validate(model: nn.Module, shard: Shard, config: TrainConfig, processes: Processes) -> float:
-    """Mean next-token loss in nats over the first `eval_tokens` held-out tokens, whatever phase the training is in."""
+    """Return the mean next-token loss in nats over the first `eval_tokens` held-out tokens, in either phase."""
     sums = torch.zeros(2, dtype=torch.float64)  # loss, tokens
     size = config.run.micro_batch or config.batch // processes.world
     for ids, labels in shard.windows(config.eval_tokens, size * processes.world, config.latent_tokens):
@@ -82,10 +82,9 @@ def train(
     Write config.json, environment.json, tokenizer.json, metrics.jsonl, checkpoints/, loss.png and result.json.
 
     Args:
-        resume: "auto" goes on from the latest checkpoint in `folder`, bit for bit, or begins where there is none; the
-            name of a checkpoint goes on from that one; "never" takes no folder that holds anything.
-        on_step: called with the number of each step, from 0, before the step. What it raises ends the run, without a
-            checkpoint.
+        resume: "auto" resumes from the latest checkpoint in `folder`, bit for bit, or begins if there is none. The name
+            of a checkpoint resumes from that one. "never" takes no folder that holds anything.
+        on_step: called before each step with its number, from 0. What it raises ends the run without a checkpoint.
 
     Returns:
         What result.json holds: steps, data tokens, seconds, final validation loss in nats, and more.
@@ -97,8 +96,8 @@ def train(
     """
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    # Gradients can get smaller than float32's normal numbers, with which a CPU computes slowly: on noise the backward
-    # pass of a 7 M parameter model went from 50 to 83 ms in 450 steps. As zeros they change no digit of the loss.
+    # A CPU is slow on denormal gradients: on noise the backward pass of a 7 M parameter model went from 50 to 83 ms in
+    # 450 steps. As zeros they change no digit of the loss.
     torch.set_flush_denormal(True)
     with Processes(config.run.device) as processes:
         run = RunFolder(processes.share(folder), processes)
@@ -147,22 +146,16 @@ def _train(
         checkpoint.load(found.path, model, optimizer, processes)
         state = {key: found.manifest[key] for key in state}
     peak = gemm_flops_per_second(processes.device, getattr(torch, config.dtype)) * processes.world
-    run.begin(
-        config,
-        found,
-        data,
-        {
-            "device": str(processes.device),
-            "processes": processes.world,
-            "threads": torch.get_num_threads(),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "vocabulary": training.vocabulary,
-            "data": training.sha256,
-            "held_out": held_out.sha256,
-            "switch_step": schedule.switch_step,
-            "gemm_flops_per_s": round(peak),
-        },
-    )
+    facts = {
+        "device": str(processes.device),
+        "processes": processes.world,
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **{name: identity[name] for name in ("vocabulary", "data", "held_out")},
+        "switch_step": schedule.switch_step,
+        "gemm_flops_per_s": round(peak),
+    }
+    processes.first_only(lambda: run.begin(config, found, data, facts))
 
     def read(step: int) -> Batch:
         batch = read_batch(training, config, schedule.bag_size_at(step), step, processes.rank, processes.world)
@@ -245,12 +238,7 @@ def _train(
                 raise Stopped(signals[0] if signals else signal.SIGTERM, step + 1, run.path)
             bar.update()
 
-    result = {
-        "steps": config.steps,
-        "switch_step": schedule.switch_step,
-        "data_tokens": state["data_tokens"],
-        "seconds": state["seconds"],
-        "val_loss": state["val_loss"],
-    }
+    result = {"steps": config.steps, "switch_step": schedule.switch_step}
+    result |= {key: state[key] for key in ("data_tokens", "seconds", "val_loss")}
     run.end(result)
     return result

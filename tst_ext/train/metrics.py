@@ -1,10 +1,10 @@
-"""What a run reports: lines of metrics.jsonl, and TensorBoard's where asked for."""
+"""Measure a run and report it, in lines of metrics.jsonl and optionally for TensorBoard."""
 
 import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +12,26 @@ from .files import UserError, write_text
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, up to one that is still being written, or damaged by a loss of power."""
+    """Return the lines of a run's metrics.jsonl, up to one that a loss of power has damaged."""
     path = folder / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     metrics: list[dict[str, Any]] = []
-    for line in lines:
-        try:
-            if not line.endswith(b"\n"):
-                break
+    with suppress(ValueError):
+        for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:  # the last is still being written
             metrics.append(json.loads(line))
-        except ValueError:
-            break
     return metrics
 
 
-class Metrics:
-    """Writes them; a context.
+class Metrics(ExitStack):
+    """Append metrics to metrics.jsonl, and optionally to TensorBoard.
 
     Args:
         folder: of the run; None writes nothing.
-        step: where the run goes on; lines of later steps, of a process that died, are dropped.
-        tensorboard: whether to write for TensorBoard too.
-
-    Raises:
-        UserError: TensorBoard is asked for and its package is missing.
+        step: where the run resumes; lines of later steps, of a process that died, are dropped.
+        tensorboard: whether to write for TensorBoard too. Raises UserError if its package is missing.
     """
 
     def __init__(self, folder: Path | None, step: int, tensorboard: bool) -> None:
+        super().__init__()
         self.file, self.board = None, None
         if folder is None:
             return
@@ -48,9 +41,10 @@ class Metrics:
             except ModuleNotFoundError as error:
                 raise UserError("tensorboard: the package is missing: pip install tensorboard") from error
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self.callback(self.board.close)
         kept = [line for line in read_metrics(folder) if line["step"] <= step]
         write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
+        self.file = self.enter_context(open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1))
 
     def write(self, line: dict[str, Any]) -> None:
         if self.file is not None:
@@ -61,29 +55,18 @@ class Metrics:
                     self.board.add_scalar(name, value, line["step"])
 
     def sync(self) -> None:
-        """Puts the lines on the disk, before a checkpoint that builds on them is."""
+        """Put the lines on the disk, before a checkpoint that builds on them."""
         if self.file is not None:
             os.fsync(self.file.fileno())
         if self.board is not None:
             self.board.flush()
 
-    def __enter__(self) -> "Metrics":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.file is not None:
-            self.file.close()
-        if self.board is not None:
-            self.board.close()
-
 
 class Meter:
-    """Time and throughput since the last report: a mean over the run would mix the phases, whose speeds differ s times.
+    """Measure throughput since the last report: a mean over the run would mix phases, whose speeds differ s times.
 
-    Args:
-        seconds, step, tokens: where the run goes on.
-        step_flops: of all processes together.
-        peak: measured FLOPs a second of all processes together.
+    `seconds`, `step` and `tokens` are where the run resumes. `step_flops`, and `peak` in measured FLOPs per second, are
+    of all processes together.
     """
 
     def __init__(self, seconds: float, step: int, tokens: int, step_flops: int, peak: float) -> None:
@@ -93,7 +76,7 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Of the run so far, those before a resumption included."""
+        """Duration of the run so far, including the time before it was resumed."""
         return round(time.perf_counter() - self.start, 3)
 
     @contextmanager
@@ -104,13 +87,13 @@ class Meter:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Validation and checkpoints are no training time."""
+        """Leave validation and checkpoints out of the training time."""
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
 
     def report(self, step: int, tokens: int) -> dict[str, Any]:
-        """Data tokens a second, MFU and seconds of waiting for data since the last report, which this one becomes."""
+        """Return data tokens per second, MFU and seconds of waiting for data since the last report."""
         now = time.perf_counter()
         passed = now - self.since
         line = {

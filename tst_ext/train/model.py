@@ -1,6 +1,6 @@
-"""A Llama-shaped decoder whose embedding reads bags and whose head computes the multi-hot loss.
+"""Build a Llama-shaped decoder whose embedding reads bags and whose head computes the multi-hot loss.
 
-Between the two nothing knows of bags: attention, positions and cost are those of l latent positions in both phases.
+Nothing between the two knows of bags: both phases have l latent positions, at the same cost.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from .config import ModelConfig
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions: `[B, l, d] -> [B, l, d]`."""
+    """Apply causal grouped-query attention with rotary positions: `[B, l, d] -> [B, l, d]`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -33,14 +33,14 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of `[..., l, head_dim]`; halves of a head form the pairs, as in Llama's public code."""
+    """Embed positions in `[..., l, head_dim]`; the halves of a head form the pairs, as in Llama's public code."""
     first, second = x.chunk(2, dim=-1)
-    # cos and sin are float32, and so are the products; half precision would place distant positions wrongly.
+    # cos, sin and the products are float32; half precision would place distant positions wrongly.
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, each behind an RMSNorm and added to the residual stream."""
+    """Add attention and SwiGLU, each behind an RMSNorm, to the residual stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -63,16 +63,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The model.
+    """Compute the loss, with the options of `linear_multi_hot_cross_entropy`, or logits `[B, l, V]` without labels.
 
-    Args:
-        config: sizes.
-        vocabulary: V.
-        positions: most latent positions of a sequence.
-        padding_idx: what empty slots of bags hold, where there are any.
-
-    Shapes: input ids `[B, l]` tokens or `[B, l, s]` bags; labels `[B, l]` or `[B, l, s]`. Returns the loss, which
-    takes the options of `linear_multi_hot_cross_entropy`, or logits `[B, l, V]` without labels.
+    Input ids are `[B, l]` tokens or `[B, l, s]` bags, whose empty slots hold `padding_idx`. Labels are `[B, l]` or
+    `[B, l, s]`. l is at most `positions`.
     """
 
     cos: Tensor
@@ -95,7 +89,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=initial_std(name, config.layers))
 
     def hidden(self, input_ids: Tensor) -> Tensor:
-        """What the head reads, `[B, l, d]`."""
+        """Return the input of the head, `[B, l, d]`."""
         x = self.embedding(input_ids)
         cos, sin = self.cos[: x.shape[1]], self.sin[: x.shape[1]]
         for block in self.blocks:
@@ -107,6 +101,5 @@ class Transformer(nn.Module):
 
 
 def initial_std(name: str, layers: int) -> float:
-    """Standard deviation of a matrix's initial weights: 0.02, but for what writes into the residual stream less, by the
-    number of its writers (GPT-2's rule)."""
+    """Return 0.02, less for what writes into the residual stream, by the number of its writers (GPT-2's rule)."""
     return 0.02 / (2 * layers) ** 0.5 if name.endswith(("attention.out.weight", "ffn_out.weight")) else 0.02

@@ -41,10 +41,10 @@ def plot_losses(runs: dict[str, Path], path: Path) -> None:
                 # A running mean that starts again at the switch, where the loss changes its meaning.
                 fresh = before is None or m["phase"] != before["phase"]
                 smooth.append(m["loss"] if fresh else 0.95 * smooth[-1] + 0.05 * m["loss"])
-            look: dict[str, Any] = {"color": f"C{i}", "alpha": 0.45, "linewidth": 1, "label": f"{label}, training"}
-            axes.plot([m["step"] for m in training], smooth, **look)
+            steps, color = [m["step"] for m in training], f"C{i}"
+            axes.plot(steps, smooth, color=color, alpha=0.45, linewidth=1, label=f"{label}, training")
             held_out = [(m["step"], m["val_loss"]) for m in metrics if "val_loss" in m]
-            look = {"color": f"C{i}", "markersize": 4, "label": f"{label}, held out (next token)"}
+            look: dict[str, Any] = {"color": color, "markersize": 4, "label": f"{label}, held out (next token)"}
             axes.plot(*zip(*held_out, strict=True), "o-", **look)
         if switch:
             axes.axvline(switch, color="gray", linestyle="--", linewidth=1, label=f"phase switch, step {switch}")

@@ -1,14 +1,11 @@
-"""Configurations by name: the paper's dense models (arXiv 2605.06546), as far as it tells them."""
+"""Configure runs by name: the paper's dense models (arXiv 2605.06546), as far as it describes them."""
 
 from .config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, SuperpositionConfig, TrainConfig
-from .files import UserError
+from .files import check
 
 
 def _paper(model: ModelConfig, learning_rate: float) -> TrainConfig:
-    """20,000 steps, 6,000 of them with s = 6, of 2**21 latent tokens; the tokenizer of Llama 3.
-
-    The paper's text does not give the length of a sequence; 4096 is ours.
-    """
+    """Configure 20,000 steps of 2**21 latent tokens, 6,000 of them with s = 6, and the tokenizer of Llama 3."""
     return TrainConfig(
         model=model,
         data=DataConfig(vocabulary=128256, end_of_text="<|end_of_text|>"),
@@ -17,15 +14,14 @@ def _paper(model: ModelConfig, learning_rate: float) -> TrainConfig:
         run=RunConfig(micro_batch=4, compile=True, activation_checkpointing=True, log_every=10),
         steps=20_000,
         batch=512,
-        latent_tokens=4096,
+        latent_tokens=4096,  # ours: the paper's text does not give it
         dtype="bfloat16",
         eval_tokens=2**21,
     )
 
 
-# SmolLM2 at 135M and 360M, SmolLM3 at 3B: their widths and depths. With a key-value head per query head, as Llama-3
-# code has it by default, the first two have 267 M and 600 M parameters, the paper's names; with SmolLM2's grouped heads
-# 254 M and 561 M. SmolLM3's grouped heads give 3.3 B, full ones 3.6 B: grouped it is.
+# Widths and depths of SmolLM2 at 135M and 360M, and SmolLM3 at 3B. A key-value head per query head gives the first two
+# 267 M and 600 M parameters, as the paper's names; SmolLM2's grouped heads 254 M and 561 M. SmolLM3's give 3.3 B.
 PRESETS: dict[str, TrainConfig] = {
     "270m": _paper(ModelConfig(576, layers=30, heads=9, kv_heads=9, ffn_dim=1536, rope_theta=500_000.0), 2e-3),
     "600m": _paper(ModelConfig(960, layers=32, heads=15, kv_heads=15, ffn_dim=2560, rope_theta=500_000.0), 1e-3),
@@ -34,11 +30,6 @@ PRESETS: dict[str, TrainConfig] = {
 
 
 def preset(name: str) -> TrainConfig:
-    """The preset of that name.
-
-    Raises:
-        UserError: there is none.
-    """
-    if name not in PRESETS:
-        raise UserError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    """Return the preset of that name; raise UserError if there is none."""
+    check("preset", name, name in PRESETS, f"one of {', '.join(PRESETS)}")
     return PRESETS[name]

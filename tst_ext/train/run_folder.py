@@ -1,10 +1,11 @@
-"""The folder of a run: whose it is, and everything in it but metrics and checkpoints."""
+"""Lock the folder of a run, and write everything in it but metrics and checkpoints."""
 
 import json
 import os
 import platform
 import shutil
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,22 +23,16 @@ from .model import Transformer
 from .plot import plot_losses
 
 
-class RunFolder:
-    """A folder that one run at a time writes to; a context. Only the first process touches it."""
+class RunFolder(ExitStack):
+    """Keep a folder locked for one run, until this context ends. Only the first process touches it."""
 
     def __init__(self, path: Path, processes: Processes) -> None:
+        super().__init__()
         self.path, self.processes = path, processes
         self.lock: int | None = None
 
-    def __enter__(self) -> "RunFolder":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.lock is not None:
-            os.close(self.lock)
-
     def open(self, config: TrainConfig, resume: str) -> checkpoint.Found | None:
-        """The checkpoint to go on from, None to begin. Writes nothing.
+        """Return the checkpoint to resume from, None to begin. Write nothing.
 
         Raises:
             UserError: the folder holds something else than a run of this configuration, cannot be written to, or
@@ -65,29 +60,25 @@ class RunFolder:
         self.lock = lock(self.path)
         if self.lock is None:
             raise UserError(f"out {self.path}: another process trains in this folder")
+        self.callback(os.close, self.lock)
 
     def check_same(self, found: checkpoint.Found, identity: dict[str, Any]) -> None:
-        """Raises UserError unless a checkpoint is of this configuration and data; the section `run` may differ."""
+        """Raise UserError unless a checkpoint is of this configuration and data; the section `run` may differ."""
         self._compare(found.path, found.manifest["config"], identity["config"])
         for name in identity.keys() - {"config"}:
-            if found.manifest[name] != identity[name]:
-                before, now = found.manifest[name], identity[name]
+            before, now = found.manifest[name], identity[name]
+            if before != now:
                 raise UserError(f"resume: {found.path} was trained on other data: {name} was {before!r}, is {now!r}")
 
     def _compare(self, path: Path, saved: dict[str, Any], config: dict[str, Any]) -> None:
         before, now = _flat(saved), _flat(config)
         for name in sorted(before.keys() | now.keys()):
             if not name.startswith("run.") and before.get(name) != now.get(name):
-                raise UserError(
-                    f"resume: {path} has {name} = {before.get(name)!r}, this run {now.get(name)!r}; only the options "
-                    "of the section run may change"
-                )
+                values = f"{path} has {name} = {before.get(name)!r}, this run {now.get(name)!r}"
+                raise UserError(f"resume: {values}; only the options of the section run may change")
 
     def begin(self, config: TrainConfig, found: checkpoint.Found | None, data: Path, facts: dict[str, Any]) -> None:
-        """Writes what a run begins with."""
-        self.processes.first_only(lambda: self._begin(config, found, data, facts))
-
-    def _begin(self, config: TrainConfig, found: checkpoint.Found | None, data: Path, facts: dict[str, Any]) -> None:
+        """Write what a run begins with. Only the first process may call it."""
         self.path.mkdir(parents=True, exist_ok=True)
         if self.lock is None:
             self._claim()
@@ -108,7 +99,7 @@ class RunFolder:
         sync(self.path)
 
     def end(self, result: dict[str, Any]) -> None:
-        """Writes what a run ends with."""
+        """Write what a run ends with."""
         if self.processes.first:
             plot_losses({"run": self.path}, self.path / "loss.png")
             write_text(self.path / "result.json", json.dumps(result, indent=2) + "\n")
@@ -116,29 +107,23 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run's model as of a checkpoint, for use.
-
-    Attributes:
-        model: on the CPU.
-        tokenizer_path: None where the data came without a tokenizer.
-        end_of_text: id of the token that ends a document, or None.
-    """
+    """Hold a run's model as of a checkpoint, for use."""
 
     config: TrainConfig
-    model: Transformer
-    tokenizer_path: Path | None
-    end_of_text: int | None
+    model: Transformer  # on the CPU
+    tokenizer_path: Path | None  # None if the data came without a tokenizer
+    end_of_text: int | None  # id of the token that ends a document
     step: int
 
     def tokenizer(self) -> Tokenizer:
-        """Raises UserError where the run has none."""
+        """Read the run's tokenizer; raise UserError if it has none."""
         if self.tokenizer_path is None:
             raise UserError("run: its data came without a tokenizer.json, so it reads and writes ids, not text")
         return load_tokenizer(self.tokenizer_path)
 
 
 def load_run(path: Path, which: str = "auto") -> LoadedRun:
-    """Reads the run in folder `path` at a checkpoint: "auto", the latest, or one by name.
+    """Read the run in folder `path` at a checkpoint: "auto", the latest, or one by name.
 
     Raises:
         UserError: there is no run or no checkpoint, or it is not as it was written.
@@ -157,7 +142,7 @@ def load_run(path: Path, which: str = "auto") -> LoadedRun:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as `section.name`."""
+    """Flatten nested tables, with keys `section.name`."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
