@@ -90,8 +90,7 @@ TST_HOST_DEVICE static RowTerms<A> row_terms(const LossOptions& options, const R
   const A lse = sums.maximum + log_sum, factor = grad_loss * scale * (1 + 2 * z_loss * lse) + grad_lse;
   A loss = (1 - smoothing) * fit + z_loss * scale * lse * lse, uniform = 0;
   if (smoothing != 0) {
-    const A above_mean = log_sum - sums.logits / sums.columns;
-    loss += smoothing * scale * (above_mean < 0 ? A(0) : above_mean);  // below 0 only by rounding
+    loss += smoothing * scale * (log_sum - sums.logits / sums.columns);
     uniform = grad_loss * smoothing * scale / sums.columns;
   }
   const bool nothing = (scale == 0 || grad_loss == 0) && grad_lse == 0;

@@ -13,9 +13,9 @@ class Mutant(NamedTuple):
 # fmt: off
 CPP: dict[str, list[Mutant]] = {
     "csrc/loss.h": [
-        Mutant("loss-mean", "sums.logits / sums.columns;", "sums.logits / (sums.columns + 1);",
+        Mutant("loss-mean", "sums.logits / sums.columns)", "sums.logits / (sums.columns + 1))",
                "mean over one column more"),
-        Mutant("loss-smoothing", "(above_mean < 0 ? A(0) : above_mean)", "A(0)", "smoothing without its loss"),
+        Mutant("loss-smoothing", "(log_sum - sums.logits / sums.columns);", "0;", "smoothing without its loss"),
         Mutant("loss-unlabelled", "scale == 0 ? A(0) : loss,", "loss,", "NaN logits of a row without labels"),
         Mutant("loss-z", "z_loss * scale * lse * lse", "z_loss * scale * lse", "z-loss of lse in place of its square"),
         Mutant("factor-z", "(1 + 2 * z_loss * lse)", "(1 + z_loss * lse)", "factor 2 of the z-loss"),

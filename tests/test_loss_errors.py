@@ -108,7 +108,17 @@ class TestErrors:
 
 
 class TestRawOps:
-    """The one check in C++, for who calls torch.ops.tst_ext."""
+    """The checks in C++, for who calls torch.ops.tst_ext."""
+
+    @pytest.mark.parametrize("short", [0, 1])
+    def test_rows_are_not_written_beside_wrong_results(self, short):
+        hidden, weight, _, labels = loss_case(6, 8, 10, 1, torch.float32, "cpu")
+        logits = hidden @ weight.T
+        before, results = logits.clone(), [torch.empty(6), torch.empty(6)]
+        results[short] = torch.empty(5)
+        with pytest.raises(RuntimeError, match=r"loss, lse: expected \[N\]"):
+            torch.ops.tst_ext.multi_hot_cross_entropy_rows_(logits, labels, torch.ones(1), *results, gradient=True)
+        assert torch.equal(logits, before)
 
     @pytest.mark.parametrize(
         ("options", "message"),

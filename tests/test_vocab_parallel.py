@@ -203,6 +203,15 @@ def check_inside_torch(rank):
     assert head.weight.grad.dtype == torch.float32 and head.weight.grad.shape == head.weight.shape
 
 
+def check_one_row(rank):
+    """No batch dimension: hidden [d], labels []."""
+    own, group = own_rows(rank), dist.group.WORLD
+    hidden, weight, _, labels = loss_case(1, DIM, VOCABULARY, 1, torch.float64, "cpu", ignored=0)
+    whole = linear_multi_hot_cross_entropy(hidden[0], weight, labels[0, 0])
+    divided = linear_multi_hot_cross_entropy(hidden[0], weight[own], labels[0, 0], tp_group=group)
+    torch.testing.assert_close(divided, whole)
+
+
 def check_errors(rank):
     own, group = own_rows(rank), dist.group.WORLD
     hidden, weight, _, labels = loss_case(ROWS, DIM, VOCABULARY, BAG, torch.float32, "cpu")
@@ -241,6 +250,7 @@ CHECKS = (
     check_sequence_parallel,
     check_exchanges,
     check_inside_torch,
+    check_one_row,
     check_errors,
 )
 

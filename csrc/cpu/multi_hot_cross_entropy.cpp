@@ -18,6 +18,9 @@ void multi_hot_cross_entropy_rows_(Tensor logits, const Tensor& labels, const Te
                                    const std::optional<Tensor>& grad_lse, TST_LOSS_PARAMETERS, bool gradient) {
   STD_TORCH_CHECK(logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1),
                   "logits: expected [N, V] without gaps inside a row");
+  for (const Tensor& out : {loss, lse}) {
+    STD_TORCH_CHECK(out.dim() == 1 && out.size(0) == logits.size(0), "loss, lse: expected [N]");
+  }
   RowLoss rows(logits.size(0), logits.size(1), labels, position_scale, grad_loss, grad_lse, TST_LOSS_OPTIONS);
   rows.run(0, logits, gradient);
   const auto [row_loss, row_lse] = rows.results(logits, "none");

@@ -75,7 +75,7 @@ def linear_multi_hot_cross_entropy(
         hidden = torch.cat(parts, -2)
     loss, lse, dhidden, dweight, dbias = in_chunks(
         partial(_rows, tp_group, first, vocabulary, options),
-        chunk_size or chunk_rows(len(labels), None, hidden.element_size(), hidden.device),
+        chunk_size or chunk_rows(labels.numel(), None, hidden.element_size(), hidden.device),
         hidden,
         weight,
         labels,
