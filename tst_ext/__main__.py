@@ -49,7 +49,8 @@ def info_command(argv: list[str]) -> int:
         "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "threads": torch.get_num_threads(),
     }
-    print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n")
+    for name, value in facts.items():
+        print(f"{name}: {value}")
     if not argv:
         return 0
     from .self_check import self_check

@@ -98,7 +98,7 @@ class SuperpositionLoss(ChunkedLossWrapper):
         """'mce', multi-hot cross-entropy, or 'mce_alt', the sum-to-one variant, one loss per bag."""
 
         z_loss: float = 0.0
-        """Adds z_loss * lse^2 for each label."""
+        """Add z_loss * lse^2 for each label."""
 
         chunk_size: int | None = None
         """The most rows whose logits exist at a time."""

@@ -38,8 +38,8 @@ def linear_multi_hot_cross_entropy(
     """Multi-hot cross-entropy of `hidden @ weight.T + bias` with a bag of labels per row, without the full logits.
 
     For a row with logits z and labels y_1..y_s, the cross-entropy of position i is `lse(z) - z[y_i]`. A token that
-    occurs twice counts twice. The forward pass also computes the gradients of a mean or sum, chunk by chunk. That takes
-    three GEMMs in all, and memory for one chunk of logits. docs/ops.md has the formulas, the costs and the numerics.
+    occurs twice counts twice. The forward pass also computes the gradients of a mean or sum, chunk by chunk: three
+    GEMMs in all, and memory for one chunk of logits. docs/ops.md has the formulas, the costs and the numerics.
 
     Args:
         hidden: `[..., d]`, float32, bfloat16, float16 or float64. float16 is computed in float32.
@@ -66,8 +66,8 @@ def linear_multi_hot_cross_entropy(
         return_lse: also return `lse` `[...]` (float32, float64 for float64), with its gradient.
         return_z_loss: also return the share of `z_loss` in the loss, in the shape of the loss, with its gradient.
         chunk_size: the most rows whose logits exist at a time. The default on CUDA is 2048 to 8192, as many as fit 1/32
-            of the device's memory. Elsewhere they fit an eighth of the full logits or 64 MiB, whichever is more, and
-            are at most 512 beyond 64 MiB and without gradients. On the CPU fewer than about 256 rows cost time.
+            of the device's memory. Elsewhere they fit an eighth of the full logits or 64 MiB, whichever is more, with
+            at most 512 beyond 64 MiB; without gradients 512. On the CPU fewer than about 256 rows cost time.
         tp_group: the processes that divide the vocabulary. `weight` and `bias` are this process's rows of the head,
             contiguous, in the order of the ranks, any number in each. All else is the same in all processes, and labels
             number the whole vocabulary. Every process gets the whole loss, the whole gradient of hidden, and the

@@ -76,17 +76,17 @@ def bag_embedding_backward(
 
 
 def capped(x: Tensor, options: LossOptions) -> Tensor:
-    """The logits z that the loss is of."""
+    """Apply the softcap: z of x."""
     return x if options.logit_softcap is None else options.logit_softcap * torch.tanh(x / options.logit_softcap)
 
 
 def slope(z: Tensor, options: LossOptions) -> Tensor | int:
-    """dz / dx."""
+    """Return dz / dx."""
     return 1 if options.logit_softcap is None else 1 - (z / options.logit_softcap).square()
 
 
 def row_loss(options: LossOptions, scale: Tensor, lse: Tensor, fit: Tensor, above_mean: Tensor | int) -> Tensor:
-    """The loss of each row, `[N]`; `above_mean` is lse less the mean of z."""
+    """Return the loss of each row, `[N]`; `above_mean` is lse less the mean of z."""
     loss = (1 - options.label_smoothing) * fit
     if options.z_loss:
         loss = loss + options.z_loss * scale * lse.square()
@@ -98,8 +98,7 @@ def row_loss(options: LossOptions, scale: Tensor, lse: Tensor, fit: Tensor, abov
 def row_factors(
     options: LossOptions, scale: Tensor, lse: Tensor, grad_loss: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """By what the gradient of a row has its softmax, and by what the labels' pulls, and by which share of a column what
-    smoothing takes from all: `[N]` each."""
+    """Return a row's factors of its softmax, its labels' pulls and smoothing's uniform part: `[N]` each."""
     g = torch.ones_like(scale) if grad_loss is None else grad_loss.to(scale.dtype).expand_as(scale)
     softmax = torch.where(g * scale == 0, 0, g * scale * (1 + 2 * options.z_loss * lse))
     if grad_lse is not None:
@@ -116,7 +115,7 @@ def _rows(
     grad_lse: Tensor | None,  # [N]
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row losses `[N]`, lse `[N]` and, if asked for, the gradient of the logits `[N, V]` (else x)."""
+    """Return row losses `[N]`, lse `[N]` and, if asked for, the gradient of the logits `[N, V]` (else x)."""
     z = capped(x, options)
     # Differences from the maximum rather than from lse: at logits of 1e4 lse would cost three digits in float32.
     m = z.amax(1, keepdim=True) if z.shape[1] else z.new_zeros(len(z), 1)
