@@ -111,8 +111,9 @@ def fit_weights(shard: Shard, *, tokens: int, distances: int, subtract_floor: bo
     """
     check("distances", distances, distances >= 3, "at least 3, for three constants")
     count = min(tokens, len(shard))
-    wanted = f"more than distances = {distances} (shard {shard.path} has {len(shard)})"
-    check("tokens", count, count > distances, wanted)
+    if count <= distances:
+        has = f"shard {shard.path} has {len(shard)}"
+        raise UserError(f"tokens: expected more than distances = {distances}, got {count}; {has}")
     text, d = shard.read(0, count), np.arange(1, distances + 1)
     values, floor = (
         np.array([estimate(text, i, shard.vocabulary, shard.end_of_text) for i in d.tolist()])

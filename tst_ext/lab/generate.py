@@ -42,9 +42,9 @@ def generate(
     Raises:
         UserError: an argument out of range, or nothing to start from; names the argument.
     """
-    limits = {"max_tokens": (max_tokens, 1), "temperature": (temperature, 0), "top_k": (top_k, 0)}
-    for name, (value, low) in limits.items():
-        check(name, value, low <= value < math.inf, f"a number >= {low}")
+    check("max_tokens", max_tokens, max_tokens >= 1, "a number >= 1")
+    check("temperature", temperature, 0 <= temperature < math.inf, "a number >= 0")
+    check("top_k", top_k, top_k >= 0, "a number >= 0")
     ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids
     if not ids:
         if end_of_text is None:

@@ -16,7 +16,7 @@ class UserError(Exception):
 
 
 def check(name: str, value: object, valid: bool, wanted: str) -> None:
-    """Raise UserError unless `value` is valid, in the words of every message: what was expected, and what came."""
+    """Raise UserError that says what was expected and what came, unless `value` is valid."""
     if not valid:
         raise UserError(f"{name}: expected {wanted}, got {value!r}")
 

@@ -78,7 +78,7 @@ class RunFolder(ExitStack):
                 raise UserError(f"resume: {values}; only the options of the section run may change")
 
     def begin(self, config: TrainConfig, found: checkpoint.Found | None, data: Path, facts: dict[str, Any]) -> None:
-        """Write what a run begins with. Only the first process may call it."""
+        """Write config.json, environment.json and tokenizer.json, and set aside checkpoints after the one found."""
         self.path.mkdir(parents=True, exist_ok=True)
         if self.lock is None:
             self._claim()
@@ -99,7 +99,7 @@ class RunFolder(ExitStack):
         sync(self.path)
 
     def end(self, result: dict[str, Any]) -> None:
-        """Write what a run ends with."""
+        """Write loss.png and result.json."""
         if self.processes.first:
             plot_losses({"run": self.path}, self.path / "loss.png")
             write_text(self.path / "result.json", json.dumps(result, indent=2) + "\n")
