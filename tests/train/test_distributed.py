@@ -157,7 +157,7 @@ class TestResume:
     def test_a_signal_stops_both(self, tiny, pair, tmp_path):
         stopped = run(tiny, tmp_path / "a", processes=2, action=("terminate", 9))
         assert stopped.returncode != 0 and signal.Signals.SIGTERM.name in stopped.stderr
-        assert checkpoint.checkpoints(tmp_path / "a")[-1].name == "step-00000011"
+        assert checkpoint.checkpoints(tmp_path / "a")[-1].name == "step-00000010"
         assert run(tiny, tmp_path / "a", processes=2).returncode == 0
         assert_same_run(pair, tmp_path / "a")
 
