@@ -1,20 +1,86 @@
-"""Names the extension; everything else is in pyproject.toml."""
+"""Check that the extension can be built here, and name its two libraries; everything else is in pyproject.toml.
+
+Each check ends the build before a compiler starts, with one line that says what to do. `tst_ext._C` has the op schemas
+and the CPU kernels. `tst_ext._cuda` has the CUDA kernels, so that a wheel with them also serves a CPU build of torch.
+"""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
+import tomllib
+from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent
+
+
+def stop(message: str) -> NoReturn:
+    sys.exit(f"tst-ext: {message}")
+
+
+def check_packages() -> None:
+    """Look for the build requirements: pip installs them for an isolated build, and else does not look."""
+    unmet, install = [], []
+    for requirement in tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]:
+        name, minimum = re.match(r"([\w-]+)>=([\d.]+)", requirement).groups()
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            if shutil.which(name):  # the system's ninja
+                continue
+            unmet.append(f"no {name}")
+        else:
+            numbers, wanted = ([int(n) for n in re.findall(r"\d+", text)] for text in (version, minimum))
+            if numbers >= wanted:
+                continue
+            unmet.append(f"{name} {version}")
+        install.append(f"'{requirement}'")
+    if unmet:
+        stop(f"cannot be built with {', '.join(unmet)} here. Run: python -m pip install {' '.join(install)}")
+
+
+def check_compiler() -> None:
+    """Compile a few lines, for what each source needs: a C++ compiler, its standard library, Python's headers."""
+    compiler = os.environ.get("CXX") or "c++"
+    if " " in compiler and shutil.which(compiler) is None:
+        stop(
+            f"CXX is {compiler!r}, expected the name of one program, because torch takes it for one: "
+            f"export CXX={compiler.split()[-1]} (torch 2.13 calls ccache by itself)"
+        )
+    if shutil.which(compiler) is None:
+        stop(
+            f"no C++ compiler ({compiler!r} is not on PATH). Install one (Debian and Ubuntu: apt-get install g++; "
+            "Fedora: dnf install gcc-c++; macOS: xcode-select --install) or name one in the environment variable CXX."
+        )
+    include = sysconfig.get_config_var("INCLUDEPY")
+    if not Path(include, "Python.h").exists():
+        python = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+        stop(
+            f"the headers of {python} are missing: no Python.h in {include}. Install them (Debian and Ubuntu: "
+            f"apt-get install {python}-dev; Fedora: dnf install {python}-devel), or use a Python that has them."
+        )
+    command = [compiler, "-std=c++17", "-fsyntax-only", f"-I{include}", "-x", "c++", "-"]
+    result = subprocess.run(command, input="#include <Python.h>\n#include <vector>\n", capture_output=True, text=True)
+    if result.returncode != 0:
+        stop(f"{compiler} cannot compile C++17, name another one in CXX: {error_line(result)}")
+
+
+def error_line(result: subprocess.CompletedProcess[str]) -> str:
+    """What a compiler complains about first."""
+    lines = (result.stderr + result.stdout).strip().splitlines() or [f"exit status {result.returncode}"]
+    return next((line for line in lines if "error" in line.lower()), lines[-1])
+
 
 if sys.platform == "win32":
-    sys.exit("tst-ext: the kernels build with GCC or Clang on Linux and macOS, not on Windows (WSL works)")
-compiler = (os.environ.get("CXX") or "c++").split()[0]
-if shutil.which(compiler) is None:
-    sys.exit(
-        f"tst-ext: no C++ compiler ({compiler!r} is not on PATH). Install one (Debian and Ubuntu: apt-get install g++; "
-        "Fedora: dnf install gcc-c++; macOS: xcode-select --install) or name one in the environment variable CXX."
-    )
+    stop("the kernels build with GCC or Clang on Linux and macOS, not on Windows (WSL works)")
+check_packages()
+check_compiler()
 
 import pybind11  # noqa: E402
 import torch  # noqa: E402
@@ -24,77 +90,112 @@ from torch.utils import cpp_extension  # noqa: E402
 
 def files(pattern: str) -> list[str]:
     """Find the source files that match a pattern, in an order that does not depend on the file system."""
-    root = Path(__file__).resolve().parent
-    return sorted(path.relative_to(root).as_posix() for path in root.glob(pattern))
+    return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
 
 
-def cuda_home(found: str | None, chosen: bool, standard: str = "/usr/local/cuda") -> str | None:
-    """The toolkit to build with: `found` by torch, unless it is only the parent folder of a script that calls nvcc.
+def runtime_folder(home: str) -> str | None:
+    """Where the toolkit has the libcudart that the linker needs; None if it has none."""
+    machine = {"aarch64": "sbsa"}.get(platform.machine(), platform.machine())
+    # The installer's and conda's; what these link to, which a copy of a part may lack; Debian's.
+    for folder in ("lib64", "lib", f"targets/{machine}-linux/lib", f"lib/{sysconfig.get_config_var('MULTIARCH')}"):
+        if Path(home, folder, "libcudart.so").exists():
+            return str(Path(home, folder))
+    return None
 
-    A script /usr/local/bin/nvcc makes torch take /usr/local, where the linker finds no libcudart. What the user has
-    `chosen` through CUDA_HOME or CUDA_PATH stays.
+
+def cuda_home(found: str | None, standard: str = "/usr/local/cuda") -> str | None:
+    """The toolkit to build with: `found` by torch, unless it is only the folder above a script that calls nvcc.
+
+    For a script /usr/local/bin/nvcc torch takes /usr/local, where the linker finds no libcudart. The real nvcc tells
+    where it is in a dry run, as TOP. CUDA_HOME or CUDA_PATH, if set, is the user's choice and stays.
     """
+    if found is None or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or runtime_folder(found):
+        return found
+    candidates = [standard]
+    if (nvcc := shutil.which(f"{found}/bin/nvcc")) is not None:
+        result = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+        candidates = [os.path.realpath(top) for top in re.findall(r"^#\$ TOP=(.+)$", result.stderr, re.M)] + candidates
+    return next((home for home in candidates if runtime_folder(home)), found)
 
-    def has_runtime(folder: str) -> bool:
-        return any(Path(folder, lib, "libcudart.so").exists() for lib in ("lib64", "lib"))
 
-    return standard if found and not chosen and not has_runtime(found) and has_runtime(standard) else found
+def cuda_obstacle(home: str | None) -> str | None:
+    """What keeps CUDA kernels from being built, and what to do about it; None if nothing does."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build: install one that is"
+    major = torch.version.cuda.partition(".")[0]
+    choose = f"set CUDA_HOME to a complete CUDA {major} toolkit"
+    if home is None or (nvcc := shutil.which(f"{home}/bin/nvcc")) is None:
+        return f"no nvcc in {home}/bin: {choose}" if home else f"no nvcc on PATH: {choose}"
+    if runtime_folder(home) is None:
+        return f"nvcc is in {home}/bin, but no libcudart.so in {home}/lib64, lib or targets/*/lib: {choose}"
+    release = nvcc_release(nvcc)
+    if release and str(release[0]) != major:
+        return f"nvcc in {home}/bin is of CUDA {release[0]}.{release[1]}, torch of CUDA {torch.version.cuda}: {choose}"
+    host = ["-ccbin", os.environ["CC"]] if os.environ.get("CC") else []  # as torch calls it
+    with tempfile.TemporaryDirectory() as folder:  # an nvcc refuses compilers newer than itself
+        command = [nvcc, *host, "-c", "-x", "cu", os.devnull, "-o", f"{folder}/empty.o"]
+        result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        return f"{nvcc} cannot compile an empty file, set CC to a host compiler that it takes: {error_line(result)}"
+    return None
 
 
-def architectures(nvcc_version: str) -> str:
-    """GPU architectures to build for, given the output of `nvcc --version`; PTX of the last one serves later ones.
+def nvcc_release(nvcc: str) -> tuple[int, int] | None:
+    """CUDA version of an nvcc."""
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", version)
+    return (int(release[1]), int(release[2])) if release else None
+
+
+def architectures(release: tuple[int, int] | None) -> str:
+    """GPU architectures to build for with an nvcc of this release; PTX of the last one serves later ones.
 
     nvcc before CUDA 12.8 refuses sm_100. The newest PTX is then for sm_90: PTX for sm_90a runs on no other GPU.
     """
-    release = re.search(r"release (\d+)\.(\d+)", nvcc_version)
-    old = release is not None and (int(release[1]), int(release[2])) < (12, 8)
-    return "8.0;9.0+PTX" if old else "8.0;9.0a;10.0+PTX"
+    return "8.0;9.0+PTX" if release is not None and release < (12, 8) else "8.0;9.0a;10.0+PTX"
 
 
-def build_cuda() -> bool:
-    """TST_CUDA=1 or 0 decides; without it, CUDA is built where torch has it and nvcc is there."""
+def wants_cuda() -> bool:
+    """TST_CUDA=1 or 0 decides; without it, CUDA kernels are built where they can be."""
     wanted = os.environ.get("TST_CUDA", "")
     if wanted not in ("", "0", "1"):
-        sys.exit(f"tst-ext: TST_CUDA is {wanted!r}; expected 0, 1 or unset")
-    home = cpp_extension.CUDA_HOME
-    nvcc = home is not None and os.access(os.path.join(home, "bin", "nvcc"), os.X_OK)
-    if wanted == "1" and not (torch.version.cuda and nvcc):
-        sys.exit(
-            f"tst-ext: TST_CUDA=1 needs a CUDA build of torch (here: {torch.__version__}, CUDA {torch.version.cuda}) "
-            f"and nvcc (CUDA_HOME: {home}). Install both, or unset TST_CUDA for a CPU build."
-        )
-    return wanted != "0" and bool(torch.version.cuda) and nvcc
+        stop(f"TST_CUDA is {wanted!r}; expected 0, 1 or unset")
+    if wanted == "0":
+        return False
+    cpp_extension.CUDA_HOME = cuda_home(cpp_extension.CUDA_HOME)
+    obstacle = cuda_obstacle(cpp_extension.CUDA_HOME)
+    if obstacle is not None and wanted == "1":
+        stop(f"TST_CUDA=1, but {obstacle}; or unset TST_CUDA for the CPU kernels alone")
+    if obstacle is not None and torch.version.cuda is not None:
+        print(f"tst-ext: building the CPU kernels alone: {obstacle}", file=sys.stderr)
+    return obstacle is None
 
 
-# CMakeLists.txt finds the same files: tests/test_build.py compares the two.
-sources = files("csrc/*.cpp") + files("csrc/cpu/*.cpp")
 # The C++ side of torch's ABI is not used, so one build serves every torch from this version on.
 macros = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
 cxx_flags = ["-O3", "-g0", "-Wall", "-fvisibility=hidden", "-Wno-psabi", "-Wno-unknown-pragmas"]
-compile_args = {"cxx": cxx_flags}
-extension = cpp_extension.CppExtension
-cpp_extension.CUDA_HOME = cuda_home(
-    cpp_extension.CUDA_HOME, chosen=bool(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"))
-)
-if build_cuda():
-    extension = cpp_extension.CUDAExtension
-    sources += files("csrc/cuda/*.cu")
-    macros += [("TST_WITH_CUDA", None), ("USE_CUDA", None)]
-    compile_args["nvcc"] = ["-O3", "--expt-relaxed-constexpr"]
+# CMakeLists.txt finds the same files: tests/test_build.py compares the two.
+extensions = [
+    cpp_extension.CppExtension(
+        "tst_ext._C",
+        files("csrc/*.cpp") + files("csrc/cpu/*.cpp"),
+        include_dirs=[pybind11.get_include()],
+        define_macros=macros,
+        extra_compile_args={"cxx": cxx_flags},
+    )
+]
+if wants_cuda():
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:
-        nvcc = os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc")
-        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(version)
-
-setup(
-    ext_modules=[
-        extension(
-            "tst_ext._C",
-            sources,
-            include_dirs=[pybind11.get_include()],
-            define_macros=macros,
-            extra_compile_args=compile_args,
+        release = nvcc_release(os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc"))
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(release)
+    extensions.append(
+        cpp_extension.CUDAExtension(
+            "tst_ext._cuda",
+            files("csrc/cuda/*.cu"),
+            library_dirs=[runtime_folder(cpp_extension.CUDA_HOME)],
+            define_macros=[*macros, ("USE_CUDA", None)],
+            extra_compile_args={"nvcc": ["-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]},
         )
-    ],
-    cmdclass={"build_ext": cpp_extension.BuildExtension},
-)
+    )
+
+setup(ext_modules=extensions, cmdclass={"build_ext": cpp_extension.BuildExtension})

@@ -7,12 +7,6 @@
 #include "cpu/memory.h"
 #include "tensor.h"
 
-#ifdef TST_WITH_CUDA
-namespace tst::cuda {
-std::string architectures();
-}
-#endif
-
 STABLE_TORCH_LIBRARY(tst_ext, m) {
   // input_ids [..., bag_size] int64 or int32, weight [V, d] -> [..., d]; mode "mean" or "sum". Ids equal to padding_idx
   // count for nothing; position_weights [bag_size].
@@ -49,7 +43,7 @@ STABLE_TORCH_LIBRARY(tst_ext, m) {
   m.def("scaled_copy_(Tensor(a!) out, Tensor source, Tensor factor) -> ()");
 }
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {  // what it keeps is atomic
   m.doc() = "Registers the tst_ext ops; build facts and the choice of CPU instruction set.";
   m.def("cpu_capabilities", &tst::cpu::capabilities, "Instruction sets that this processor runs, the best last.");
   m.def("cpu_capability", &tst::cpu::capability, "The instruction set in use.");
@@ -59,14 +53,4 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_gemm", &tst::cpu::set_gemm, pybind11::arg("name"));
   m.def("advise_huge_pages", &tst::cpu::advise_huge_pages, pybind11::arg("address"), pybind11::arg("nbytes"),
         "Asks for huge pages under a large block that nothing has been written to; elsewhere than on Linux nothing.");
-  m.def(
-      "cuda_architectures",
-      []() -> std::string {
-#ifdef TST_WITH_CUDA
-        return tst::cuda::architectures();
-#else
-        return "";
-#endif
-      },
-      "CUDA architectures in this build, comma-separated; empty without CUDA.");
 }

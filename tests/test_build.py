@@ -2,10 +2,12 @@
 
 import json
 import os
+import platform
 import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -28,57 +30,136 @@ def test_no_cxx_symbol_of_torch_is_needed():
 
 
 class TestSetup:
-    def run(self, **environment):
-        return subprocess.run(
-            [sys.executable, "setup.py", "--version"],
+    """What stops a build before a compiler starts: one line that says what to do."""
+
+    def run(self, *options, code="", **environment):
+        code += "import runpy, sys; sys.argv[1:] = ['--version']; runpy.run_path('setup.py', run_name='__main__')"
+        result = subprocess.run(
+            [sys.executable, *options, "-c", code],
             cwd=ROOT,
             capture_output=True,
             text=True,
             env={**os.environ, **environment},
         )
+        lines = result.stderr.splitlines()
+        ours = [line for line in lines if line.startswith("tst-ext: ")]
+        # torch warns of a CUDA_HOME without a GPU
+        assert len(ours) == (result.returncode != 0) and "Traceback" not in result.stderr, result.stderr
+        return result.returncode, "".join(ours)
+
+    def test_version(self):
+        assert self.run() == (0, "")
 
     def test_missing_compiler_is_named_with_what_to_install(self):
-        result = self.run(CXX="absent-g++")
-        assert result.returncode != 0
-        assert "absent-g++" in result.stderr and "apt-get install g++" in result.stderr
+        status, error = self.run(CXX="absent-g++")
+        assert status == 1 and "'absent-g++' is not on PATH" in error and "apt-get install g++" in error
+
+    def test_compiler_behind_a_launcher(self):
+        """torch quotes CXX as one word: the shell finds no such program, exit status 127."""
+        status, error = self.run(CXX="ccache g++")
+        assert status == 1 and "CXX is 'ccache g++', expected the name of one program" in error
+        assert "export CXX=g++ " in error
+
+    def test_compiler_that_does_not_work(self, tmp_path):
+        compiler = script(tmp_path / "clang++", "echo \"fatal error: 'vector' file not found\" >&2; exit 1")
+        status, error = self.run(CXX=compiler)
+        assert status == 1 and f"{compiler} cannot compile C++17" in error and "'vector' file not found" in error
+
+    def test_missing_headers_of_python(self, tmp_path):
+        fake = f"import sysconfig; sysconfig.get_config_vars()['INCLUDEPY'] = {str(tmp_path)!r}; "
+        status, error = self.run(code=fake)
+        version = f"python3.{sys.version_info[1]}"
+        assert status == 1 and f"no Python.h in {tmp_path}" in error and f"apt-get install {version}-dev" in error
+
+    def test_missing_packages(self):
+        status, error = self.run("-S")  # without site-packages
+        assert status == 1 and "no setuptools, no torch, no pybind11" in error
+        assert "-m pip install 'setuptools>=77,<85' 'torch>=2.11,<3' 'pybind11>=3,<4'" in error
+
+    @pytest.mark.parametrize(
+        ("name", "old"), [("setuptools", "65.5.0"), ("setuptools", "76.1"), ("torch", "2.9.1+cpu")]
+    )
+    def test_old_package(self, tmp_path, name, old):
+        (tmp_path / f"{name}-{old}.dist-info").mkdir()
+        (tmp_path / f"{name}-{old}.dist-info/METADATA").write_text(f"Name: {name}\nVersion: {old}\n")
+        status, error = self.run(PYTHONPATH=str(tmp_path))
+        assert status == 1 and f"cannot be built with {name} {old} here" in error
+        assert error.count("'") == 2 and f"-m pip install '{name}>=" in error
+
+    @pytest.mark.extended
+    def test_fresh_environment_without_isolation(self, tmp_path):
+        """Of Python 3.11 it has setuptools 65.5: "invalid command 'bdist_wheel'". Later ones have none."""
+        for name in ("setup.py", "pyproject.toml"):
+            shutil.copy(ROOT / name, tmp_path)
+        subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+        command = [tmp_path / "venv/bin/python", "-m", "pip", "install", "--no-index", "--no-build-isolation", tmp_path]
+        output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+        if sys.version_info < (3, 12):
+            assert "tst-ext: cannot be built with setuptools 65.5.0, no torch, no pybind11" in output
+        else:
+            assert "Cannot import 'setuptools.build_meta'" in output
+        assert "bdist_wheel" not in output
 
     @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA here")
     def test_cuda_without_a_cuda_torch_is_refused(self):
-        result = self.run(TST_CUDA="1")
-        assert result.returncode != 0
-        assert "TST_CUDA=1" in result.stderr and torch.__version__ in result.stderr and "nvcc" in result.stderr
+        status, error = self.run(TST_CUDA="1")
+        assert status == 1 and "TST_CUDA=1" in error
+        assert f"torch {torch.__version__} is not a CUDA build: install one that is" in error
 
     def test_unknown_value_is_refused(self):
-        result = self.run(TST_CUDA="yes")
-        assert result.returncode != 0 and "'yes'" in result.stderr and "expected 0, 1 or unset" in result.stderr
+        status, error = self.run(TST_CUDA="yes")
+        assert status == 1 and "'yes'" in error and "expected 0, 1 or unset" in error
 
     def test_cuda_can_be_left_out(self):
-        assert self.run(TST_CUDA="0").returncode == 0
+        assert self.run(TST_CUDA="0") == (0, "")
+
+
+def script(path, body):
+    """Write an executable; return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
 
 
 class TestSetupForCuda:
-    """Its decisions, in a process without a CUDA toolkit: setup() is left out."""
+    """Its decisions with a torch for CUDA 13.0 and made-up toolkits; setup() is left out."""
 
     @pytest.fixture
     def run(self, monkeypatch):
         given = {}
         monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")  # so that setup.py's change is undone afterwards
-        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
-        monkeypatch.setattr(cpp_extension, "CUDA_HOME", cpp_extension.CUDA_HOME)
-        return lambda root=ROOT: runpy.run_path(str(root / "setup.py")) | given
+        for name in ("TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "TST_CUDA", "CC"):
+            monkeypatch.setenv(name, "")  # so that setup.py's change is undone afterwards
+            monkeypatch.delenv(name)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+        def run(home, root=ROOT):
+            """Return what setup.py defines, and the CUDA library it would build, None without one."""
+            monkeypatch.setattr(cpp_extension, "CUDA_HOME", home and str(home))
+            names = runpy.run_path(str(root / "setup.py"))
+            cpu, *cuda = given["ext_modules"]
+            assert cpu.name == "tst_ext._C" and not any(source.endswith(".cu") for source in cpu.sources)
+            return cuda[0] if cuda else None, names
+
+        return run
 
     @staticmethod
-    def toolkit(folder, release, runtime="lib64"):
-        """Make the part of a CUDA toolkit that setup.py reads, with `runtime` None only its nvcc; return its folder."""
-        (folder / "bin").mkdir(parents=True)
-        script = f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n"
-        (folder / "bin/nvcc").write_text(script)
-        (folder / "bin/nvcc").chmod(0o755)
+    def toolkit(folder, release="13.0", runtime="lib64", compiles=True):
+        """Make the part of a CUDA toolkit that setup.py looks at, with `runtime` None only its nvcc."""
+        compile_ = "exit 0" if compiles else "echo '#error -- unsupported GNU version!' >&2; exit 1"
+        script(
+            folder / "bin/nvcc",
+            f"""case "$*" in
+            *--version*) echo 'Cuda compilation tools, release {release}, V{release}.1';;
+            *--dryrun*) echo '#$ _SPACE_= ' >&2; echo '#$ TOP={folder}/bin/..' >&2;;
+            *) {compile_};;
+            esac""",
+        )
         if runtime:
-            (folder / runtime).mkdir()
+            (folder / runtime).mkdir(parents=True)
             (folder / runtime / "libcudart.so").touch()
-        return str(folder)
+        return folder
 
     @pytest.mark.parametrize(
         ("release", "wanted"),
@@ -91,20 +172,72 @@ class TestSetupForCuda:
     )
     def test_architectures(self, run, monkeypatch, tmp_path, release, wanted):
         monkeypatch.setattr(torch.version, "cuda", release)
-        monkeypatch.setattr(cpp_extension, "CUDA_HOME", self.toolkit(tmp_path, release))
         monkeypatch.setenv("TST_CUDA", "1")
-        (extension,) = run()["ext_modules"]
+        extension, _ = run(self.toolkit(tmp_path, release))
         assert os.environ["TORCH_CUDA_ARCH_LIST"] == wanted
-        assert any(source.endswith(".cu") for source in extension.sources)
-        assert str(tmp_path / "lib64") in extension.library_dirs
+        assert extension.name == "tst_ext._cuda" and all(source.endswith(".cu") for source in extension.sources)
+
+    def test_architectures_of_the_user(self, run, monkeypatch, tmp_path):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+        assert run(self.toolkit(tmp_path))[0] is not None and os.environ["TORCH_CUDA_ARCH_LIST"] == "8.6"
+
+    @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+    @pytest.mark.parametrize("runtime", ["lib64", "lib", "targets/{}-linux/lib", "lib/{}-linux-gnu"])
+    def test_library_of_the_linker(self, run, monkeypatch, tmp_path, runtime, machine):
+        monkeypatch.setattr(platform, "machine", lambda: machine)
+        monkeypatch.setitem(sysconfig.get_config_vars(), "MULTIARCH", f"{machine}-linux-gnu")
+        runtime = runtime.format("sbsa" if machine == "aarch64" and "targets" in runtime else machine)
+        home = self.toolkit(tmp_path, runtime=runtime)
+        assert str(home / runtime) in run(home)[0].library_dirs
+
+    def test_toolkit_behind_a_script(self, run, monkeypatch, tmp_path):
+        """What torch takes is the folder above the script, where there is no library."""
+        real = self.toolkit(tmp_path / "cuda-13.0")
+        script(tmp_path / "local/bin/nvcc", f'exec {real}/bin/nvcc "$@"')
+        extension, names = run(tmp_path / "local")
+        assert cpp_extension.CUDA_HOME == str(real) and str(real / "lib64") in extension.library_dirs
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path / "local"))
+        assert names["cuda_home"](str(tmp_path / "local")) == str(tmp_path / "local"), "named by the user"
+
+    def test_standard_toolkit_in_place_of_one_that_does_not_tell(self, run, tmp_path):
+        _, names = run(None)
+        mute, standard = script(tmp_path / "local/bin/nvcc", "exit 1"), self.toolkit(tmp_path / "cuda")
+        found = str(tmp_path / "local")
+        assert os.access(mute, os.X_OK) and names["cuda_home"](found, str(standard)) == str(standard)
+        assert names["cuda_home"](found, str(tmp_path / "absent")) == found
+        assert names["cuda_home"](None, str(standard)) is None
+
+    @pytest.mark.parametrize(
+        ("made", "expected"),
+        [
+            (None, "no nvcc on PATH: set CUDA_HOME to a complete CUDA 13 toolkit"),
+            (dict(runtime=None), "but no libcudart.so in {0}/lib64, lib or targets/*/lib: set CUDA_HOME to a complete"),
+            (dict(release="12.4"), "is of CUDA 12.4, torch of CUDA 13.0: set CUDA_HOME to a complete CUDA 13 toolkit"),
+            (
+                dict(compiles=False),
+                "cannot compile an empty file, set CC to a host compiler that it takes: #error -- uns",
+            ),
+        ],
+    )
+    def test_what_cannot_be_built_is_found_before_compiling(self, run, monkeypatch, tmp_path, capsys, made, expected):
+        home = self.toolkit(tmp_path, **made) if made else None
+        monkeypatch.setenv("CUDA_HOME", str(home or ""))  # the toolkit of this machine is not tried
+        extension, _ = run(home)
+        error = capsys.readouterr().err
+        assert extension is None and expected.format(home) in error
+        assert error.startswith("tst-ext: building the CPU kernels alone: ") and error.count("\n") == 1
+        monkeypatch.setenv("TST_CUDA", "1")
+        with pytest.raises(SystemExit, match="tst-ext: TST_CUDA=1, but ") as stopped:
+            run(home)
+        assert expected.format(home) in stopped.value.code and "\n" not in stopped.value.code
 
     @pytest.mark.extended
     @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs CMake")
-    def test_both_builds_find_a_new_file(self, run, monkeypatch, tmp_path):
+    def test_both_builds_find_a_new_file(self, run, tmp_path):
         root, build = tmp_path / "root", tmp_path / "build"
         for folder in ("csrc", "tests/cpp"):
             shutil.copytree(ROOT / folder, root / folder)
-        for name in ("setup.py", "CMakeLists.txt"):
+        for name in ("setup.py", "pyproject.toml", "CMakeLists.txt"):
             shutil.copy(ROOT / name, root)
         new = {"csrc/cpu/new_kernel.cpp", "csrc/cuda/new_op.cu"}
         for name in new:
@@ -114,30 +247,9 @@ class TestSetupForCuda:
         commands = json.loads((build / "compile_commands.json").read_text())
         by_cmake = {os.path.relpath(command["file"], root) for command in commands}
 
-        monkeypatch.setattr(torch.version, "cuda", "13.0")
-        monkeypatch.setattr(cpp_extension, "CUDA_HOME", self.toolkit(tmp_path, "13.0"))
-        monkeypatch.setenv("TST_CUDA", "1")
-        (extension,) = run(root)["ext_modules"]
-        assert new <= set(extension.sources) and new <= by_cmake
-        ops = {name for name in extension.sources if "torch::" in (root / name).read_text() and ".cpp" in name}
+        extension, names = run(self.toolkit(tmp_path / "cuda"), root)
+        sources = {source for part in names["extensions"] for source in part.sources}
+        assert new <= sources and new <= by_cmake
+        ops = {name for name in sources if "torch::" in (root / name).read_text() and ".cpp" in name}
         raw_and_cuda = {name for name in by_cmake if name.startswith("csrc")}
-        assert raw_and_cuda == set(extension.sources) - ops - {"csrc/library.cpp"}
-
-    def test_architectures_of_the_user(self, run, monkeypatch, tmp_path):
-        monkeypatch.setattr(torch.version, "cuda", "13.0")
-        monkeypatch.setattr(cpp_extension, "CUDA_HOME", self.toolkit(tmp_path, "13.0"))
-        monkeypatch.setenv("TST_CUDA", "1")
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
-        run()
-        assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.6"
-
-    def test_toolkit_behind_a_script(self, run, tmp_path):
-        cuda_home = run()["cuda_home"]
-        script = self.toolkit(tmp_path / "local", "13.0", runtime=None)
-        standard = self.toolkit(tmp_path / "local/cuda", "13.0")
-        conda = self.toolkit(tmp_path / "conda", "13.0", runtime="lib")
-        assert cuda_home(script, False, standard) == standard
-        assert cuda_home(script, True, standard) == script, "named by the user"
-        assert cuda_home(script, False, str(tmp_path / "absent")) == script
-        assert cuda_home(conda, False, standard) == conda
-        assert cuda_home(None, False, standard) is None
+        assert raw_and_cuda == sources - ops - {"csrc/library.cpp"}

@@ -4,12 +4,15 @@
 with the fixture `kernels` too.
 """
 
+from importlib.machinery import EXTENSION_SUFFIXES
+
 import pytest
 import torch
 
 from helpers import emulated
 from helpers.cases import FUNCTIONS, IGNORE, check_embedding, check_loss, embedding_case, fused, loss_case, on_logits
 from tst_ext import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
+from tst_ext._load import load_cuda
 from tst_ext.ops import plain
 from tst_ext.ops.loss import LossOptions
 
@@ -23,6 +26,12 @@ def op_for_cuda(name, *args, **kwargs):
     """The op whatever the tensors' device, behind the checks of the public function."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     return getattr(torch.ops.tst_ext, name).default.redispatch(keys, *args, **kwargs)
+
+
+def test_it_is_loaded_as_the_cuda_library_of_a_build(tmp_path, monkeypatch):
+    (tmp_path / f"_cuda{EXTENSION_SUFFIXES[0]}").symlink_to(emulated.LIBRARY)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert load_cuda(tmp_path) == ("sm_90", "")
 
 
 class TestRows:

@@ -1,10 +1,12 @@
 """An extension that does not load: the error says why, and what to do."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from importlib import metadata
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,13 @@ import torch
 
 import tst_ext
 from tst_ext import _C
-from tst_ext._load import MINIMUM_TORCH, diagnosis, too_old
+from tst_ext._load import MINIMUM_TORCH, diagnosis, load_cuda, too_old
+from tst_ext.ops import plain
 
 
 def test_the_minimum_torch_is_that_of_the_package():
-    assert f"torch>={MINIMUM_TORCH}" in metadata.requires("tst-ext")
+    (requirement,) = [line for line in metadata.requires("tst-ext") if re.match("torch[<>=]", line)]
+    assert f">={MINIMUM_TORCH}" in re.split("torch|,", requirement)
 
 
 class TestExtensionThatDoesNotLoad:
@@ -29,8 +33,6 @@ class TestExtensionThatDoesNotLoad:
         [
             ("_C.so: undefined symbol: aoti_torch_new_call", "lacks a function", "install torch again"),
             ("dlopen(_C.so): symbol not found in flat namespace '_aoti'", "lacks a function", "install torch again"),
-            ("libcudart.so.13: cannot open shared object file: No such file", "another CUDA", "for the CUDA version"),
-            ("libtorch_cuda.so: cannot open shared object file", "another CUDA", "for the CUDA version"),
             ("libstdc++.so.6: cannot open shared object file", "libstdc++, a library of the system", "package manager"),
             ("dlopen(_C.so): Library not loaded: @rpath/libtorch_cpu.dylib", "libtorch_cpu, a part", "install torch"),
             ("/lib/libm.so.6: version `GLIBC_2.38' not found", "newer Linux", "build it"),
@@ -87,6 +89,37 @@ class TestExtensionThatDoesNotLoad:
         assert result.returncode == 1
         assert f"the compiled extension does not load: {tmp_path if broken == 'missing' else ''}" in result.stderr
         assert expected in result.stderr and "what to do:" in result.stderr
+
+
+class TestCudaLibrary:
+    """It is loaded where torch is for CUDA; without it the package works, and knows why there are no kernels."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        (tmp_path / f"_cuda{EXTENSION_SUFFIXES[0]}").write_bytes(b"of another CUDA")
+        return tmp_path
+
+    def test_not_built(self, tmp_path):
+        assert load_cuda(tmp_path) == ("", "this build of tst-ext has no CUDA kernels")
+
+    def test_torch_for_the_cpu(self, folder, monkeypatch):
+        monkeypatch.setattr(torch.version, "cuda", None)
+        assert load_cuda(folder) == ("", f"torch {torch.__version__} is not a CUDA build")
+
+    def test_another_cuda(self, folder, monkeypatch):
+        monkeypatch.setattr(torch.version, "cuda", "12.8")
+        architectures, reason = load_cuda(folder)
+        assert architectures == ""
+        assert f"do not load with torch {torch.__version__}, CUDA 12.8: {folder}" in reason
+
+    def test_the_warning_of_plain_torch_says_why(self, monkeypatch):
+        monkeypatch.setattr(plain, "NO_CUDA", "the reason")
+        plain._warn.cache_clear()
+        with pytest.warns(UserWarning, match=r"no compiled kernel for cuda \(the reason\), running plain torch"):
+            plain._warn("cuda")
+        with pytest.warns(UserWarning, match="no compiled kernel for xpu, running plain torch"):
+            plain._warn("xpu")
+        plain._warn.cache_clear()
 
 
 @pytest.mark.parametrize(

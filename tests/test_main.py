@@ -9,8 +9,9 @@ from itertools import zip_longest
 import pytest
 import torch
 
-from tst_ext import _C, __version__, self_check
+from tst_ext import _C, __version__, _cpus, commands, self_check
 from tst_ext.__main__ import main
+from tst_ext._load import CUDA_ARCHITECTURES, NO_CUDA
 
 
 def run(*arguments, **environment):
@@ -28,9 +29,25 @@ class TestInfo:
         facts = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
         assert facts["tst-ext"] == __version__
         assert facts["torch"] == torch.__version__
-        assert int(facts["threads"]) >= 1
+        assert int(facts["threads"].split()[0]) >= 1
         assert facts["CPU capability"].split()[0] in _C.cpu_capabilities()
-        assert facts["CUDA architectures"]
+        assert facts["CUDA kernels"] == (CUDA_ARCHITECTURES or f"none: {NO_CUDA}")
+        assert facts["device"].split(",")[0] == ("cuda" if torch.cuda.is_available() else "cpu")
+
+    def test_threads_are_those_of_the_quota(self, monkeypatch, capsys):
+        monkeypatch.setattr(_cpus, "cpu_quota", lambda: 1.5)
+        monkeypatch.setattr(_cpus, "affinity_cpus", lambda: 4)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+        threads, seen = torch.get_num_threads(), []
+        try:
+            torch.set_num_threads(4)
+            assert main(["info"]) == 0 and "threads: 2 (CPU quota 1.5)" in capsys.readouterr().out
+            torch.set_num_threads(4)
+            monkeypatch.setattr(commands, "run", lambda command, argv: seen.append(torch.get_num_threads()) or 0)
+            assert main(["train"]) == 0 and seen == [2]
+        finally:
+            torch.set_num_threads(threads)
 
     def test_choices_are_forced_by_the_environment(self):
         choices = zip_longest(_C.cpu_capabilities(), _C.cpu_gemms(), fillvalue="")

@@ -115,22 +115,70 @@ class TestWrongResults:
         assert advice.startswith("         what to do: do not train with it") and last == "1 problem"
 
 
+class TestWhatIsUsed:
+    """The CPU: because there is no GPU, because this torch cannot use it; and how many of its cores."""
+
+    @pytest.fixture
+    def gpus(self, monkeypatch):
+        return lambda count: monkeypatch.setattr(self_check, "nvidia_gpus", lambda: count)
+
+    def test_no_gpu(self, gpus):
+        gpus(0)
+        assert self_check.check_missing_gpu() == ("note", "no accelerator: the CPU is used, and alone was checked", "")
+
+    def test_gpu_and_a_torch_for_the_cpu(self, gpus, monkeypatch):
+        gpus(2)
+        monkeypatch.setattr(torch.version, "cuda", None)
+        status, text, advice = self_check.check_missing_gpu()
+        assert status == "note" and "install a CUDA build of torch" in advice
+        assert text == f"2 NVIDIA GPUs here, but the CPU is used: torch {torch.__version__} is not a CUDA build"
+
+    def test_gpu_that_torch_does_not_reach(self, gpus, monkeypatch):
+        def init():
+            raise RuntimeError("The NVIDIA driver on your system is too old (found version 12040).\nMore")
+
+        gpus(1)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "init", init)
+        status, text, advice = self_check.check_missing_gpu()
+        assert status == "problem" and text.startswith("1 NVIDIA GPU here, but the CPU is used: torch")
+        assert text.endswith("is too old (found version 12040).") and "update the NVIDIA driver" in advice
+
+    @pytest.mark.parametrize(
+        ("threads", "available", "cores", "status", "said"),
+        [
+            (1, 1, 1, "ok", "cpu: 1 thread"),
+            (8, 8, 8, "ok", "cpu: 8 threads"),
+            (2, 2, 8, "note", "cpu: 2 threads, because this container may use 1.5 of 8 CPUs"),
+            (8, 2, 8, "problem", "cpu: 8 threads, but this container may use 1.5 of 8 CPUs"),
+        ],
+    )
+    def test_threads(self, monkeypatch, threads, available, cores, status, said):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        for name, value in (("available_cpus", available), ("affinity_cpus", cores), ("cpu_quota", 1.5)):
+            monkeypatch.setattr(self_check, name, lambda value=value: value)
+        finding = self_check.check_threads()
+        assert (finding.status, finding.text) == (status, said)
+        assert ("OMP_NUM_THREADS=2 " in finding.advice or "OMP_NUM_THREADS=2:" in finding.advice) == (status != "ok")
+
+
 class TestGpu:
     @pytest.fixture(autouse=True)
     def gpu(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         monkeypatch.setattr(torch.version, "cuda", "13.0")
-        monkeypatch.setattr(_C, "cuda_architectures", lambda: "sm_80, sm_90")
+        monkeypatch.setattr(self_check, "CUDA_ARCHITECTURES", "sm_80, sm_90")
         monkeypatch.setattr(self_check, "bag_embedding", lambda *args: None)
         monkeypatch.setattr(torch, "zeros", lambda *size, **options: None)  # there is no such device here
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
         monkeypatch.setattr(self_check, "check_accuracy", lambda case, device: Finding("ok", "accurate"))
 
-    def test_cpu_build(self, monkeypatch):
-        monkeypatch.setattr(_C, "cuda_architectures", lambda: "")
+    def test_without_kernels(self, monkeypatch):
+        monkeypatch.setattr(self_check, "CUDA_ARCHITECTURES", "")
+        monkeypatch.setattr(self_check, "NO_CUDA", "the reason")
         (finding,) = check_device(CUDA)  # nothing else is run: it would test plain torch
-        assert finding.status == "problem" and "a GPU runs plain torch" in finding.text
+        assert finding.status == "problem" and finding.text == "cuda: a GPU runs plain torch, slower: the reason"
         assert "nvcc 13.0" in finding.advice and "TST_CUDA=1" in finding.advice
 
     def test_build_without_code_for_this_gpu(self, monkeypatch):

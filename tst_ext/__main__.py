@@ -1,5 +1,6 @@
 """`python -m tst_ext` and the command `tst`."""
 
+import math
 import os
 import sys
 from typing import NoReturn
@@ -38,16 +39,20 @@ def info_command(argv: list[str]) -> int:
     import torch
 
     from . import _C, __version__
+    from ._cpus import cpu_quota, limit_threads
+    from ._load import CUDA_ARCHITECTURES, NO_CUDA
 
+    limit_threads()  # as every command does
+    quota = f" (CPU quota {cpu_quota():g})" if cpu_quota() < math.inf else ""
     facts = {
         "tst-ext": __version__,
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "CPU capability": f"{_C.cpu_capability()} (of {', '.join(_C.cpu_capabilities())})",
         "CPU GEMM": f"{_C.cpu_gemm()} (of {', '.join(_C.cpu_gemms())})",
-        "CUDA architectures": _C.cuda_architectures() or "none built",
-        "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "threads": torch.get_num_threads(),
+        "CUDA kernels": CUDA_ARCHITECTURES or f"none: {NO_CUDA}",
+        "device": f"cuda, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu",
+        "threads": f"{torch.get_num_threads()}{quota}",
     }
     for name, value in facts.items():
         print(f"{name}: {value}")
@@ -72,12 +77,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         from . import commands
+        from ._cpus import limit_threads
         from .train.files import UserError
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("tst_ext"):
             raise
         print(f"tst {argv[0]}: {error.name} is missing: pip install 'tst-ext[train]'", file=sys.stderr)
         return 2
+    limit_threads()
     try:
         return commands.run(argv[0], argv[1:])
     except (UserError, OSError) as error:

@@ -1,5 +1,10 @@
-"""Load the compiled extension, or raise an error that says why it does not load and what to do."""
+"""Load the compiled extension, or raise an error that says why it does not load and what to do.
 
+`_C` has the op schemas and the CPU kernels. `_cuda` has the CUDA kernels, if they were built. Without them, or with
+another torch than theirs, the ops run plain torch on a GPU.
+"""
+
+import ctypes
 import re
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -33,9 +38,6 @@ def diagnosis(error: str, folder: Path) -> tuple[str, str]:
         return meaning, f"use the Python that it was installed with, or {BUILD}"
     library = re.search(r"(lib[\w+-]+)\S*: cannot open|Library not loaded: \S*(lib[\w+-]+)", error)
     name = (library[1] or library[2]) if library else ""
-    if library and "cuda" in library[0]:
-        meaning = f"it has CUDA kernels for another CUDA than that of {this_torch} (CUDA {torch.version.cuda})"
-        return meaning, f"install torch for the CUDA version that tst-ext was built with, or {BUILD}"
     if name.startswith(("libtorch", "libc10")):
         return f"{name}, a part of torch, is missing", "install torch again"
     if library:
@@ -47,6 +49,22 @@ def diagnosis(error: str, folder: Path) -> tuple[str, str]:
     return "the file is damaged, or was built for another machine", BUILD
 
 
+def load_cuda(folder: Path) -> tuple[str, str]:
+    """Load the CUDA kernels of the build in `folder`. Return their architectures, or "" and why there are none."""
+    built = [path for path in (folder / f"_cuda{suffix}" for suffix in EXTENSION_SUFFIXES) if path.exists()]
+    if not built:
+        return "", "this build of tst-ext has no CUDA kernels"
+    this_torch = f"torch {torch.__version__}"
+    if torch.version.cuda is None:
+        return "", f"{this_torch} is not a CUDA build"
+    try:
+        library = ctypes.CDLL(str(built[0]))  # registers its ops
+    except OSError as error:
+        return "", f"the CUDA kernels of this build do not load with {this_torch}, CUDA {torch.version.cuda}: {error}"
+    library.tst_cuda_architectures.restype = ctypes.c_char_p
+    return library.tst_cuda_architectures().decode(), ""
+
+
 try:
     import tst_ext._C as _C  # noqa: F401  # which others import from here
 except ImportError as error:
@@ -54,3 +72,5 @@ except ImportError as error:
     raise ImportError(
         f"tst_ext: the compiled extension does not load: {meaning}\n  what to do: {advice}\n  the error: {error}"
     ) from error
+
+CUDA_ARCHITECTURES, NO_CUDA = load_cuda(Path(_C.__file__).parent)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from ._load import _C, BUILD, INSTALL
+from ._cpus import affinity_cpus, available_cpus, cpu_quota
+from ._load import _C, BUILD, CUDA_ARCHITECTURES, INSTALL, NO_CUDA
 from .bags import position_weights
 from .ops import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 
@@ -50,17 +52,58 @@ def self_check() -> int:
 def findings() -> Iterator[Finding]:
     """Check the installation part by part."""
     yield Finding("ok", f"torch {torch.__version__}: the extension loads")  # else the import ends with a diagnosis
+    yield check_threads()
     yield from check_device(torch.device("cpu"))
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
-        yield Finding("note", "no accelerator: the CPU alone was checked")
+        yield check_missing_gpu()
     else:
         yield from check_device(accelerator)
     yield from map(check_extra, EXTRAS)
 
 
+def check_threads() -> Finding:
+    """Tell how many threads the CPU kernels use, and whether another program than `tst` would start too many."""
+    threads, available = torch.get_num_threads(), available_cpus()
+    text = f"cpu: {threads} thread{'s' if threads > 1 else ''}"
+    if available == affinity_cpus():
+        return Finding("ok", text)
+    quota = f"this container may use {cpu_quota():g} of {affinity_cpus()} CPUs"
+    if threads > available:
+        advice = f"set OMP_NUM_THREADS={available}: threads beyond the quota are stopped for most of the time"
+        return Finding("problem", f"{text}, but {quota}", advice)
+    advice = f"set OMP_NUM_THREADS={available} for programs other than tst, as torch counts all {affinity_cpus()} CPUs"
+    return Finding("note", f"{text}, because {quota}", advice)
+
+
+def nvidia_gpus() -> int:
+    """Count the NVIDIA GPUs that this system has, whatever torch knows of them."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def check_missing_gpu() -> Finding:
+    """Say why the CPU alone is used."""
+    count = nvidia_gpus()
+    if count == 0:
+        return Finding("note", "no accelerator: the CPU is used, and alone was checked")
+    text = f"{count} NVIDIA GPU{'s' if count > 1 else ''} here, but the CPU is used: "
+    if torch.version.cuda is None:
+        text += f"torch {torch.__version__} is not a CUDA build"
+        return Finding("note", text, "install a CUDA build of torch to use the GPU")
+    try:
+        torch.cuda.init()
+        error = "it finds none"
+    except RuntimeError as failed:
+        error = str(failed).partition("\n")[0]
+    advice = f"update the NVIDIA driver, or install torch for an older CUDA than {torch.version.cuda}"
+    return Finding("problem", f"{text}torch {torch.__version__} says: {error}", advice)
+
+
 def check_extra(extra: str) -> Finding:
-    lines = metadata.requires("tst-ext") or []
+    try:
+        lines = metadata.requires("tst-ext") or []
+    except metadata.PackageNotFoundError:
+        return Finding("note", f"extra {extra}: not checked, because pip has not installed tst-ext")
     names = [re.split(r"[^\w.-]", line)[0] for line in lines if re.search(rf"\bextra == .{extra}.$", line)]
     missing = [name for name in names if not any(metadata.distributions(name=name))]
     if missing:
@@ -83,10 +126,10 @@ def check_gpu(device: torch.device) -> Finding:
     """Tell whether the build has CUDA kernels, and code for this GPU: its own, or PTX that the driver compiles."""
     name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     build = f"TST_CUDA=1 {INSTALL} ."
-    if not _C.cuda_architectures():
-        text = f"cuda: this build has no CUDA kernels, {name} runs plain torch, slower"
+    if not CUDA_ARCHITECTURES:
+        text = f"cuda: {name} runs plain torch, slower: {NO_CUDA}"
         return Finding("problem", text, f"install nvcc {torch.version.cuda} and build with it, in a checkout: {build}")
-    gpu = f"cuda: kernels for {_C.cuda_architectures()} on {name}, sm_{major}{minor}"
+    gpu = f"cuda: kernels for {CUDA_ARCHITECTURES} on {name}, sm_{major}{minor}"
     try:
         bag_embedding(torch.zeros(1, 1, dtype=torch.int64, device=device), torch.zeros(1, 1, device=device))
         torch.cuda.synchronize(device)

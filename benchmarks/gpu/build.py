@@ -57,7 +57,7 @@ def main() -> int:
     if out := os.environ.get("OUT"):
         Path(out).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(kept, Path(out) / kept.name)
-    code = "from tst_ext import _C; print(_C.cuda_architectures() or 'none')"
+    code = "from tst_ext._load import CUDA_ARCHITECTURES; print(CUDA_ARCHITECTURES or 'none')"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     built = loaded.stdout.strip()
     record(how=how, cuda_architectures=built, seconds_build=time.monotonic() - began, kept=kept.name)

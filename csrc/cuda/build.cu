@@ -1,13 +1,13 @@
-// Facts of a build with CUDA, for csrc/library.cpp.
+// Facts of a build, for tst_ext/_load.py, which calls this through ctypes.
 #include <string>
 
-namespace tst::cuda {
-
-std::string architectures() {
-  const int list[] = {__CUDA_ARCH_LIST__};  // by nvcc
-  std::string names;
-  for (const int arch : list) names += (names.empty() ? "sm_" : ", sm_") + std::to_string(arch / 10);
-  return names;
+extern "C" __attribute__((visibility("default"))) const char* tst_cuda_architectures() {
+  static const std::string names = [] {
+    std::string list;
+    for (const int arch : {__CUDA_ARCH_LIST__}) {  // by nvcc
+      list += (list.empty() ? "sm_" : ", sm_") + std::to_string(arch / 10);
+    }
+    return list;
+  }();
+  return names.c_str();
 }
-
-}  // namespace tst::cuda

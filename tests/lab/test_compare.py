@@ -99,7 +99,7 @@ def test_runs_at_the_same_time_share_the_cores(tiny, tmp_path, monkeypatch, core
         return {"runs": rows}
 
     monkeypatch.setattr(module, "run_sweep", run_sweep)
-    monkeypatch.setattr(module, "available_cores", lambda: cores)
+    monkeypatch.setattr(module, "available_cpus", lambda: cores)
     config = dataclasses.replace(tiny, run=dataclasses.replace(tiny.run, threads=threads, device=device))
     compare(config, tmp_path / "out", tuple(range(seeds)))
     (sweep,) = swept

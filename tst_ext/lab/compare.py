@@ -7,10 +7,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from .._cpus import available_cpus
 from ..train.config import TrainConfig
 from ..train.files import UserError, check
 from ..train.plot import plot_losses
-from .subprocesses import available_cores, on_cpu
+from .subprocesses import on_cpu
 from .sweep import make_sweep, run_sweep
 
 
@@ -27,7 +28,7 @@ def compare(config: TrainConfig, folder: Path, seeds: tuple[int, ...]) -> dict[s
         raise UserError("ratio, bag_size: expected ratio > 0 and bag_size > 1: TST would be the baseline itself")
     check("seeds", seeds, len(seeds) == len(set(seeds)) > 0, "at least one, each once")
     if config.run.threads == 0 and on_cpu(config):
-        threads = max(1, available_cores() // (2 * len(seeds)))
+        threads = max(1, available_cpus() // (2 * len(seeds)))
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, threads=threads))
     configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
     results = run_sweep(make_sweep(config, {"compare": ((), configs)}), folder)

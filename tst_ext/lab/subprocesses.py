@@ -21,11 +21,6 @@ from ..train.metrics import read_metrics
 LOG_SECONDS = 30  # between lines of progress where there is no terminal to show them on
 
 
-def available_cores() -> int:
-    """Count the cores this process may use, which a container can make fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def on_cpu(config: TrainConfig) -> bool:
     """Tell whether the run will be on the CPU."""
     return config.run.device == "cpu" or (config.run.device == "auto" and not torch.cuda.is_available())

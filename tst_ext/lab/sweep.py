@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from .._cpus import available_cpus
 from ..train.config import TrainConfig, config_dict, config_from_dict, load_config
 from ..train.data import Shard, prepared_folder
 from ..train.distributed import choose_device
@@ -27,7 +28,7 @@ from ..train.files import UserError, check, check_writable, lock, write_text
 from ..train.metrics import read_metrics
 from ..train.signals import deferred_signals
 from .plots import plot_grid
-from .subprocesses import Progress, available_cores, failure, is_running, on_cpu, run_flops, start, stop
+from .subprocesses import Progress, failure, is_running, on_cpu, run_flops, start, stop
 
 
 def _options() -> dict[str, str]:
@@ -236,7 +237,7 @@ def _check_same(folder: Path, config: TrainConfig) -> None:
 def _slots(config: TrainConfig, jobs: int) -> list[dict[str, str]]:
     """Return the environments of the runs at a time: on GPUs each has one of them."""
     if on_cpu(config):
-        return [{}] * (jobs or max(1, available_cores() // max(1, config.run.threads)))
+        return [{}] * (jobs or max(1, available_cpus() // max(1, config.run.threads)))
     if ":" in config.run.device:  # a certain one
         return [{}] * (jobs or 1)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -1,12 +1,12 @@
 """The operations, a file each: public function, autograd Function, and the fake that torch.compile traces.
 
-Loading `tst_ext._C` registers the compiled ops of csrc/ as `torch.ops.tst_ext.*`. The ops of `plain` and `chunked` are
+`tst_ext._load` registers the compiled ops of csrc/ as `torch.ops.tst_ext.*`. The ops of `plain` and `chunked` are
 registered below them: the dispatcher prefers a compiled kernel.
 """
 
 import torch
 
-from .._load import _C  # noqa: F401  # registers the compiled ops
+from .. import _load  # noqa: F401  # registers the compiled ops
 from . import chunked, plain
 from .embedding import bag_embedding
 from .linear import linear_multi_hot_cross_entropy

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._load import NO_CUDA
 from .loss import LossOptions
 
 
 @cache
 def _warn(device: str) -> None:
-    warnings.warn(f"tst_ext: no compiled kernel for {device} in this build, running plain torch", stacklevel=2)
+    reason = f" ({NO_CUDA})" if device == "cuda" and NO_CUDA else ""
+    warnings.warn(f"tst_ext: no compiled kernel for {device}{reason}, running plain torch", stacklevel=2)
 
 
 # ---- bag_embedding ----------------------------------------------------------------------------------------------
