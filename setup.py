@@ -198,4 +198,15 @@ if wants_cuda():
         )
     )
 
-setup(ext_modules=extensions, cmdclass={"build_ext": cpp_extension.BuildExtension})
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """Removes the CUDA kernels that an earlier build with them left, which would be packed and loaded."""
+
+    def run(self) -> None:
+        if not any(part.name == "tst_ext._cuda" for part in self.extensions):
+            for folder in [self.build_lib, *([ROOT] if self.inplace or self.editable_mode else [])]:
+                Path(folder, "tst_ext", f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
+        super().run()
+
+
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})

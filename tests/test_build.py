@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,22 @@ class TestSetupForCuda:
         with pytest.raises(SystemExit, match="tst-ext: TST_CUDA=1, but ") as stopped:
             run(home)
         assert expected.format(home) in stopped.value.code and "\n" not in stopped.value.code
+
+    @pytest.mark.parametrize(("inplace", "rest"), [(True, 0), (False, 1)])
+    def test_kernels_of_an_earlier_build_are_removed(self, run, monkeypatch, tmp_path, inplace, rest):
+        """From the folder that a wheel is packed from, and from a checkout that is built in place."""
+        monkeypatch.setenv("TST_CUDA", "0")
+        (tmp_path / "setup.py").write_text((ROOT / "setup.py").read_text())
+        (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+        _, names = run(None, tmp_path)
+        command = names["BuildExtension"](setuptools.Distribution())
+        command.extensions, command.build_lib, command.inplace = [], str(tmp_path / "build/lib"), inplace
+        earlier = [tmp_path / top / f"tst_ext/_cuda{EXTENSION_SUFFIXES[0]}" for top in ("build/lib", ".")]
+        for path in earlier:
+            path.parent.mkdir(parents=True)
+            path.touch()
+        command.run()
+        assert [path.exists() for path in earlier] == [False, rest]
 
     @pytest.mark.extended
     @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs CMake")

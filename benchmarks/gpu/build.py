@@ -31,7 +31,7 @@ def build() -> str | None:
     """How it was built; None: not at all."""
     commands = {
         "pip install -e": ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."],
-        "setup.py build_ext --inplace": ["setup.py", "-q", "egg_info", "build_ext", "--inplace"],
+        "setup.py build_ext --inplace": ["setup.py", "-q", "build_ext", "--inplace"],
     }
     if REHEARSE:  # which must not install anything
         del commands["pip install -e"]
@@ -43,20 +43,23 @@ def build() -> str | None:
 
 def main() -> int:
     began = time.monotonic()
-    kept, extension = KEPT / f"{digest()}{SUFFIX}", ROOT / "tst_ext" / f"_C{SUFFIX}"
+    kept = KEPT / digest()
+    libraries = [ROOT / "tst_ext" / f"{name}{SUFFIX}" for name in ("_C", "_cuda")]
     if kept.exists():
-        shutil.copyfile(kept, extension)
-        subprocess.run([sys.executable, "setup.py", "-q", "egg_info"], cwd=ROOT)  # tst info reads the metadata
+        for library in libraries:
+            if (kept / library.name).exists():
+                shutil.copyfile(kept / library.name, library)
         how = "taken from build/gpu"
     else:
         how = build()
         if how is None:
             return 1
-        KEPT.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(extension, kept)
+        kept.mkdir(parents=True)
+        for library in libraries:
+            if library.exists():  # without nvcc there is no _cuda
+                shutil.copyfile(library, kept / library.name)
     if out := os.environ.get("OUT"):
-        Path(out).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(kept, Path(out) / kept.name)
+        shutil.copytree(kept, Path(out) / kept.name, dirs_exist_ok=True)
     code = "from tst_ext._load import CUDA_ARCHITECTURES; print(CUDA_ARCHITECTURES or 'none')"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     built = loaded.stdout.strip()
