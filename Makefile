@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/installed
+INSTALLED := $(VENV)/with-dev
 CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 WORKERS ?= 2
@@ -20,7 +20,7 @@ CUDA_ARCHITECTURES ?=
 .PHONY: train test test-all test-slow test-kill mutation bench evidence lint format docs wheel dist-check gpu-check clean \
   cpp-test $(SANITIZERS:%=cpp-test-%) cpp-test-baseline cuda-compile cuda-host-test cuda-lint
 
-train: $(INSTALLED)
+train: $(VENV)/with-train
 	$(BIN)/tst compare $(COMPARE)
 
 test: $(INSTALLED)
@@ -43,7 +43,7 @@ mutation: $(INSTALLED)
 	$(BIN)/python tests/mutation.py
 
 # Beside peers and floors: an hour on two cores, 1 or 2 minutes with BENCH=--quick. On a machine that does nothing else.
-bench: $(VENV)/peers
+bench: $(VENV)/with-peers
 	mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks -q $(BENCH) --benchmark-json=$(RESULTS)
 	$(BIN)/python benchmarks/report.py $(RESULTS)
@@ -132,16 +132,15 @@ STAGE ?= 1
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --stage $(STAGE) --steps $(STEPS)
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+# .venv with an editable installation and an extra of pyproject.toml: .venv/with-train, .venv/with-dev.
+$(VENV)/with-%: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -c 'import sys; sys.exit("tst-ext needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt setuptools pybind11 ninja numpy torch
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt --no-build-isolation -e '.[$*]'
 	touch $@
 
-$(VENV)/peers: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[peers]' --no-build-isolation
-	touch $@
+$(VENV)/with-peers: $(INSTALLED)
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info tst_ext/*.so

@@ -42,7 +42,7 @@ def check_packages() -> None:
             unmet.append(f"{name} {version}")
         install.append(f"'{requirement}'")
     if unmet:
-        stop(f"cannot be built with {', '.join(unmet)} here. Run: python -m pip install {' '.join(install)}")
+        stop(f"to build it here, first run: python -m pip install {' '.join(install)} (found {', '.join(unmet)})")
 
 
 def check_compiler() -> None:

@@ -74,7 +74,7 @@ class TestSetup:
 
     def test_missing_packages(self):
         status, error = self.run("-S")  # without site-packages
-        assert status == 1 and "no setuptools, no torch, no pybind11" in error
+        assert status == 1 and "(found no setuptools, no torch, no pybind11" in error
         assert "-m pip install 'setuptools>=77,<85' 'torch>=2.11,<3' 'pybind11>=3,<4'" in error
 
     @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ class TestSetup:
         (tmp_path / f"{name}-{old}.dist-info").mkdir()
         (tmp_path / f"{name}-{old}.dist-info/METADATA").write_text(f"Name: {name}\nVersion: {old}\n")
         status, error = self.run(PYTHONPATH=str(tmp_path))
-        assert status == 1 and f"cannot be built with {name} {old} here" in error
+        assert status == 1 and error.endswith(f"(found {name} {old})")
         assert error.count("'") == 2 and f"-m pip install '{name}>=" in error
 
     @pytest.mark.extended
@@ -96,7 +96,7 @@ class TestSetup:
         command = [tmp_path / "venv/bin/python", "-m", "pip", "install", "--no-index", "--no-build-isolation", tmp_path]
         output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
         if sys.version_info < (3, 12):
-            assert "tst-ext: cannot be built with setuptools 65.5.0, no torch, no pybind11" in output
+            assert "(found setuptools 65.5.0, no torch, no pybind11" in output
         else:
             assert "Cannot import 'setuptools.build_meta'" in output
         assert "bdist_wheel" not in output
