@@ -132,15 +132,16 @@ STAGE ?= 1
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --stage $(STAGE) --steps $(STEPS)
 
-# .venv with an editable installation and an extra of pyproject.toml: .venv/with-train, .venv/with-dev.
+# .venv with an editable installation and an extra of pyproject.toml. One comes after the other: they write to the same
+# places, and what has more includes what has less.
+$(INSTALLED): $(VENV)/with-train
+$(VENV)/with-peers: $(INSTALLED)
 $(VENV)/with-%: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -c 'import sys; sys.exit("tst-ext needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt setuptools pybind11 ninja numpy torch
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt --no-build-isolation -e '.[$*]'
 	touch $@
-
-$(VENV)/with-peers: $(INSTALLED)
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info tst_ext/*.so

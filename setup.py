@@ -1,7 +1,8 @@
 """Check that the extension can be built here, and name its two libraries; everything else is in pyproject.toml.
 
-Each check ends the build before a compiler starts, with one line that says what to do. `tst_ext._C` has the op schemas
-and the CPU kernels. `tst_ext._cuda` has the CUDA kernels, so that a wheel with them also serves a CPU build of torch.
+A check that fails ends the build before any source is compiled, with one line that says what to do. `tst_ext._C` has
+the op schemas and the CPU kernels. `tst_ext._cuda` has the CUDA kernels, so that a wheel with them also serves a CPU
+build of torch.
 """
 
 import os
@@ -25,7 +26,9 @@ def stop(message: str) -> NoReturn:
 
 
 def check_packages() -> None:
-    """Look for the build requirements: pip installs them for an isolated build, and else does not look."""
+    """Look for the build requirements: pip installs them for an isolated build, and otherwise does not check."""
+    if shutil.which("ninja") is None:  # it is next to a Python whose environment is not activated
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     unmet, install = [], []
     for requirement in tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]:
         name, minimum = re.match(r"([\w-]+)>=([\d.]+)", requirement).groups()
@@ -49,30 +52,39 @@ def check_compiler() -> None:
     """Compile a few lines, for what each source needs: a C++ compiler, its standard library, Python's headers."""
     compiler = os.environ.get("CXX") or "c++"
     if " " in compiler and shutil.which(compiler) is None:
+        program = next(word for word in [*compiler.split(), "c++"] if not word.startswith("-") and "cache" not in word)
         stop(
-            f"CXX is {compiler!r}, expected the name of one program, because torch takes it for one: "
-            f"export CXX={compiler.split()[-1]} (torch 2.13 calls ccache by itself)"
+            f"CXX is {compiler!r}, expected the name of one program, because torch takes it for one. "
+            f"Set CXX={program} (torch 2.13 calls ccache by itself), or to a script that adds the rest"
         )
     if shutil.which(compiler) is None:
         stop(
             f"no C++ compiler ({compiler!r} is not on PATH). Install one (Debian and Ubuntu: apt-get install g++; "
             "Fedora: dnf install gcc-c++; macOS: xcode-select --install) or name one in the environment variable CXX."
         )
-    include = sysconfig.get_config_var("INCLUDEPY")
+    include = sysconfig.get_path("include", "posix_prefix")  # as torch does
     if not Path(include, "Python.h").exists():
         python = f"python{sys.version_info[0]}.{sys.version_info[1]}"
         stop(
             f"the headers of {python} are missing: no Python.h in {include}. Install them (Debian and Ubuntu: "
             f"apt-get install {python}-dev; Fedora: dnf install {python}-devel), or use a Python that has them."
         )
-    command = [compiler, "-std=c++17", "-fsyntax-only", f"-I{include}", "-x", "c++", "-"]
-    result = subprocess.run(command, input="#include <Python.h>\n#include <vector>\n", capture_output=True, text=True)
-    if result.returncode != 0:
-        stop(f"{compiler} cannot compile C++17, name another one in CXX: {error_line(result)}")
+    command = [compiler, "-std=c++20", "-fsyntax-only", f"-I{include}"]  # the standard that torch asks for from 2.13 on
+    if error := first_error(command, "#include <Python.h>\n#include <vector>"):
+        advice = "Run xcode-select --install, or set" if sys.platform == "darwin" else "Set"
+        stop(f"{compiler} does not compile C++20 ({error}). {advice} CXX to one that does (GCC 10 or later, Clang)")
+    os.environ["CXX"] = compiler  # so that the linker is called through it too, not through the compiler of Python
 
 
-def error_line(result: subprocess.CompletedProcess[str]) -> str:
-    """What a compiler complains about first."""
+def first_error(command: list[str], source: str, language: str = "c++") -> str | None:
+    """Compile a source, and return the first error, None if there is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "source")
+        path.write_text(source + "\n")
+        command = [*command, "-x", language, str(path), "-o", f"{folder}/object"]
+        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    if result.returncode == 0:
+        return None
     lines = (result.stderr + result.stdout).strip().splitlines() or [f"exit status {result.returncode}"]
     return next((line for line in lines if "error" in line.lower()), lines[-1])
 
@@ -94,9 +106,9 @@ def files(pattern: str) -> list[str]:
 
 
 def runtime_folder(home: str) -> str | None:
-    """Where the toolkit has the libcudart that the linker needs; None if it has none."""
+    """Find the folder with the libcudart that the linker needs; None if the toolkit has none."""
     machine = {"aarch64": "sbsa"}.get(platform.machine(), platform.machine())
-    # The installer's and conda's; what these link to, which a copy of a part may lack; Debian's.
+    # the installer's, conda's, what these link to, Debian's
     for folder in ("lib64", "lib", f"targets/{machine}-linux/lib", f"lib/{sysconfig.get_config_var('MULTIARCH')}"):
         if Path(home, folder, "libcudart.so").exists():
             return str(Path(home, folder))
@@ -104,7 +116,7 @@ def runtime_folder(home: str) -> str | None:
 
 
 def cuda_home(found: str | None, standard: str = "/usr/local/cuda") -> str | None:
-    """The toolkit to build with: `found` by torch, unless it is only the folder above a script that calls nvcc.
+    """Choose the toolkit to build with: `found` by torch, unless that is only the folder above a link or script.
 
     For a script /usr/local/bin/nvcc torch takes /usr/local, where the linker finds no libcudart. The real nvcc tells
     where it is in a dry run, as TOP. CUDA_HOME or CUDA_PATH, if set, is the user's choice and stays.
@@ -114,41 +126,51 @@ def cuda_home(found: str | None, standard: str = "/usr/local/cuda") -> str | Non
     candidates = [standard]
     if (nvcc := shutil.which(f"{found}/bin/nvcc")) is not None:
         result = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
-        candidates = [os.path.realpath(top) for top in re.findall(r"^#\$ TOP=(.+)$", result.stderr, re.M)] + candidates
+        tops = re.findall(r"^#\$ TOP=(.+)$", result.stderr, re.MULTILINE)
+        candidates = [*map(os.path.realpath, tops), str(Path(nvcc).resolve().parent.parent), standard]
     return next((home for home in candidates if runtime_folder(home)), found)
 
 
 def cuda_obstacle(home: str | None) -> str | None:
-    """What keeps CUDA kernels from being built, and what to do about it; None if nothing does."""
+    """Say why CUDA kernels cannot be built, and what to do; None if they can."""
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is not a CUDA build: install one that is"
+        return f"torch {torch.__version__} is not a CUDA build. Install one that is"
     major = torch.version.cuda.partition(".")[0]
-    choose = f"set CUDA_HOME to a complete CUDA {major} toolkit"
+    choose = f"Set CUDA_HOME to a complete CUDA {major} toolkit"
     if home is None or (nvcc := shutil.which(f"{home}/bin/nvcc")) is None:
-        return f"no nvcc in {home}/bin: {choose}" if home else f"no nvcc on PATH: {choose}"
+        return f"there is no nvcc in {home}/bin. {choose}" if home else f"there is no nvcc on PATH. {choose}"
     if runtime_folder(home) is None:
-        return f"nvcc is in {home}/bin, but no libcudart.so in {home}/lib64, lib or targets/*/lib: {choose}"
+        return f"nvcc is in {home}/bin, but there is no libcudart.so in {home}/lib64, lib or targets/*/lib. {choose}"
     release = nvcc_release(nvcc)
     if release and str(release[0]) != major:
-        return f"nvcc in {home}/bin is of CUDA {release[0]}.{release[1]}, torch of CUDA {torch.version.cuda}: {choose}"
-    host = ["-ccbin", os.environ["CC"]] if os.environ.get("CC") else []  # as torch calls it
-    with tempfile.TemporaryDirectory() as folder:  # an nvcc refuses compilers newer than itself
-        command = [nvcc, *host, "-c", "-x", "cu", os.devnull, "-o", f"{folder}/empty.o"]
-        result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        return f"{nvcc} cannot compile an empty file, set CC to a host compiler that it takes: {error_line(result)}"
+        of_nvcc = f"{release[0]}.{release[1]}"
+        return f"the nvcc in {home}/bin is for CUDA {of_nvcc}, but torch is for CUDA {torch.version.cuda}. {choose}"
+    # An nvcc refuses compilers newer than itself, and so does torch. nvcc is called as torch calls it.
+    host = ["-ccbin", os.environ["CC"]] if os.environ.get("CC") else []
+    error = first_error([nvcc, *host, "-c"], "#include <cub/version.cuh>", "cu") or refusal_of_torch()
+    return error and f"nvcc does not compile here ({error}). Set CC and CXX to compilers that CUDA {major} takes"
+
+
+def refusal_of_torch() -> str | None:
+    """Return what torch's build says against this C++ compiler with this nvcc; None if it takes both."""
+    compiler = os.environ["CXX"]
+    _, version = cpp_extension.get_compiler_abi_compatibility_and_version(compiler)
+    try:
+        cpp_extension._check_cuda_version(compiler, version)
+    except RuntimeError as error:
+        return str(error)
     return None
 
 
 def nvcc_release(nvcc: str) -> tuple[int, int] | None:
-    """CUDA version of an nvcc."""
+    """Return the CUDA version of an nvcc; None if it does not say."""
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", version)
     return (int(release[1]), int(release[2])) if release else None
 
 
 def architectures(release: tuple[int, int] | None) -> str:
-    """GPU architectures to build for with an nvcc of this release; PTX of the last one serves later ones.
+    """Choose the GPU architectures for an nvcc of this release; PTX of the last one serves later ones.
 
     nvcc before CUDA 12.8 refuses sm_100. The newest PTX is then for sm_90: PTX for sm_90a runs on no other GPU.
     """
@@ -156,7 +178,7 @@ def architectures(release: tuple[int, int] | None) -> str:
 
 
 def wants_cuda() -> bool:
-    """TST_CUDA=1 or 0 decides; without it, CUDA kernels are built where they can be."""
+    """Decide by TST_CUDA=1 or 0. Without it, CUDA kernels are built where they can be."""
     wanted = os.environ.get("TST_CUDA", "")
     if wanted not in ("", "0", "1"):
         stop(f"TST_CUDA is {wanted!r}; expected 0, 1 or unset")
@@ -165,9 +187,9 @@ def wants_cuda() -> bool:
     cpp_extension.CUDA_HOME = cuda_home(cpp_extension.CUDA_HOME)
     obstacle = cuda_obstacle(cpp_extension.CUDA_HOME)
     if obstacle is not None and wanted == "1":
-        stop(f"TST_CUDA=1, but {obstacle}; or unset TST_CUDA for the CPU kernels alone")
+        stop(f"TST_CUDA=1, but {obstacle}, or unset TST_CUDA to build the CPU kernels alone")
     if obstacle is not None and torch.version.cuda is not None:
-        print(f"tst-ext: building the CPU kernels alone: {obstacle}", file=sys.stderr)
+        print(f"tst-ext: building the CPU kernels alone, because {obstacle}", file=sys.stderr)
     return obstacle is None
 
 
@@ -200,7 +222,7 @@ if wants_cuda():
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """Removes the CUDA kernels that an earlier build with them left, which would be packed and loaded."""
+    """Remove the CUDA kernels of an earlier build if this one has none: they would be packed and loaded."""
 
     def run(self) -> None:
         if not any(part.name == "tst_ext._cuda" for part in self.extensions):

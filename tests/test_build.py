@@ -46,31 +46,42 @@ class TestSetup:
         ours = [line for line in lines if line.startswith("tst-ext: ")]
         # torch warns of a CUDA_HOME without a GPU
         assert len(ours) == (result.returncode != 0) and "Traceback" not in result.stderr, result.stderr
+        self.printed = result.stdout
         return result.returncode, "".join(ours)
 
     def test_version(self):
-        assert self.run() == (0, "")
+        assert self.run(TST_CUDA="0") == (0, "")
 
     def test_missing_compiler_is_named_with_what_to_install(self):
         status, error = self.run(CXX="absent-g++")
         assert status == 1 and "'absent-g++' is not on PATH" in error and "apt-get install g++" in error
 
-    def test_compiler_behind_a_launcher(self):
+    @pytest.mark.parametrize("value", ["ccache g++", "g++ -m64", "sccache g++ -m64"])
+    def test_compiler_with_more_words(self, value):
         """torch quotes CXX as one word: the shell finds no such program, exit status 127."""
-        status, error = self.run(CXX="ccache g++")
-        assert status == 1 and "CXX is 'ccache g++', expected the name of one program" in error
-        assert "export CXX=g++ " in error
+        status, error = self.run(CXX=value)
+        assert status == 1 and f"CXX is {value!r}, expected the name of one program" in error
+        assert "Set CXX=g++ " in error
 
     def test_compiler_that_does_not_work(self, tmp_path):
         compiler = script(tmp_path / "clang++", "echo \"fatal error: 'vector' file not found\" >&2; exit 1")
         status, error = self.run(CXX=compiler)
-        assert status == 1 and f"{compiler} cannot compile C++17" in error and "'vector' file not found" in error
+        assert status == 1 and f"{compiler} does not compile C++20 (fatal error: 'vector' file not found)" in error
 
     def test_missing_headers_of_python(self, tmp_path):
-        fake = f"import sysconfig; sysconfig.get_config_vars()['INCLUDEPY'] = {str(tmp_path)!r}; "
+        fake = f"import sysconfig; sysconfig.get_path = lambda *names: {str(tmp_path)!r}; "
         status, error = self.run(code=fake)
         version = f"python3.{sys.version_info[1]}"
         assert status == 1 and f"no Python.h in {tmp_path}" in error and f"apt-get install {version}-dev" in error
+
+    def test_ninja_next_to_a_python_that_is_not_activated(self, tmp_path):
+        code = f"""if 1:
+            import atexit, os, shutil, sysconfig
+            path, which = sysconfig.get_path, shutil.which
+            sysconfig.get_path = lambda *names: {str(tmp_path)!r} if names == ("scripts",) else path(*names)
+            shutil.which = lambda name: None if name == "ninja" else which(name)
+            atexit.register(lambda: print(os.environ["PATH"].split(os.pathsep)[-1]))\n"""
+        assert self.run(code=code, TST_CUDA="0") == (0, "") and self.printed.endswith(f"{tmp_path}\n")
 
     def test_missing_packages(self):
         status, error = self.run("-S")  # without site-packages
@@ -89,14 +100,14 @@ class TestSetup:
 
     @pytest.mark.extended
     def test_fresh_environment_without_isolation(self, tmp_path):
-        """Of Python 3.11 it has setuptools 65.5: "invalid command 'bdist_wheel'". Later ones have none."""
+        """With setuptools 65.5, as in Python 3.11.7: "invalid command 'bdist_wheel'". Python 3.12 has none."""
         for name in ("setup.py", "pyproject.toml"):
             shutil.copy(ROOT / name, tmp_path)
         subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
         command = [tmp_path / "venv/bin/python", "-m", "pip", "install", "--no-index", "--no-build-isolation", tmp_path]
         output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
         if sys.version_info < (3, 12):
-            assert "(found setuptools 65.5.0, no torch, no pybind11" in output
+            assert "-m pip install 'setuptools>=77,<85' 'torch>=2.11,<3' 'pybind11>=3,<4'" in output
         else:
             assert "Cannot import 'setuptools.build_meta'" in output
         assert "bdist_wheel" not in output
@@ -105,7 +116,7 @@ class TestSetup:
     def test_cuda_without_a_cuda_torch_is_refused(self):
         status, error = self.run(TST_CUDA="1")
         assert status == 1 and "TST_CUDA=1" in error
-        assert f"torch {torch.__version__} is not a CUDA build: install one that is" in error
+        assert f"torch {torch.__version__} is not a CUDA build. Install one that is, or unset TST_CUDA" in error
 
     def test_unknown_value_is_refused(self):
         status, error = self.run(TST_CUDA="yes")
@@ -133,6 +144,8 @@ class TestSetupForCuda:
         for name in ("TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "TST_CUDA", "CC"):
             monkeypatch.setenv(name, "")  # so that setup.py's change is undone afterwards
             monkeypatch.delenv(name)
+        monkeypatch.setenv("CXX", os.environ.get("CXX", "c++"))
+        monkeypatch.setenv("TORCH_DONT_CHECK_COMPILER_ABI", "ON")  # this machine's compiler may be too new for them
         monkeypatch.setattr(torch.version, "cuda", "13.0")
 
         def run(home, root=ROOT):
@@ -200,6 +213,13 @@ class TestSetupForCuda:
         monkeypatch.setenv("CUDA_HOME", str(tmp_path / "local"))
         assert names["cuda_home"](str(tmp_path / "local")) == str(tmp_path / "local"), "named by the user"
 
+    def test_toolkit_behind_a_link(self, run, tmp_path):
+        real = self.toolkit(tmp_path / "cuda-13.0")
+        (real / "bin/nvcc").write_text("#!/bin/sh\necho release 13.0")  # it does not tell
+        (tmp_path / "local/bin").mkdir(parents=True)
+        (tmp_path / "local/bin/nvcc").symlink_to(real / "bin/nvcc")
+        assert run(tmp_path / "local")[0] is not None and cpp_extension.CUDA_HOME == str(real)
+
     def test_standard_toolkit_in_place_of_one_that_does_not_tell(self, run, tmp_path):
         _, names = run(None)
         mute, standard = script(tmp_path / "local/bin/nvcc", "exit 1"), self.toolkit(tmp_path / "cuda")
@@ -211,12 +231,15 @@ class TestSetupForCuda:
     @pytest.mark.parametrize(
         ("made", "expected"),
         [
-            (None, "no nvcc on PATH: set CUDA_HOME to a complete CUDA 13 toolkit"),
-            (dict(runtime=None), "but no libcudart.so in {0}/lib64, lib or targets/*/lib: set CUDA_HOME to a complete"),
-            (dict(release="12.4"), "is of CUDA 12.4, torch of CUDA 13.0: set CUDA_HOME to a complete CUDA 13 toolkit"),
+            (None, "there is no nvcc on PATH. Set CUDA_HOME to a complete CUDA 13 toolkit"),
+            (dict(runtime=None), "but there is no libcudart.so in {0}/lib64, lib or targets/*/lib. Set CUDA_HOME to"),
+            (
+                dict(release="12.4"),
+                "the nvcc in {0}/bin is for CUDA 12.4, but torch is for CUDA 13.0. Set CUDA_HOME to",
+            ),
             (
                 dict(compiles=False),
-                "cannot compile an empty file, set CC to a host compiler that it takes: #error -- uns",
+                "nvcc does not compile here (#error -- unsupported GNU version!). Set CC and CXX to",
             ),
         ],
     )
@@ -226,11 +249,19 @@ class TestSetupForCuda:
         extension, _ = run(home)
         error = capsys.readouterr().err
         assert extension is None and expected.format(home) in error
-        assert error.startswith("tst-ext: building the CPU kernels alone: ") and error.count("\n") == 1
+        assert error.startswith("tst-ext: building the CPU kernels alone, because ") and error.count("\n") == 1
         monkeypatch.setenv("TST_CUDA", "1")
         with pytest.raises(SystemExit, match="tst-ext: TST_CUDA=1, but ") as stopped:
             run(home)
         assert expected.format(home) in stopped.value.code and "\n" not in stopped.value.code
+
+    def test_compiler_that_torch_refuses(self, run, monkeypatch, tmp_path, capsys):
+        def refuse(name, version):
+            raise RuntimeError(f"The current installed version of {name} is greater than the maximum")
+
+        monkeypatch.setattr(cpp_extension, "_check_cuda_version", refuse)
+        assert run(self.toolkit(tmp_path))[0] is None
+        assert f"of {os.environ['CXX']} is greater than the maximum). Set CC and CXX to" in capsys.readouterr().err
 
     @pytest.mark.parametrize(("inplace", "rest"), [(True, 0), (False, 1)])
     def test_kernels_of_an_earlier_build_are_removed(self, run, monkeypatch, tmp_path, inplace, rest):

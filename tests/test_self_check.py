@@ -37,7 +37,8 @@ def replace():
     library._destroy()
 
 
-def test_nothing_is_wrong_here(capsys):
+def test_nothing_is_wrong_here(monkeypatch, capsys):
+    monkeypatch.setattr(self_check, "available_cpus", self_check.affinity_cpus)  # a quota here is no fault of ours
     before = _C.cpu_capability()
     assert self_check.self_check() == 0 and _C.cpu_capability() == before
     *lines, last = capsys.readouterr().out.splitlines()
@@ -120,11 +121,18 @@ class TestWhatIsUsed:
 
     @pytest.fixture
     def gpus(self, monkeypatch):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         return lambda count: monkeypatch.setattr(self_check, "nvidia_gpus", lambda: count)
 
     def test_no_gpu(self, gpus):
         gpus(0)
         assert self_check.check_missing_gpu() == ("note", "no accelerator: the CPU is used, and alone was checked", "")
+
+    def test_gpu_that_the_user_hides(self, gpus, monkeypatch):
+        gpus(2)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        status, text, _ = self_check.check_missing_gpu()
+        assert status == "note" and text.startswith("CUDA_VISIBLE_DEVICES hides any GPU: the CPU is used")
 
     def test_gpu_and_a_torch_for_the_cpu(self, gpus, monkeypatch):
         gpus(2)
@@ -145,15 +153,18 @@ class TestWhatIsUsed:
         assert text.endswith("is too old (found version 12040).") and "update the NVIDIA driver" in advice
 
     @pytest.mark.parametrize(
-        ("threads", "available", "cores", "status", "said"),
+        ("threads", "available", "cores", "chosen", "status", "said"),
         [
-            (1, 1, 1, "ok", "cpu: 1 thread"),
-            (8, 8, 8, "ok", "cpu: 8 threads"),
-            (2, 2, 8, "note", "cpu: 2 threads, because this container may use 1.5 of 8 CPUs"),
-            (8, 2, 8, "problem", "cpu: 8 threads, but this container may use 1.5 of 8 CPUs"),
+            (1, 1, 1, "", "ok", "cpu: 1 thread"),
+            (8, 8, 8, "", "ok", "cpu: 8 threads"),
+            (1, 2, 8, "1", "ok", "cpu: 1 thread"),
+            (2, 2, 8, "", "note", "cpu: 2 threads, because this container may use 1.5 of 8 CPUs"),
+            (8, 2, 8, "8", "problem", "cpu: 8 threads, but this container may use 1.5 of 8 CPUs"),
         ],
     )
-    def test_threads(self, monkeypatch, threads, available, cores, status, said):
+    def test_threads(self, monkeypatch, threads, available, cores, chosen, status, said):
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+        monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         for name, value in (("available_cpus", available), ("affinity_cpus", cores), ("cpu_quota", 1.5)):
             monkeypatch.setattr(self_check, name, lambda value=value: value)

@@ -15,9 +15,8 @@ def cpu_quota(mount: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self
         return math.inf
     limits = [math.inf]
     for controllers, path in groups:
-        if controllers == "" or "cpu" in controllers.split(
-            ","
-        ):  # version 2 has one group, version 1 one per controller
+        # Version 2 has one group without a name, version 1 one for each controller.
+        if controllers == "" or "cpu" in controllers.split(","):
             root = mount / "cpu" if controllers else mount
             # The limit of each group above holds too. A container may show its own group as the root.
             folder = root / path.lstrip("/")
@@ -26,7 +25,7 @@ def cpu_quota(mount: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self
 
 
 def _limit(group: Path) -> float:
-    """Microseconds of CPU time per microsecond that one control group may use."""
+    """Return the CPUs that one control group may use: microseconds of CPU time per microsecond."""
     for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
         try:
             quota, period = " ".join((group / name).read_text() for name in names).split()
@@ -46,11 +45,15 @@ def available_cpus() -> int:
     return max(1, math.ceil(min(affinity_cpus(), cpu_quota())))
 
 
+def chosen_threads() -> bool:
+    """Tell whether the environment names the number of threads."""
+    return any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+
+
 def limit_threads() -> None:
     """Keep torch's threads to the available CPUs, unless the environment names their number.
 
     torch counts the CPUs of the affinity. Threads beyond a quota of CPU time are stopped for most of each period.
     """
-    chosen = any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
-    if not chosen and available_cpus() < torch.get_num_threads():
+    if not chosen_threads() and available_cpus() < torch.get_num_threads():
         torch.set_num_threads(available_cpus())

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from ._cpus import affinity_cpus, available_cpus, cpu_quota
+from ._cpus import affinity_cpus, available_cpus, chosen_threads, cpu_quota
 from ._load import _C, BUILD, CUDA_ARCHITECTURES, INSTALL, NO_CUDA
 from .bags import position_weights
 from .ops import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
@@ -66,7 +66,7 @@ def check_threads() -> Finding:
     """Tell how many threads the CPU kernels use, and whether another program than `tst` would start too many."""
     threads, available = torch.get_num_threads(), available_cpus()
     text = f"cpu: {threads} thread{'s' if threads > 1 else ''}"
-    if available == affinity_cpus():
+    if available == affinity_cpus() or (threads <= available and chosen_threads()):
         return Finding("ok", text)
     quota = f"this container may use {cpu_quota():g} of {affinity_cpus()} CPUs"
     if threads > available:
@@ -84,6 +84,8 @@ def nvidia_gpus() -> int:
 def check_missing_gpu() -> Finding:
     """Say why the CPU alone is used."""
     count = nvidia_gpus()
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return Finding("note", "CUDA_VISIBLE_DEVICES hides any GPU: the CPU is used, and alone was checked")
     if count == 0:
         return Finding("note", "no accelerator: the CPU is used, and alone was checked")
     text = f"{count} NVIDIA GPU{'s' if count > 1 else ''} here, but the CPU is used: "

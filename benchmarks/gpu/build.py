@@ -47,6 +47,7 @@ def main() -> int:
     libraries = [ROOT / "tst_ext" / f"{name}{SUFFIX}" for name in ("_C", "_cuda")]
     if kept.exists():
         for library in libraries:
+            library.unlink(missing_ok=True)
             if (kept / library.name).exists():
                 shutil.copyfile(kept / library.name, library)
         how = "taken from build/gpu"
@@ -54,10 +55,12 @@ def main() -> int:
         how = build()
         if how is None:
             return 1
-        kept.mkdir(parents=True)
+        partial = kept.with_suffix(".partial")
+        partial.mkdir(parents=True, exist_ok=True)
         for library in libraries:
             if library.exists():  # without nvcc there is no _cuda
-                shutil.copyfile(library, kept / library.name)
+                shutil.copyfile(library, partial / library.name)
+        partial.rename(kept)
     if out := os.environ.get("OUT"):
         shutil.copytree(kept, Path(out) / kept.name, dirs_exist_ok=True)
     code = "from tst_ext._load import CUDA_ARCHITECTURES; print(CUDA_ARCHITECTURES or 'none')"
