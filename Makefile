@@ -132,15 +132,19 @@ STAGE ?= 1
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --stage $(STAGE) --steps $(STEPS)
 
-# .venv with an editable installation and an extra of pyproject.toml. One comes after the other: they write to the same
-# places, and what has more includes what has less.
-$(INSTALLED): $(VENV)/with-train
-$(VENV)/with-peers: $(INSTALLED)
-$(VENV)/with-%: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+# .venv with an editable installation and the extra that training needs.
+$(VENV)/with-train: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -c 'import sys; sys.exit("tst-ext needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt setuptools pybind11 ninja numpy torch
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt --no-build-isolation -e '.[$*]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt --no-build-isolation -e '.[train]'
+	touch $@
+
+# Other extras, without building again.
+$(INSTALLED): $(VENV)/with-train
+$(VENV)/with-peers: $(INSTALLED)
+$(INSTALLED) $(VENV)/with-peers: $(VENV)/with-%:
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt 'tst-ext[$*]'
 	touch $@
 
 clean:
