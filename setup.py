@@ -72,7 +72,7 @@ def check_compiler() -> None:
     command = [compiler, "-std=c++20", "-fsyntax-only", f"-I{include}"]  # the standard that torch asks for from 2.13 on
     if error := first_error(command, "#include <Python.h>\n#include <vector>"):
         advice = "Run xcode-select --install, or set" if sys.platform == "darwin" else "Set"
-        stop(f"{compiler} does not compile C++20 ({error}). {advice} CXX to one that does (GCC 10 or later, Clang)")
+        stop(f"{compiler} does not compile C++20 ({error}). {advice} CXX to one that does (GCC 11 or later, or Clang)")
     os.environ["CXX"] = compiler  # so that the linker is called through it too, not through the compiler of Python
 
 
