@@ -43,7 +43,7 @@ STABLE_TORCH_LIBRARY(tst_ext, m) {
   m.def("scaled_copy_(Tensor(a!) out, Tensor source, Tensor factor) -> ()");
 }
 
-PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {  // what it keeps is atomic
+PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {  // its state is atomic
   m.doc() = "Registers the tst_ext ops; build facts and the choice of CPU instruction set.";
   m.def("cpu_capabilities", &tst::cpu::capabilities, "Instruction sets that this processor runs, the best last.");
   m.def("cpu_capability", &tst::cpu::capability, "The instruction set in use.");

@@ -87,7 +87,7 @@ class CppTree(Tree):
     def test(self, mutated: str) -> Outcome:
         emulated = "Emulated/*:*Cuda*:Emulator.*"  # a mutant of csrc/cuda breaks only these, and no other mutant does
         chosen = {"": "*", "csrc": "*", "csrc/cuda": emulated}.get(os.path.dirname(mutated), "-" + emulated)
-        # Those of the mutated file come first: one that breaks the loss waits 40 s for the bags' otherwise.
+        # Tests of the mutated file come first. Otherwise a mutant of the loss waits 40 s for the bag tests.
         likely = {"loss_rows.h": "*Cuda*Loss*:Emulated/*", "bag_embedding.h": "*CudaBag*", "shape.h": "CudaShape*"}
         first = likely.get(os.path.basename(mutated)) if "cuda" in mutated else None
         for tests in filter(None, (first, chosen)):

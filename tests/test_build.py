@@ -31,7 +31,7 @@ def test_no_cxx_symbol_of_torch_is_needed():
 
 
 class TestSetup:
-    """What stops a build before a compiler starts: one line that says what to do."""
+    """A build that cannot work stops before it compiles a source, with one line that says what to do."""
 
     def run(self, *options, code="", **environment):
         code += "import runpy, sys; sys.argv[1:] = ['--version']; runpy.run_path('setup.py', run_name='__main__')"
@@ -205,7 +205,7 @@ class TestSetupForCuda:
         assert str(home / runtime) in run(home)[0].library_dirs
 
     def test_toolkit_behind_a_script(self, run, monkeypatch, tmp_path):
-        """What torch takes is the folder above the script, where there is no library."""
+        """torch takes the folder above the script, where there is no library."""
         real = self.toolkit(tmp_path / "cuda-13.0")
         script(tmp_path / "local/bin/nvcc", f'exec {real}/bin/nvcc "$@"')
         extension, names = run(tmp_path / "local")

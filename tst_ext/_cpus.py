@@ -41,7 +41,7 @@ def affinity_cpus() -> int:
 
 
 def available_cpus() -> int:
-    """Count the CPUs this process may use: those of its affinity, or its quota, rounded up, if that is smaller."""
+    """Count the CPUs this process may use. A quota smaller than the affinity decides, rounded up."""
     return max(1, math.ceil(min(affinity_cpus(), cpu_quota())))
 
 
