@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments, s
 
 from tst_ext.integrations.hf import SuperpositionTrainer
 from tst_ext.train.config import DataConfig
-from tst_ext.train.data import Shard, prepared_folder
+from tst_ext.train.data import Shard
+from tst_ext.train.prepare import prepared_folder
 
 LENGTH = 128  # tokens of a row, and bags of a sequence in the superposition phase
 

@@ -15,7 +15,8 @@ from torch import nn
 from tst_ext import SuperpositionSchedule, fold_inputs, fold_labels
 from tst_ext.nn import BagEmbedding, LinearMultiHotCrossEntropy
 from tst_ext.train.config import DataConfig
-from tst_ext.train.data import Shard, prepared_folder
+from tst_ext.train.data import Shard
+from tst_ext.train.prepare import prepared_folder
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=2000)

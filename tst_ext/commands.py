@@ -166,16 +166,25 @@ def _report(results: dict[str, Any], command: str, folder: Path) -> int:
     return 1 if failed else 0
 
 
-def prepare_command(data: DataConfig, *, out: Path) -> int:
-    """Write text as token shards with a BPE trained on it.
+def prepare_command(data: DataConfig, *, out: Path, progress: bool = True) -> int:
+    """Write text as token shards with a BPE trained on it, or go on where an earlier call was interrupted.
 
     Args:
         out: Folder to write; must be empty or new.
+        progress: Show a progress bar.
     """
-    from .train.data import prepare, read_documents
+    from .train.corpus import sources
+    from .train.data import has_tokens
+    from .train.prepare import prepare
 
     check_out(out)
-    prepare(read_documents(data), data, out)
+    for path in data.data:
+        if has_tokens(path):
+            raise UserError(f"data {path}: expected text, got a folder of tokens, which tst train reads as it is")
+    try:
+        prepare(sources(data), data, out, progress)
+    except OSError as error:
+        raise UserError(f"out {out}: {error.strerror or error}") from error
     print(f"prepared folder {out}; use it as --data {out}", file=sys.stderr)
     return 0
 
@@ -212,11 +221,12 @@ def fit_weights_command(
         subtract_floor: Fit what exceeds the estimate for independent tokens, unlike the paper.
     """
     from .lab.fit_weights import fit_weights
-    from .train.data import Shard, prepared_folder
+    from .train.data import Shard
+    from .train.prepare import prepared_folder
 
     out = _out(out)
     check_out(out)
-    shard = Shard(prepared_folder(data), "train")
+    shard = Shard(prepared_folder(data, progress=True), "train", data)
     print(f"measures {distances} distances", file=sys.stderr)
     fitted = fit_weights(shard, tokens=tokens, distances=distances, subtract_floor=subtract_floor, folder=out)
     constants = " ".join(f"{fitted[name]:.4g}" for name in ("c0", "a", "k"))
@@ -300,8 +310,10 @@ def eval_command(
         device: cpu, cuda, or auto: cuda if there is one.
     """
     from .lab.evaluate import evaluate, evaluate_shard
-    from .train.data import Shard, prepared_folder, read_documents
+    from .train.corpus import documents
+    from .train.data import Shard, has_tokens
     from .train.distributed import choose_device
+    from .train.prepare import prepared_folder
     from .train.run_folder import load_run
 
     loaded = load_run(run, checkpoint)
@@ -309,18 +321,19 @@ def eval_command(
     options: dict[str, Any] = {"length": loaded.config.latent_tokens, "batch": batch, "device": where}
     model, tokenizer = loaded.model.to(where), loaded.tokenizer()
     source = DataConfig(data=data, text_key=text_key) if data else loaded.config.data
-    if not data or (data[0] / "val.json").exists():
+    if not data or has_tokens(data[0]):
         folder = prepared_folder(source)
-        if not (folder / "tokenizer.json").exists():
+        shard = Shard(folder, "val", source)
+        if shard.tokenizer is None:
             raise UserError(f"data {folder}: it has no tokenizer.json to compare with the run's")
         # With another tokenizer the figures would be wrong.
-        if (folder / "tokenizer.json").read_bytes() != (run / "tokenizer.json").read_bytes():
+        if shard.tokenizer.read_bytes() != (run / "tokenizer.json").read_bytes():
             raise UserError(f"data {folder}: its tokenizer.json is not the run's")
-        result = evaluate_shard(model, Shard(folder, "val"), tokenizer, **options)
+        result = evaluate_shard(model, shard, tokenizer, **options)
     else:
         if loaded.end_of_text is None:
             raise UserError(f"run {run}: its data names no end-of-text token")
-        result = evaluate(model, tokenizer, loaded.end_of_text, read_documents(source), **options)
+        result = evaluate(model, tokenizer, loaded.end_of_text, list(documents(source)), **options)
     print(json.dumps({"step": loaded.step, **result}, indent=2))
     return 0
 

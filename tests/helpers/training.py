@@ -1,5 +1,6 @@
 """Fixtures of tests/train and tests/lab: small corpora made by fixed rules, a tiny run, a cache of their own."""
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -15,7 +16,9 @@ from helpers.runs import Fork, end_forks, speed
 from tst_ext.lab import subprocesses
 from tst_ext.train import loop
 from tst_ext.train.config import DataConfig, ModelConfig, RunConfig, SuperpositionConfig, TrainConfig
+from tst_ext.train.corpus import sources
 from tst_ext.train.loop import train
+from tst_ext.train.prepare import prepare
 
 VOCABULARY = 64
 
@@ -57,6 +60,14 @@ def documents():
     rng = random.Random(0)
     words = ["bag", "token", "step", "loss", "head", "row", "mean", "phase", "switch", "label"]
     return [f"{i} " + " ".join(rng.choice(words) for _ in range(60)) for i in range(200)]
+
+
+def prepare_documents(documents, config, folder):
+    """Prepare texts, which are written to a file beside the folder."""
+    path = folder.with_name(f"{folder.name}.jsonl")
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    config = dataclasses.replace(config, data=(path,))
+    prepare(sources(config), config, folder)
 
 
 def write_split(folder, split, tokens):

@@ -104,8 +104,10 @@ class TestUseOfARun:
         assert main(["train", *arguments]) == 0
         capsys.readouterr()
         assert main(["eval", str(tmp_path / "run")]) == 0
-        header = json.loads((trained / "data" / "val.json").read_text())  # the same text and settings
-        assert json.loads(capsys.readouterr().out)["tokens"] == header["tokens"]
+        (file,) = json.loads((trained / "data" / "index.json").read_text())["splits"][
+            "val"
+        ]  # the same text and settings
+        assert json.loads(capsys.readouterr().out)["tokens"] == file["tokens"]
 
     def test_eval_of_text(self, trained, capsys):
         assert main(["eval", str(trained / "run"), "--data", str(trained / "text.jsonl"), "--batch", "3"]) == 0

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from tokenizers import processors
 
+from helpers.training import prepare_documents
 from tst_ext.lab import evaluate as module
 from tst_ext.lab.evaluate import evaluate, evaluate_shard
 from tst_ext.train.config import DataConfig, ModelConfig
-from tst_ext.train.data import Shard, load_tokenizer, prepare
+from tst_ext.train.data import Shard, load_tokenizer
 from tst_ext.train.files import UserError
 from tst_ext.train.model import Transformer
 
@@ -30,7 +31,7 @@ OPTIONS = {"length": POSITIONS, "batch": 3, "device": "cpu"}
 def folder(tmp_path):
     """A prepared folder whose held-out half, 20 documents, is short and has letters of several bytes."""
     documents = [f"{i} {TEXTS[i % 4]}" for i in range(40)]
-    prepare(documents, DataConfig(vocabulary=300, holdout=0.5), tmp_path / "data")
+    prepare_documents(documents, DataConfig(vocabulary=300, holdout=0.5), tmp_path / "data")
     return tmp_path / "data"
 
 
@@ -137,9 +138,10 @@ class TestTokens:
         assert result["bytes"] == sum(len(text.encode()) for text in TEXTS)
         assert result["bits_per_byte"] == pytest.approx(n * tenth / math.log(2) / result["bytes"], rel=1e-14)
 
-    def test_end_of_text_written_out_divides_a_document(self, tokenizer):
-        divided = evaluate(Stub(), tokenizer, 0, ["one", "two"], **OPTIONS)
-        assert evaluate(Stub(), tokenizer, 0, ["one<|endoftext|>two"], **OPTIONS) == divided
+    def test_end_of_text_written_out_is_text(self, tokenizer):
+        model, text = Stub(), "one<|endoftext|>two"
+        result = evaluate(model, tokenizer, 0, [text], **OPTIONS)
+        assert [label for _, label in model.pairs].count(0) == 1 and result["bytes"] == len(text)
 
 
 class TestShard:
@@ -163,15 +165,14 @@ class TestShard:
         assert cut == {**whole, "tokens": whole["tokens"] - 1}
 
     def test_header_without_end_of_text(self, folder, tokenizer):
-        header = json.loads((folder / "val.json").read_text())
-        del header["end_of_text"]
-        (folder / "val.json").write_text(json.dumps(header))
-        with pytest.raises(UserError, match="val.bin: its header names no end_of_text"):
+        index = json.loads((folder / "index.json").read_text())
+        (folder / "index.json").write_text(json.dumps({**index, "end_of_text": None}))
+        with pytest.raises(UserError, match="val-00000.bin: its end-of-text token is not known"):
             evaluate_shard(Stub(), Shard(folder, "val"), tokenizer, **OPTIONS)
 
 
 class TestErrors:
-    @pytest.mark.parametrize("documents", [[], [""], ["", "<|endoftext|>"]])
+    @pytest.mark.parametrize("documents", [[], [""]])
     def test_no_text(self, tokenizer, documents):
         with pytest.raises(UserError, match="data: expected text"):
             evaluate(Stub(), tokenizer, 0, documents, **OPTIONS)

@@ -35,8 +35,7 @@ def evaluate(
     Args:
         model: on `device`.
         tokenizer: the run's; no special tokens are added but `end_of_text`, an id, after each document.
-        documents: texts, small enough to tokenise in memory; `evaluate_shard` reads larger ones. An end-of-text token
-            written out in one divides it, and is no part of its bytes.
+        documents: texts, small enough to tokenise in memory; `evaluate_shard` reads larger ones.
         length: tokens of a window, at most the positions of the model (`latent_tokens` of the run).
         batch: windows at a time; changes memory and time, not the result.
 
@@ -49,9 +48,7 @@ def evaluate(
     """
     encodings = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
     stream = np.array([i for encoding in encodings for i in (*encoding.ids, end_of_text)], dtype=np.int64)
-    written_out = np.count_nonzero(stream == end_of_text) - len(documents)
-    separator = tokenizer.decode([end_of_text], skip_special_tokens=False)
-    size = sum(len(text.encode()) for text in documents) - int(written_out) * len(separator.encode())
+    size = sum(len(text.encode()) for text in documents)
     return _evaluate(
         model, lambda start, count: stream[start : start + count], len(stream), size, end_of_text, length, batch, device
     )
@@ -68,7 +65,9 @@ def evaluate_shard(
         UserError: as `evaluate`; the header names no end-of-text token; or the shard cannot be read.
     """
     if shard.end_of_text is None:
-        raise UserError(f"shard {shard.path}: its header names no end_of_text, which bits per byte need")
+        raise UserError(
+            f"shard {shard.name}: its end-of-text token is not known (--end-of-text), which bits per byte need"
+        )
     size, rest = 0, np.empty(0, np.int64)
     for start in range(0, len(shard), PIECE):
         tokens = np.concatenate((rest, shard.read(start, min(PIECE, len(shard) - start))))

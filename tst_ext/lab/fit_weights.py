@@ -112,7 +112,7 @@ def fit_weights(shard: Shard, *, tokens: int, distances: int, subtract_floor: bo
     check("distances", distances, distances >= 3, "at least 3, for three constants")
     count = min(tokens, len(shard))
     if count <= distances:
-        has = f"shard {shard.path} has {len(shard)}"
+        has = f"shard {shard.name} has {len(shard)}"
         raise UserError(f"tokens: expected more than distances = {distances}, got {count}; {has}")
     text, d = shard.read(0, count), np.arange(1, distances + 1)
     values, floor = (

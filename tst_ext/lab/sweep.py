@@ -22,10 +22,11 @@ import torch
 
 from .._cpus import available_cpus
 from ..train.config import TrainConfig, config_dict, config_from_dict, load_config
-from ..train.data import Shard, prepared_folder
+from ..train.data import Shard
 from ..train.distributed import choose_device
 from ..train.files import UserError, check, check_writable, lock, write_text
 from ..train.metrics import read_metrics
+from ..train.prepare import prepared_folder
 from ..train.signals import deferred_signals
 from .plots import plot_grid
 from .subprocesses import Progress, failure, is_running, on_cpu, run_flops, start, stop
@@ -193,7 +194,7 @@ def run_sweep(
         choose_device(device)  # which takes memory of a GPU, so the runs do it there
     for data in {sweep.runs[name].data for name in to_do}:
         prepared = prepared_folder(data)  # before the runs start, so that they find it
-        now = Shard(prepared, "train").sha256, Shard(prepared, "val").sha256
+        now = Shard(prepared, "train", data).sha256, Shard(prepared, "val", data).sha256
         for name, read in results.data.items():
             if sweep.runs[name].data == data and read != now:
                 before = f"{folder / 'runs' / name} has read (sha256 {read[0]}, held out {read[1]})"

@@ -5,16 +5,19 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .. import SuperpositionSchedule
 from ..bags import document_offsets, fold_inputs, fold_labels
 from .config import TrainConfig
 from .data import Shard
 from .files import UserError, check
+from .order import EpochOrder, tokens_needed
 
 T = TypeVar("T")
 PADDING = -100  # in empty slots of bags, on both sides
@@ -37,9 +40,11 @@ def check_batches(config: TrainConfig, training: Shard, world: int) -> None:
     micro_batch, options = config.run.micro_batch or share, config.superposition
     check("micro_batch", micro_batch, share % micro_batch == 0, f"a divisor of the {share} sequences per process")
     if not options.straddle and training.end_of_text is None:
-        raise UserError(f"straddle: shard {training.path} names no end-of-text token (end_of_text in its .json)")
-    for s in (1, *options.bag_sizes()):
-        training.check_length(_window(config, s))
+        raise UserError(f"straddle: shard {training.name}: its end-of-text token is not known (--end-of-text)")
+    lengths = [_window(config, s) for s in (1, *options.bag_sizes())]
+    if config.order == "epoch":
+        lengths.append(tokens_needed(config.latent_tokens, _lookahead(config), _stages(config)) - 1)
+    training.check_length(max(lengths))
 
 
 def _window(config: TrainConfig, bag_size: int) -> int:
@@ -48,6 +53,29 @@ def _window(config: TrainConfig, bag_size: int) -> int:
     if options.sides == "output":
         return config.latent_tokens + bag_size - 1  # the last position's bag of labels reaches beyond it
     return config.latent_tokens * (bag_size if options.scale == "sequence" else 1)
+
+
+def _lookahead(config: TrainConfig) -> int:
+    """Return how many tokens after a sequence its labels need, at most."""
+    return max(config.superposition.bag_sizes(), default=1) if config.superposition.sides == "output" else 1
+
+
+def _stages(config: TrainConfig) -> list[tuple[int, int, int]]:
+    """Return of each stage its steps, sequences per step, and windows of `latent_tokens` tokens per sequence."""
+    options = config.superposition
+    schedule = SuperpositionSchedule(config.steps, options.ratio, options.bag_size, options.stages)
+    stages, start = [], 0
+    for end, s in (*schedule.stage_ends, (config.steps, 1)):
+        sequences = config.batch * (s if options.scale == "batch" else 1)
+        stages.append((end - start, sequences, s if options.sides != "output" and options.scale == "sequence" else 1))
+        start = end
+    return stages
+
+
+@lru_cache(maxsize=4)
+def epoch_order(config: TrainConfig, tokens: int) -> EpochOrder:
+    """Return where the sequences of a run on a shard of so many tokens begin."""
+    return EpochOrder(tokens, config.latent_tokens, _lookahead(config), config.seed, _stages(config))
 
 
 def read_batch(shard: Shard, config: TrainConfig, bag_size: int, step: int, rank: int = 0, world: int = 1) -> Batch:
@@ -59,7 +87,11 @@ def read_batch(shard: Shard, config: TrainConfig, bag_size: int, step: int, rank
     sequences = config.batch * (s if options.scale == "batch" else 1)
     share = sequences // world
     rows = slice(rank * share, (rank + 1) * share)
-    ids, labels = shard.batch(config.seed, step, sequences, _window(config, s), rows)
+    if config.order == "epoch":
+        starts = epoch_order(config, len(shard)).starts(step, rows)
+        ids, labels = shard.sequences(starts, _window(config, s))
+    else:
+        ids, labels = shard.batch(config.seed, step, sequences, _window(config, s), rows)
     if s > 1 and options.sides == "output":
         labels = labels.unfold(1, s, 1)  # [b, l, s]: the s tokens after each
         if not options.straddle:

@@ -50,22 +50,33 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     data: tuple[Path, ...] = ()
-    """Files (.txt: one document; .jsonl: one per line), folders of those, or one folder that `tst prepare` wrote.
-    Default: the source files of Python's standard library."""
+    """Files of text (.txt, .jsonl, .csv, .parquet, .arrow, also .gz, .zst, .xz, .bz2), folders or patterns of them; or
+    one folder of tokens. Default: the source files of Python's standard library."""
+    dataset: str = ""
+    """In place of data: a dataset of the Hugging Face Hub by name, or the folder of one, which is streamed."""
+    subset: str = ""
+    """Name of the dataset's configuration, where it has several."""
+    split: str = "train"
+    """Split of the dataset to read; part of it is held out."""
     text_key: str = "text"
-    """Key of the text in a line of a .jsonl file."""
+    """Key or column of the text, where documents have several."""
     vocabulary: int = 4096
-    """Entries of the byte-level BPE that is trained on the text; a prepared folder has its own."""
+    """Entries of the byte-level BPE that is trained on the text. A prepared folder has its own; of other token files
+    that come without a tokenizer, ids are below it."""
     tokenizer: Path | None = None
-    """A tokenizer.json to use instead of training a BPE."""
+    """A tokenizer.json to use instead of training a BPE; for token files, the one they were written with."""
+    tokenizer_sample: int = 64_000_000
+    """Characters of text, spread over the files, that the BPE is trained on."""
     end_of_text: str = "<|endoftext|>"
-    """The token that ends a document; a given tokenizer must have it."""
+    """The token that ends a document, which a given tokenizer must have; of token files without one, its id."""
     holdout: float = 0.02
     """Share of the documents held out for validation."""
 
     def __post_init__(self) -> None:
-        check("vocabulary", self.vocabulary, 257 <= self.vocabulary <= 2**32, "257 (bytes and a separator) or more")
+        check("vocabulary", self.vocabulary, 1 <= self.vocabulary <= 2**32, "an integer from 1 to 2**32")
         check("holdout", self.holdout, 0 < self.holdout < 1, "a number between 0 and 1")
+        _check_integers(self, 1, "tokenizer_sample")
+        check("dataset", self.dataset, not (self.dataset and self.data), "either dataset or data")
 
 
 @dataclass(frozen=True)
@@ -191,6 +202,8 @@ class TrainConfig:
     """What the model computes in; bfloat16 is mixed precision, with float32 weights and optimiser state."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
+    order: Literal["epoch", "random"] = "epoch"
+    """epoch: every window of the text once before any is read again. random: windows drawn with replacement."""
     eval_tokens: int = 131072
     """Held-out tokens of a validation, the same ones each time; fewer than 100,000 make comparisons noise."""
 

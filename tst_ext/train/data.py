@@ -1,121 +1,36 @@
-"""Turn text into token shards on disk, and shards into batches. docs/data.md has the format of a prepared folder."""
+"""Read tokens from files: folders that `tst prepare` wrote, and the .bin files of nanoGPT, llm.c and modded-nanogpt.
+
+docs/data.md has the formats.
+"""
 
 import hashlib
 import json
 import os
-import random
-import sysconfig
+import re
+import struct
+from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from .config import DataConfig
-from .files import UserError, check, whole_folder
+from .files import UserError, check
 
-FORMAT = 1
+FORMAT = 2
+INDEX = "index.json"
 SPLITS = ("train", "val")
-SHUFFLE_SEED = 0  # of the documents, before the split: the same for every run, so that all share one held-out text
-CHECKSUM_LIMIT = 1 << 30  # bytes; opening a larger shard checks its size only, hashing it would take many seconds
-
-
-def cache_folder() -> Path:
-    """Return where prepared text is kept between runs: `$XDG_CACHE_HOME/tst-ext`, by default `~/.cache/tst-ext`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tst-ext"
-
-
-def read_documents(config: DataConfig) -> list[str]:
-    """Return the documents of `config.data` in the order of the files, or those of the default corpus.
-
-    Raises:
-        UserError: a path is missing, of an unknown kind, or unreadable; names file and line.
-    """
-    if not config.data:
-        stdlib = Path(sysconfig.get_paths()["stdlib"])
-        files = sorted(p for p in stdlib.rglob("*.py") if not {"site-packages", "dist-packages"} & set(p.parts))
-        texts = (p.read_text(encoding="utf-8", errors="replace") for p in files)
-    else:
-        texts = (text for path in config.data for text in _read(path, config.text_key))
-    return [text for text in texts if text]
-
-
-def _read(path: Path, text_key: str) -> Iterator[str]:
-    if not path.exists():
-        raise UserError(f"data {path}: no such file or folder")
-    try:
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
-            if not files:
-                raise UserError(f"data {path}: the folder holds no .txt or .jsonl file and is no prepared one")
-            for file in files:
-                yield from _read(file, text_key)
-        elif path.suffix == ".txt":
-            yield path.read_text(encoding="utf-8")
-        elif path.suffix == ".jsonl":
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-                if not line.strip():
-                    continue
-                record = json.loads(line)
-                if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
-                    raise UserError(f"data {path}, line {number}: expected an object with a string {text_key!r}")
-                record[text_key].encode()  # JSON can hold half a surrogate pair, which is no text
-                yield record[text_key]
-        else:
-            raise UserError(f"data {path}: expected .txt, .jsonl, a folder of those, or a prepared folder")
-    except (OSError, ValueError) as error:
-        raise UserError(f"data {path}: {error}") from error
-
-
-def prepared_folder(config: DataConfig) -> Path:
-    """Return the prepared folder that `config` names, else one in the cache, which is made unless it is there.
-
-    The cache's key covers text, settings and the tokenizer library. Raises UserError as `read_documents` and `prepare`.
-    """
-    if len(config.data) == 1 and (config.data[0] / "train.json").exists():
-        return config.data[0]
-    documents = read_documents(config)
-    key = hashlib.sha256(f"{FORMAT} {config.vocabulary} {config.holdout} {tokenizers.__version__}".encode())
-    if config.tokenizer:
-        key.update(load_tokenizer(config.tokenizer).to_str().encode() + config.end_of_text.encode())
-    for document in documents:
-        key.update(hashlib.sha256(document.encode()).digest())
-    folder = cache_folder() / key.hexdigest()[:16]
-    if not (folder / "train.json").exists():
-        prepare(documents, config, folder)
-    return folder
-
-
-def prepare(documents: list[str], config: DataConfig, folder: Path) -> None:
-    """Write `folder`, whole or not at all, in the tokens of `config.tokenizer` or of a byte-level BPE trained for it.
-
-    Documents are shuffled by a fixed seed; `config.holdout` of them, at least one, become the held-out split. A process
-    that prepares the same text at the same time does no harm.
-
-    Raises:
-        UserError: fewer than two documents, an unusable tokenizer, or a folder that is not empty or cannot be written.
-    """
-    check("data", len(documents), len(documents) >= 2, "at least 2 documents, one of them to hold out")
-    documents = sorted(documents)
-    random.Random(SHUFFLE_SEED).shuffle(documents)
-    held_out = min(max(1, round(config.holdout * len(documents))), len(documents) - 1)
-    split = {"val": documents[:held_out], "train": documents[held_out:]}
-
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else _train_tokenizer(split["train"], config)
-    if tokenizer.token_to_id(config.end_of_text) is None:
-        raise UserError(f"tokenizer {config.tokenizer}: has no token {config.end_of_text!r}; name one by --end-of-text")
-    try:
-        with whole_folder(folder) as unfinished:
-            tokenizer.save(str(unfinished / "tokenizer.json"))
-            for name in SPLITS:
-                _write_shard(unfinished / name, split[name], tokenizer, config.end_of_text)
-    except UserError:
-        if not (folder / "train.json").exists():
-            raise
+DTYPES = ("uint16", "uint32")
+CHECKSUM_LIMIT = 1 << 30  # bytes of a split; hashing a larger one at each start would take many seconds
+BLOCK = 1 << 20  # bytes; of a larger split of others, whose files have no checksum, some blocks are hashed
+LLM_C = {20240520: (1, "uint16"), 20240801: (7, "uint32")}  # by its first number: version, dtype
+LLM_C_HEADER = 1024  # bytes
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -126,141 +41,239 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"tokenizer {path}: {error}") from error
     tokenizer.no_truncation()  # some files ask for one length of all texts, which would cut documents
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text, and ends no document
     return tokenizer
 
 
-def _train_tokenizer(documents: list[str], config: DataConfig) -> Tokenizer:
-    """Train a byte-level BPE, which can write any text."""
-    tokenizer = Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=config.vocabulary,
-        special_tokens=[config.end_of_text],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    return tokenizer
+def end_of_text_id(tokenizer: Tokenizer, config: DataConfig) -> int:
+    """Return the id of the token that ends a document; raise UserError if the tokenizer has none."""
+    token = tokenizer.token_to_id(config.end_of_text)
+    if token is None:
+        raise UserError(f"tokenizer {config.tokenizer}: has no token {config.end_of_text!r}; name one by --end-of-text")
+    return token
 
 
-def _write_shard(path: Path, documents: list[str], tokenizer: Tokenizer, end_of_text: str) -> None:
-    vocabulary = max(tokenizer.get_vocab().values()) + 1  # ids of a given tokenizer may have gaps
-    dtype = "uint16" if vocabulary <= 2**16 else "uint32"
-    separator = tokenizer.token_to_id(end_of_text)
-    count, checksum = 0, hashlib.sha256()
-    with open(path.with_suffix(".bin"), "wb") as file:
-        for start in range(0, len(documents), 256):
-            # _fast leaves out character offsets. Some tokenizers would begin every text with a special token.
-            for encoding in tokenizer.encode_batch_fast(documents[start : start + 256], add_special_tokens=False):
-                ids = np.array([*encoding.ids, separator], dtype=np.dtype(dtype).newbyteorder("<")).tobytes()
-                file.write(ids)
-                checksum.update(ids)
-                count += len(encoding.ids) + 1
-    header = {
-        "format": FORMAT,
-        "dtype": dtype,
-        "tokens": count,
-        "documents": len(documents),
-        "vocabulary": vocabulary,
-        "end_of_text": separator,
-        "tokenizer": "tokenizer.json",
-        "sha256": checksum.hexdigest(),
-    }
-    path.with_suffix(".json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """Return V, of which all ids are below; ids may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def has_tokens(folder: Path) -> bool:
+    """Tell whether a folder holds tokens, not text."""
+    return any((folder / name).exists() for name in (INDEX, "train.json", "val.json")) or bool(_others(folder, "train"))
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    path: Path
+    tokens: int
+    sha256: str | None
+    offset: int = 0  # bytes before the first token
 
 
 class Shard:
-    """Read one split, "train" or "val", of a prepared folder piece by piece.
+    """Read one split, "train" or "val", of a folder of tokens piece by piece.
 
     Attributes:
+        name: of the file or files, for messages.
         vocabulary: V; ids are below it.
-        end_of_text: id of the token that ends a document, None if the header names none.
-        sha256: checksum of the tokens by the header.
+        end_of_text: id of the token that ends a document, None if that is not known.
+        tokenizer: the tokenizer.json that made the tokens, None if there is none.
+        sha256: checksum of the tokens. Of files of others larger than CHECKSUM_LIMIT, of parts of them.
+
+    Args:
+        folder: of any of the formats.
+        split: "train" or "val".
+        config: gives vocabulary, end of text and tokenizer of files that do not name them.
 
     Raises:
-        UserError: a file is missing, truncated or altered, or its header is not one of ours.
+        UserError: a file is missing, truncated or altered, a header is wrong, or an id is not below the vocabulary.
     """
 
-    def __init__(self, folder: Path, split: str) -> None:
-        header_path, path = folder / f"{split}.json", folder / f"{split}.bin"
+    def __init__(self, folder: Path, split: str, config: DataConfig | None = None) -> None:
+        self.vocabulary: int
+        self.end_of_text: int | None
+        self.tokenizer: Path | None = folder / "tokenizer.json"
         try:
-            header: dict[str, Any] = json.loads(header_path.read_text(encoding="utf-8"))
-            self.file = open(path, "rb")
-            size = path.stat().st_size
-            checksum = hashlib.file_digest(self.file, "sha256").hexdigest() if size <= CHECKSUM_LIMIT else None
+            if (folder / INDEX).exists():
+                files = self._open_index(folder / INDEX, split)
+            elif others := _others(folder, split):
+                files = self._open_others(others, config or DataConfig())
+            else:
+                files = self._open_format_1(folder, split)
+            if self.tokenizer is not None and not self.tokenizer.exists():
+                self.tokenizer = None
+            self.name = str(files[0].path if len(files) == 1 else folder / f"{split}-*.bin")
+            self.length = sum(file.tokens for file in files)
+            self.files = [open(file.path, "rb") for file in files]
+            sums = self._verify(files)
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"shard {folder}: {error}") from error
-        kinds = {"format": int, "dtype": str, "tokens": int, "vocabulary": int, "sha256": str}
-        if (
-            not isinstance(header, dict)
-            or any(type(header.get(name)) is not kind for name, kind in kinds.items())
-            or header["format"] != FORMAT
-            or header["dtype"] not in ("uint16", "uint32")
-            or header["vocabulary"] < 1
-            or not isinstance(header.get("end_of_text"), int | None)
-        ):
-            raise UserError(f"shard {header_path}: not a header of format {FORMAT}: got {header!r}")
-        self.path = path
+        self.offsets = [file.offset for file in files]
+        self.ends = list(accumulate(file.tokens for file in files))
+        self.sha256 = sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+    def _open_index(self, path: Path, split: str) -> list[TokenFile]:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            files = [TokenFile(path.parent / f["file"], f["tokens"], f["sha256"]) for f in index["splits"][split]]
+            names = [f["file"] for f in index["splits"][split]]
+            valid = (
+                index["format"] == FORMAT
+                and all(type(f.tokens) is int and f.tokens >= 0 and type(f.sha256) is str for f in files)
+                and all(Path(name).name == name for name in names)
+            )
+        except (TypeError, KeyError):
+            valid = False
+        if not valid or not files:
+            raise UserError(f"shard {path}: expected an index of format {FORMAT} with files of {split}, got {index!r}")
+        self._take_header(path, index)
+        return files
+
+    def _open_format_1(self, folder: Path, split: str) -> list[TokenFile]:
+        """Read what versions before 0.2 wrote: train.json and val.json, with a file each."""
+        path = folder / f"{split}.json"
+        header = json.loads(path.read_text(encoding="utf-8"))
+        kinds = {"format": int, "tokens": int, "sha256": str}
+        valid = isinstance(header, dict) and all(type(header.get(name)) is kind for name, kind in kinds.items())
+        if not valid or header["format"] != 1:
+            raise UserError(f"shard {path}: expected a header of format 1, got {header!r}")
+        self._take_header(path, header)
+        return [TokenFile(folder / f"{split}.bin", header["tokens"], header["sha256"])]
+
+    def _take_header(self, path: Path, header: dict[str, Any]) -> None:
+        for name, kind in {"dtype": str, "vocabulary": int}.items():
+            check(f"shard {path}: {name}", header.get(name), type(header.get(name)) is kind, f"a {kind.__name__}")
+        check(f"shard {path}: dtype", header["dtype"], header["dtype"] in DTYPES, f"one of {', '.join(DTYPES)}")
+        check(f"shard {path}: vocabulary", header["vocabulary"], header["vocabulary"] >= 1, "an integer >= 1")
+        end = header.get("end_of_text")
+        check(f"shard {path}: end_of_text", end, end is None or type(end) is int, "an id or null")
         self.dtype = np.dtype(header["dtype"]).newbyteorder("<")
-        self.length: int = header["tokens"]
-        self.vocabulary: int = header["vocabulary"]
-        self.end_of_text: int | None = header.get("end_of_text")
-        self.sha256: str = header["sha256"]
-        wanted = self.length * self.dtype.itemsize
-        if size != wanted:
-            raise UserError(f"shard {path}: expected {wanted} bytes by its header, got {size}; prepare it again")
-        if checksum not in (None, self.sha256):
-            raise UserError(f"shard {path}: its checksum is not that of its header; prepare it again")
+        self.vocabulary, self.end_of_text = header["vocabulary"], end
+
+    def _open_others(self, paths: list[Path], config: DataConfig) -> list[TokenFile]:
+        """Read headers of llm.c and modded-nanogpt; a file without one is nanoGPT's, which has nothing but uint16."""
+        dtypes, files = set(), []
+        for path in paths:
+            size = path.stat().st_size
+            with open(path, "rb") as file:
+                head = file.read(12)
+            magic, version, tokens = struct.unpack("<3i", head) if len(head) == 12 else (0, 0, 0)
+            if magic in LLM_C:
+                wanted, dtype = LLM_C[magic]
+                check(f"shard {path}: version", version, version == wanted, str(wanted))
+                check(f"shard {path}: tokens of its header", tokens, tokens >= 0, "an integer >= 0")
+                files.append(TokenFile(path, tokens, None, LLM_C_HEADER))
+            else:
+                dtype = "uint16"
+                check(f"shard {path}", size, size % 2 == 0, "a whole number of uint16 tokens in bytes")
+                files.append(TokenFile(path, size // 2, None))
+            dtypes.add(dtype)
+        check(f"shard {paths[0].parent}", sorted(dtypes), len(dtypes) == 1, "files of one dtype")
+        self.dtype = np.dtype(dtypes.pop()).newbyteorder("<")
+        if config.tokenizer:
+            self.tokenizer = config.tokenizer
+            tokenizer = load_tokenizer(config.tokenizer)
+            self.vocabulary, self.end_of_text = vocabulary_size(tokenizer), end_of_text_id(tokenizer, config)
+        else:
+            self.vocabulary = config.vocabulary
+            self.end_of_text = int(config.end_of_text) if config.end_of_text.isdecimal() else None
+            end = self.end_of_text
+            check("end_of_text", end, end is None or end < self.vocabulary, f"an id below {self.vocabulary}")
+        return files
+
+    def _verify(self, files: list[TokenFile]) -> list[str]:
+        """Check sizes, checksums and ids of small splits; return the checksum of each file."""
+        sums, whole = [], self.length * self.dtype.itemsize <= CHECKSUM_LIMIT
+        for spec, file in zip(files, self.files, strict=True):
+            size = os.fstat(file.fileno()).st_size
+            wanted = spec.offset + spec.tokens * self.dtype.itemsize
+            if size != wanted:
+                raise UserError(
+                    f"shard {spec.path}: expected {wanted} bytes by its header, got {size}: it is not whole"
+                )
+            if spec.sha256 is None:
+                sums.append(self._hash(spec, file.fileno(), whole))
+                continue
+            if whole and hashlib.file_digest(file, "sha256").hexdigest() != spec.sha256:
+                raise UserError(f"shard {spec.path}: its checksum is not that of its header; prepare it again")
+            sums.append(spec.sha256)
+        return sums
+
+    def _hash(self, spec: TokenFile, descriptor: int, whole: bool) -> str:
+        """Return a checksum of a file of others, or of 16 blocks of it, whose ids it checks."""
+        size = spec.tokens * self.dtype.itemsize
+        starts = range(0, size, BLOCK if whole else max(BLOCK, size // 16 // BLOCK * BLOCK))
+        digest = hashlib.sha256(str(size).encode())
+        for start in starts:
+            data = os.pread(descriptor, min(BLOCK, size - start), spec.offset + start)
+            digest.update(data)
+            self._check_ids(np.frombuffer(data, self.dtype), str(spec.path))
+        return digest.hexdigest()
+
+    def _check_ids(self, tokens: np.ndarray, name: str) -> None:
+        largest = int(tokens.max())  # an id beyond the vocabulary would end in a device assertion on a GPU
+        check(f"shard {name}", largest, largest < self.vocabulary, f"ids below vocabulary = {self.vocabulary}")
 
     def __len__(self) -> int:
         return self.length
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Return tokens `[start, start + count)` as int64. Raises UserError if the file is unreadable or shorter."""
+        """Return tokens `[start, start + count)` as int64. Raises UserError if a file is unreadable or shorter."""
         tokens = np.empty(count, self.dtype)
         self._fill(tokens, start)
         return tokens.astype(np.int64)
 
     def _fill(self, tokens: np.ndarray, start: int) -> None:
         # Not by a memory map: if a mapped file shrinks, SIGBUS ends the process without a message or checkpoint.
-        offset = start * self.dtype.itemsize
-        try:
-            count = os.preadv(self.file.fileno(), [tokens.data], offset)
-        except OSError as error:
-            raise UserError(f"shard {self.path}: {error}") from error
-        if count != tokens.nbytes:
-            raise UserError(
-                f"shard {self.path}: expected {tokens.nbytes} bytes at {offset}, got {count}: "
-                "it has become shorter; prepare it again"
-            )
+        while len(tokens):
+            index = bisect_right(self.ends, start)
+            first = self.ends[index - 1] if index else 0
+            part = tokens[: self.ends[index] - start]
+            file, offset = self.files[index], self.offsets[index] + (start - first) * self.dtype.itemsize
+            try:
+                count = os.preadv(file.fileno(), [part.data], offset)
+            except OSError as error:
+                raise UserError(f"shard {file.name}: {error}") from error
+            if count != part.nbytes:
+                raise UserError(
+                    f"shard {file.name}: expected {part.nbytes} bytes at {offset}, got {count}: it has become shorter"
+                )
+            tokens, start = tokens[len(part) :], start + len(part)
 
-    def _windows(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
+    def sequences(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
+        """Return input ids and labels, `[len(starts), length]` int64; labels are shifted by one token."""
         tokens = np.empty((len(starts), length + 1), self.dtype)
         for row, start in zip(tokens, starts.tolist(), strict=True):
             self._fill(row, start)
-        largest = int(tokens.max())  # an id beyond the vocabulary would end in a device assertion on a GPU
-        check(f"shard {self.path}", largest, largest < self.vocabulary, f"ids below vocabulary = {self.vocabulary}")
+        self._check_ids(tokens, self.name)
         windows = torch.from_numpy(tokens.astype(np.int64))
         return windows[:, :-1], windows[:, 1:]
 
     def batch(self, seed: int, step: int, batch: int, length: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Return `rows` of the batch of a step: input ids and labels, `[batch, length]` int64.
+        """Return `rows` of a batch drawn with replacement: input ids and labels, `[batch, length]` int64.
 
         Labels are shifted by one token. The positions are a function of (seed, step) alone.
         Raises UserError if the shard is shorter than one window, or cannot be read.
         """
         self.check_length(length)
         generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
-        return self._windows(generator.integers(0, len(self) - length, size=batch)[rows], length)
+        return self.sequences(generator.integers(0, len(self) - length, size=batch)[rows], length)
 
     def windows(self, tokens: int, batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the first `tokens` tokens, or all if fewer, as consecutive windows, in batches as above."""
         self.check_length(length)
         starts = np.arange(0, min(tokens, len(self) - 1) - length + 1, length)
         for first in range(0, len(starts), batch):
-            yield self._windows(starts[first : first + batch], length)
+            yield self.sequences(starts[first : first + batch], length)
 
-    def check_length(self, length: int) -> None:
+    def check_length(self, length: int, remedy: str = "") -> None:
         """Raise UserError unless the shard holds a window of `length` tokens and the label of its last one."""
-        check(f"shard {self.path}", len(self), len(self) > length, f"at least {length + 1} tokens per sequence")
+        check(f"shard {self.name}", len(self), len(self) > length, f"at least {length + 1} tokens per sequence{remedy}")
+
+
+def _others(folder: Path, split: str) -> list[Path]:
+    """List the .bin files of a split, as other projects name them: train.bin, fineweb_train_000001.bin."""
+    if any((folder / name).exists() for name in (INDEX, "train.json", "val.json")):
+        return []
+    return sorted(p for p in folder.glob("*.bin") if split in re.split("[^a-z]+", p.stem.lower()))

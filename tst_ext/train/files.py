@@ -1,11 +1,12 @@
 """Write files and folders whole or not at all, lock folders, and name the error that a user can put right."""
 
+import errno
 import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 UNFINISHED = ".unfinished-"  # begins the name of what is being written; a process that is killed leaves it behind
@@ -13,6 +14,10 @@ UNFINISHED = ".unfinished-"  # begins the name of what is being written; a proce
 
 class UserError(Exception):
     """Something the user can put right; the command line prints it in one line, without a traceback."""
+
+
+class Resumable(UserError):
+    """A UserError after which the work done so far is kept."""
 
 
 def check(name: str, value: object, valid: bool, wanted: str) -> None:
@@ -64,6 +69,40 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     finally:
         if unfinished:
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def unfinished_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder that is renamed to `folder` at the end, with what a killed process has left in it.
+
+    It is locked: another process that wants the same waits. It is removed after an error, but Resumable.
+    Raises OSError if it cannot be written, or `folder` is not empty.
+    """
+    folder = folder.resolve()  # it has a neighbour also if it is "." or a link
+    unfinished = folder.with_name(UNFINISHED + folder.name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        if folder.exists() and any(folder.iterdir()):
+            raise FileExistsError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
+        unfinished.mkdir(exist_ok=True)
+        handle = os.open(unfinished, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), unfinished.stat()):
+                break
+        os.close(handle)  # the process before has finished or removed it
+    try:
+        yield unfinished
+        sync(unfinished)
+        unfinished.rename(folder)
+        sync(folder.parent)
+    except Resumable:
+        raise
+    except Exception:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    finally:
+        os.close(handle)
 
 
 def sync(path: Path) -> None:

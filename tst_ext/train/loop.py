@@ -18,13 +18,14 @@ from .. import SuperpositionSchedule, position_weights
 from . import checkpoint
 from .batches import PADDING, Batch, ahead, check_batches, read_batch
 from .config import SuperpositionConfig, TrainConfig, config_dict
-from .data import Shard, prepared_folder
+from .data import Shard
 from .distributed import Processes
 from .files import UserError
 from .flops import gemm_flops_per_second, step_flops
 from .metrics import Meter, Metrics
 from .model import Transformer
 from .optimizer import learning_rate, parameter_groups, reinitialise
+from .prepare import prepared_folder
 from .run_folder import RunFolder
 from .signals import Stopped, stop_signals
 
@@ -117,12 +118,12 @@ def _train(
     processes: Processes,
 ) -> dict[str, Any]:
     found = run.open(config, resume)
-    data = processes.first_only(lambda: prepared_folder(config.data))  # made once, found by the others
-    training, held_out = Shard(data, "train"), Shard(data, "val")
+    data = processes.first_only(lambda: prepared_folder(config.data, progress))  # made once, found by the others
+    training, held_out = Shard(data, "train", config.data), Shard(data, "val", config.data)
     options = config.superposition
     schedule = SuperpositionSchedule(config.steps, options.ratio, options.bag_size, options.stages)
     check_batches(config, training, processes.world)
-    held_out.check_length(config.latent_tokens)
+    held_out.check_length(config.latent_tokens, "; --holdout takes a larger share of the text")
     if len(held_out) <= config.eval_tokens and processes.first:
         got = f"{len(held_out):,} of the {config.eval_tokens:,} tokens wanted (--eval-tokens, --holdout)"
         print(f"validation: the held-out text has only {got}", file=sys.stderr)
@@ -155,7 +156,7 @@ def _train(
         "switch_step": schedule.switch_step,
         "gemm_flops_per_s": round(peak),
     }
-    processes.first_only(lambda: run.begin(config, found, data, facts))
+    processes.first_only(lambda: run.begin(config, found, training.tokenizer, facts))
 
     def read(step: int) -> Batch:
         batch = read_batch(training, config, schedule.bag_size_at(step), step, processes.rank, processes.world)

@@ -77,7 +77,9 @@ class RunFolder(ExitStack):
                 values = f"{path} has {name} = {before.get(name)!r}, this run {now.get(name)!r}"
                 raise UserError(f"resume: {values}; only the options of the section run may change")
 
-    def begin(self, config: TrainConfig, found: checkpoint.Found | None, data: Path, facts: dict[str, Any]) -> None:
+    def begin(
+        self, config: TrainConfig, found: checkpoint.Found | None, tokenizer: Path | None, facts: dict[str, Any]
+    ) -> None:
         """Write config.json, environment.json and tokenizer.json, and set aside checkpoints after the one found."""
         self.path.mkdir(parents=True, exist_ok=True)
         if self.lock is None:
@@ -91,8 +93,8 @@ class RunFolder(ExitStack):
             "processor": platform.processor() or platform.machine(),
         }
         write_text(self.path / "environment.json", json.dumps({**versions, **facts}, indent=2) + "\n")
-        if (data / "tokenizer.json").exists():
-            shutil.copyfile(data / "tokenizer.json", self.path / "tokenizer.json")
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, self.path / "tokenizer.json")
         if found:
             checkpoint.set_aside_after(found.path)
             print(f"goes on from {found.path}", file=sys.stderr)
