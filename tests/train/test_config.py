@@ -62,7 +62,7 @@ class TestFiles:
         ("model", "heads", 5),
         ("model", "kv_heads", 2),
         ("model", "layers", 0),
-        ("data", "vocabulary", 100),
+        ("data", "vocabulary", 0),
         ("data", "holdout", 0.0),
         ("superposition", "bag_size", 0),
         ("superposition", "ratio", 1.5),

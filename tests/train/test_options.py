@@ -94,7 +94,7 @@ class TestSuperposition:
         train(with_options(tiny, reinitialise=True), tmp_path / "run", progress=False)
         a, b = (training_losses(run) for run in (tiny_run, tmp_path / "run"))
         assert a[:12] == b[:12]
-        assert b[12] > a[12] + 0.3 and abs(b[12] - math.log(64)) < 0.2  # a model that knows nothing
+        assert b[12] > a[12] + 0.2 and abs(b[12] - math.log(64)) < 0.2  # a model that knows nothing
 
     def test_without_superposition_there_is_no_switch_to_reinitialise_at(self, tiny, tmp_path):
         for name, reinitialised in (("a", False), ("b", True)):

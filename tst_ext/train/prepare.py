@@ -479,7 +479,7 @@ def _sample(corpus: list[Source], config: DataConfig) -> tuple[list[tuple[int, s
     words: set[str] = set()
     whole, taken, size = len(order) == len(corpus), 0, 0
     for i in order:
-        limit, here, number = max(1, config.tokenizer_sample * corpus[i].size // total), 0, 0
+        limit, here, number = max(1, config.tokenizer_sample * corpus[i].size // max(1, total)), 0, 0
         begins = True
         for text, ends in corpus[i].pieces():
             if here >= limit or taken >= config.tokenizer_sample:
