@@ -4,7 +4,6 @@ import argparse
 import functools
 import inspect
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -88,10 +87,11 @@ def train_command(
         resume: auto: the latest checkpoint, if there is one; or a checkpoint's name; never: take only an empty folder.
         progress: Show a progress bar.
     """
+    from .train.distributed import rank_and_world
     from .train.loop import train
     from .train.signals import Stopped
 
-    first, out = os.environ.get("RANK", "0") == "0", _out(out)
+    first, out = rank_and_world()[0] == 0, _out(out)
     try:
         result = train(config, out, resume=resume, progress=progress)
     except Stopped as stopped:
