@@ -16,11 +16,12 @@ import torch
 from helpers.runs import assert_same_run, lines, run, start, tensors, wait_for
 from tst_ext.__main__ import main
 from tst_ext.train import checkpoint, loop
-from tst_ext.train.config import SuperpositionConfig, save_config
+from tst_ext.train.config import SuperpositionConfig, load_config, save_config
 from tst_ext.train.data import Shard, load_tokenizer
 from tst_ext.train.files import UserError
 from tst_ext.train.loop import train
 from tst_ext.train.metrics import read_metrics
+from tst_ext.train.run_folder import load_run
 
 
 class Killed(BaseException):
@@ -122,6 +123,35 @@ class TestResume:
     def test_what_is_computed_may_not(self, often, straight, change, name):
         with pytest.raises(UserError, match=f"has {name} = .*, this run"):
             train(dataclasses.replace(often, **change), straight, progress=False)
+
+    def test_a_run_from_before_a_field(self, often, straight):
+        """Both files that have its configuration lack the order of windows, which was random, and another field."""
+
+        def older(values):
+            del values["order"], values["model"]["rope_theta"]
+            return values
+
+        path = straight / "checkpoints" / "step-00000028"
+        manifest = checkpoint.verify(path)
+        older(manifest["config"])
+        manifest["sha256"] = checkpoint._digest(manifest)
+        (path / "checkpoint.json").write_text(json.dumps(manifest), encoding="utf-8")
+        values = older(json.loads((straight / "config.json").read_text(encoding="utf-8")))
+        (straight / "config.json").write_text(json.dumps(values), encoding="utf-8")
+
+        assert load_run(straight, "step-00000028").config.order == "random"
+        with pytest.raises(UserError, match="step-00000028 has order = 'random', this run 'epoch'"):
+            train(dataclasses.replace(often, order="epoch"), straight, resume="step-00000028", progress=False)
+        shutil.rmtree(straight / "checkpoints" / "step-00000030")
+        assert main(["train", "--out", str(straight), "--no-progress"]) == 0  # by its own configuration
+        assert checkpoint.verify(straight / "checkpoints" / "step-00000030")["config"]["order"] == "random"
+        assert load_config(straight / "config.json") == dataclasses.replace(often, order="random")
+
+        # Nor may it change where there is no checkpoint yet.
+        shutil.rmtree(straight / "checkpoints")
+        (straight / "config.json").write_text(json.dumps(values), encoding="utf-8")
+        with pytest.raises(UserError, match="has order = 'random', this run 'epoch'"):
+            train(dataclasses.replace(often, order="epoch"), straight, progress=False)
 
     def test_nor_may_a_run_without_checkpoint_change(self, often, tmp_path):
         with pytest.raises(Killed):

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from .. import __version__
 from . import checkpoint
-from .config import TrainConfig, config_dict, config_from_dict, load_config, save_config
+from .config import TrainConfig, config_dict, config_of_run, load_config, save_config
 from .data import load_tokenizer
 from .distributed import Processes
 from .files import UserError, check_out, lock, sync, write_text
@@ -47,7 +47,7 @@ class RunFolder(ExitStack):
 
         def begin_anew() -> None:
             if (self.path / "config.json").exists():
-                self._compare(self.path, config_dict(load_config(self.path / "config.json")), config_dict(config))
+                self._compare(self.path, load_config(self.path / "config.json"), config)
                 print(f"{self.path} has no checkpoint yet: begins anew", file=sys.stderr)
 
         self.processes.first_only(enter)
@@ -64,17 +64,18 @@ class RunFolder(ExitStack):
 
     def check_same(self, found: checkpoint.Found, identity: dict[str, Any]) -> None:
         """Raise UserError unless a checkpoint is of this configuration and data; the section `run` may differ."""
-        self._compare(found.path, found.manifest["config"], identity["config"])
+        saved, now = (config_of_run(values["config"], str(found.path)) for values in (found.manifest, identity))
+        self._compare(found.path, saved, now)
         for name in identity.keys() - {"config"}:
             before, now = found.manifest[name], identity[name]
             if before != now:
                 raise UserError(f"resume: {found.path} was trained on other data: {name} was {before!r}, is {now!r}")
 
-    def _compare(self, path: Path, saved: dict[str, Any], config: dict[str, Any]) -> None:
-        before, now = _flat(saved), _flat(config)
-        for name in sorted(before.keys() | now.keys()):
-            if not name.startswith("run.") and before.get(name) != now.get(name):
-                values = f"{path} has {name} = {before.get(name)!r}, this run {now.get(name)!r}"
+    def _compare(self, path: Path, saved: TrainConfig, config: TrainConfig) -> None:
+        before, now = _flat(config_dict(saved)), _flat(config_dict(config))
+        for name in before:
+            if not name.startswith("run.") and before[name] != now[name]:
+                values = f"{path} has {name} = {before[name]!r}, this run {now[name]!r}"
                 raise UserError(f"resume: {values}; only the options of the section run may change")
 
     def begin(self, config: TrainConfig, found: checkpoint.Found | None, data: Path, facts: dict[str, Any]) -> None:
@@ -133,7 +134,7 @@ def load_run(path: Path, which: str = "auto") -> LoadedRun:
     found = checkpoint.choose(path, which)
     if found is None:
         raise UserError(f"run {path}: it has no checkpoint yet")
-    config = config_from_dict(found.manifest["config"], str(found.path))
+    config = config_of_run(found.manifest["config"], str(found.path))
     model = Transformer(config.model, found.manifest["vocabulary"], config.latent_tokens)
     checkpoint.load_weights(found.path, model)
     tokenizer = path / "tokenizer.json"
