@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -67,14 +68,30 @@ def info_command(argv: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 2 for what the user can put right, 1 for a failed check."""
     argv = sys.argv[1:] if argv is None else argv
+    for argument in argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:  # bytes that are no text, which Python hands on as halves of surrogate pairs
+            encoding = sys.getfilesystemencoding()
+            hint = "" if encoding == "utf-8" else "; PYTHONUTF8=1 makes it utf-8"
+            wanted = f"arguments in {encoding}, the encoding of the locale"
+            print(f"tst: expected {wanted}, got {argument!a}{hint}", file=sys.stderr)
+            return 2
     if argv in (["-h"], ["--help"], ["help"]):
         print(USAGE)
         return 0
-    if argv[:1] == ["info"]:  # needs none of the packages of the extra `train`
-        return info_command(argv[1:])
     if not argv or f"  {argv[0]} " not in USAGE:
         print(f"tst: expected a command, got {' '.join(argv) or 'none'!r}\n\n{USAGE}", file=sys.stderr)
         return 2
+    from . import _C
+
+    try:
+        _C.cpu_capability(), _C.cpu_gemm()
+    except ValueError as error:  # of TST_CPU_CAPABILITY or TST_CPU_GEMM
+        print(f"tst {argv[0]}: {error}", file=sys.stderr)
+        return 2
+    if argv[0] == "info":  # needs none of the packages of the extra `train`
+        return info_command(argv[1:])
     try:
         from . import commands
         from ._cpus import limit_threads
@@ -87,7 +104,9 @@ def main(argv: list[str] | None = None) -> int:
     limit_threads()
     try:
         return commands.run(argv[0], argv[1:])
-    except (UserError, OSError) as error:
+    except BrokenPipeError:
+        raise  # for `entry`
+    except (UserError, OSError, UnicodeEncodeError) as error:  # the last one of names that the locale cannot write
         print(f"tst {argv[0]}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -97,12 +116,29 @@ def main(argv: list[str] | None = None) -> int:
 
 def entry() -> NoReturn:
     """Run the command `tst` and end the process."""
-    status = main()
+    streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]  # None: closed
+    for stream in streams:  # what the locale cannot write is written as an escape
+        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
+    try:
+        try:
+            status = main()
+        except SystemExit as ended:  # of --help, of wrong options, of SIGTERM
+            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        for stream in streams:
+            stream.flush()
+    except OSError as error:  # of the output
+        if isinstance(error, BrokenPipeError):  # its reader, such as head, has read enough
+            status = 128 + signal.SIGPIPE
+        else:
+            print(f"tst: the output cannot be written: {error}", file=sys.stderr)
+            status = 2
+        # Python writes what is left when it shuts down, which would be an error again.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in streams:
+            os.dup2(nowhere, stream.fileno())
     # Under torchrun gloo's threads outlive the run. One that frees a tensor while Python shuts down aborts the process
     # (torch 2.13; 4 of 16 runs with those threads at idle priority). So skip the shutdown.
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
         os._exit(status)
     sys.exit(status)
 

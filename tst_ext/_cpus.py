@@ -10,7 +10,7 @@ import torch
 def cpu_quota(mount: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
     """Return the CPUs that control groups allow this process, as `docker run --cpus` sets them; inf for no limit."""
     try:
-        groups = [line.split(":", 2)[1:] for line in own.read_text().splitlines()]
+        groups = [line.split(":", 2)[1:] for line in os.fsdecode(own.read_bytes()).splitlines()]
     except OSError:  # not Linux
         return math.inf
     limits = [math.inf]
@@ -28,7 +28,7 @@ def _limit(group: Path) -> float:
     """Return the CPUs that one control group may use: microseconds of CPU time per microsecond."""
     for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
         try:
-            quota, period = " ".join((group / name).read_text() for name in names).split()
+            quota, period = " ".join((group / name).read_text(encoding="ascii") for name in names).split()
         except (OSError, ValueError):
             continue
         return math.inf if quota in ("max", "-1") else int(quota) / int(period)

@@ -1,10 +1,10 @@
 """Run the commands of the trainer and the lab: a function each, whose signature and docstring are its command line."""
 
 import argparse
+import dataclasses
 import functools
 import inspect
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -17,6 +17,7 @@ import tyro
 from .train.config import DataConfig, RunConfig, TrainConfig, load_config
 from .train.files import UserError, check, check_out
 from .train.presets import PRESETS, preset
+from .train.tokens import with_tokens
 
 CONFIG_HELP = (
     "--config FILE reads defaults from a .toml file or the config.json of a run, --preset NAME takes those of the "
@@ -35,10 +36,16 @@ def run(command: str, argv: list[str]) -> int:
         argv = ["--preset" if argv[0] in PRESETS else "--config", *argv]
     description = " ".join((function.__doc__ or "").partition("\n\n    Args:")[0].split())
     defaults: dict[str, Any] = {}
-    if "config" in inspect.signature(function).parameters:
+    parameters = inspect.signature(function).parameters
+    if "config" in parameters:
         description += f" {CONFIG_HELP}"
-        config, argv = _defaults(argv)
-        defaults = {"config": config} if config else {}
+        config, tokens, argv = _defaults(argv)
+        if tokens is not None:
+            # --tokens has not set the steps yet, so a warm-up of any number of steps is right here.
+            config = dataclasses.replace(config or parameters["config"].default, steps=sys.maxsize)
+            defaults["tokens"] = tokens
+        if config:
+            defaults["config"] = config
 
     @functools.wraps(function)
     def parsed(*positional: Any, **options: Any) -> Callable[[], int]:
@@ -54,10 +61,13 @@ def run(command: str, argv: list[str]) -> int:
     )()
 
 
-def _defaults(argv: list[str]) -> tuple[TrainConfig | None, list[str]]:
-    """Return the configuration of --preset, --config or the run in --out, if any, and argv without the first two."""
+def _defaults(argv: list[str]) -> tuple[TrainConfig | None, str | None, list[str]]:
+    """Return the configuration of --preset, --config or the run in --out, if any, --tokens, and argv without them.
+
+    It keeps --out.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for option in ("--config", "--preset", "--out"):
+    for option in ("--config", "--preset", "--out", "--tokens"):
         parser.add_argument(option)
     try:
         given, argv = parser.parse_known_args(argv)
@@ -65,13 +75,15 @@ def _defaults(argv: list[str]) -> tuple[TrainConfig | None, list[str]]:
         raise UserError(f"{error.argument_name}: expected a value after it") from error
     if given.config is not None and given.preset is not None:
         raise UserError("config, preset: expected one of them")
+    if given.tokens is not None and any(argument.partition("=")[0] == "--steps" for argument in argv):
+        raise UserError("steps, tokens: expected one of them")
     if given.out is not None:
         argv = [*argv, f"--out={given.out}"]
         if given.config is None and (Path(given.out) / "config.json").exists():
             given.config = Path(given.out) / "config.json"
     if given.preset is not None:
-        return preset(given.preset), argv
-    return (None if given.config is None else load_config(Path(given.config))), argv
+        return preset(given.preset), given.tokens, argv
+    return (None if given.config is None else load_config(Path(given.config))), given.tokens, argv
 
 
 def _out(given: Path | None) -> Path:
@@ -79,19 +91,27 @@ def _out(given: Path | None) -> Path:
 
 
 def train_command(
-    config: Config = DEFAULT, *, out: Path | None = None, resume: str = "auto", progress: bool = True
+    config: Config = DEFAULT,
+    *,
+    tokens: str | None = None,
+    out: Path | None = None,
+    resume: str = "auto",
+    progress: bool = True,
 ) -> int:
     """Train one model through both phases.
 
     Args:
+        tokens: Data tokens of both phases together, such as 2B or 500M, in place of --steps.
         out: Folder for the run. A folder that holds a run resumes it, by its own configuration. Default: runs/DATE-TIME
         resume: auto: the latest checkpoint, if there is one; or a checkpoint's name; never: take only an empty folder.
         progress: Show a progress bar.
     """
+    from .train.distributed import rank_and_world
     from .train.loop import train
     from .train.signals import Stopped
 
-    first, out = os.environ.get("RANK", "0") == "0", _out(out)
+    config = with_tokens(config, tokens)
+    first, out = rank_and_world()[0] == 0, _out(out)
     try:
         result = train(config, out, resume=resume, progress=progress)
     except Stopped as stopped:
@@ -103,15 +123,19 @@ def train_command(
     return 0
 
 
-def compare_command(config: Config = ON_CPU, *, out: Path | None = None, seeds: tuple[int, ...] = ()) -> int:
+def compare_command(
+    config: Config = ON_CPU, *, tokens: str | None = None, out: Path | None = None, seeds: tuple[int, ...] = ()
+) -> int:
     """Train a baseline and TST at equal FLOPs, or resume such runs: a sweep over seeds.
 
     Args:
+        tokens: Data tokens of the TST run, such as 2B or 500M, in place of --steps. The baseline takes as many steps.
         out: Folder for runs, table and loss.png. The options of an earlier call resume it. Default: runs/DATE-TIME.
         seeds: Seeds to compare, two runs each. Default: --seed alone.
     """
     from .lab.compare import compare
 
+    config = with_tokens(config, tokens)
     _exit_on_sigterm()
     out = _out(out)
     return _report(compare(config, out, seeds or (config.seed,)), "compare", out)
@@ -189,17 +213,21 @@ def prepare_command(data: DataConfig, *, out: Path, progress: bool = True) -> in
     return 0
 
 
-def plan_command(config: Config = DEFAULT, *, gpus: int, tokens_per_second_per_gpu: float) -> int:
+def plan_command(
+    config: Config = DEFAULT, *, tokens: str | None = None, gpus: int, tokens_per_second_per_gpu: float
+) -> int:
     """Print tokens, FLOPs and hours of a run before it is paid for, and when TST is worth it.
 
     `tst plan NAME` is `tst plan --preset NAME`, `tst plan FILE` is `tst plan --config FILE`.
 
     Args:
+        tokens: Data tokens of both phases together, such as 2B or 500M, in place of --steps.
         gpus: GPUs of the run, one process each.
         tokens_per_second_per_gpu: Throughput of a run without superposition, in tokens per second per GPU.
     """
     from .lab.plan import plan, report
 
+    config = with_tokens(config, tokens)
     print(report(plan(config, gpus=gpus, tokens_per_second_per_gpu=tokens_per_second_per_gpu)), end="")
     return 0
 

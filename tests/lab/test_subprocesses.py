@@ -74,3 +74,11 @@ def test_without_progress_nothing_is_said(tiny, tmp_path, clock, capsys):
     progress.ended({"name": "a", "status": "was killed"})
     progress.close()
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_is_one_process_whatever_a_cluster_has_set(tiny, tmp_path, forked_runs, monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    process = subprocesses.start(dataclasses.replace(tiny, steps=1), tmp_path / "run")
+    assert process.wait(timeout=60) == 0
+    assert json.loads((tmp_path / "run" / "environment.json").read_text(encoding="utf-8"))["processes"] == 1

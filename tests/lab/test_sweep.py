@@ -10,6 +10,7 @@ import subprocess
 import pytest
 
 from helpers.runs import lines, tst, wait_for
+from helpers.training import VOCABULARY, write_split
 from tst_ext.__main__ import main
 from tst_ext.lab import plots, subprocesses
 from tst_ext.lab import sweep as module
@@ -213,6 +214,35 @@ class TestRuns:
         (wrong,) = [row for row in results(out)["runs"] if row["status"] != "done"]
         assert wrong["name"] == tst["name"] and "difference" not in wrong
         assert f"{tst['name']} is done, but has read other data than {baseline['name']}" in capsys.readouterr().err
+
+    def test_one_whose_data_has_moved_goes_on(self, write, shards, tiny_run, tmp_path, forked_runs, capsys):
+        out, path = tmp_path / "out", write("[[grid]]\nratio=[0.4]")
+        text = path.read_text(encoding="utf-8")
+
+        def sweep_on(data):
+            path.write_text(text.replace(str(shards), str(data)), encoding="utf-8")
+            return sweep(path, "--out", out)
+
+        here = shutil.copytree(shards, tmp_path / "here")
+        path.write_text(text.replace(str(shards), str(here)), encoding="utf-8")
+        assert sweep(path, "--out", out, "--only", "ratio=0.0,seed=0") == 0
+        there = here.rename(tmp_path / "there")
+        assert sweep_on(there) == 0
+        done = results(out)["runs"]
+        assert [row["status"] for row in done] == ["done", "done"]
+        (tst,) = [row for row in done if row["name"] == "seed=0"]
+        result = json.loads((tiny_run / "result.json").read_text(encoding="utf-8"))  # the same run on the same data
+        assert tst["val_loss"] == result["val_loss"] and "difference" in tst
+
+        # Other data in another place is refused, also if there is nothing left to do.
+        other = shutil.copytree(there, tmp_path / "other")
+        write_split(other, "val", [*range(VOCABULARY)] * 40)
+        assert sweep_on(other) == 2
+        assert f"data {other}: expected what " in capsys.readouterr().err
+        assert sweep_on(there) == 0 and results(out)["runs"] == done
+        path.write_text(path.read_text(encoding="utf-8").replace("steps = 30", "steps = 31"), encoding="utf-8")
+        assert sweep(path, "--out", out) == 2
+        assert "this run was made with other options: steps was 30, is 31; choose" in capsys.readouterr().err
 
     @pytest.mark.extended
     def test_an_interrupted_sweep_goes_on(self, write, tmp_path, forked_runs, monkeypatch):

@@ -10,17 +10,20 @@ import pickle
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 
 from helpers.runs import assert_same_run, lines, run, start, tensors, wait_for
+from helpers.training import VOCABULARY, write_split
 from tst_ext.__main__ import main
 from tst_ext.train import checkpoint, loop
-from tst_ext.train.config import SuperpositionConfig, save_config
+from tst_ext.train.config import DataConfig, SuperpositionConfig, load_config, save_config
 from tst_ext.train.data import Shard, load_tokenizer
 from tst_ext.train.files import UserError
 from tst_ext.train.loop import train
 from tst_ext.train.metrics import read_metrics
+from tst_ext.train.run_folder import load_run
 
 
 class Killed(BaseException):
@@ -123,6 +126,35 @@ class TestResume:
         with pytest.raises(UserError, match=f"has {name} = .*, this run"):
             train(dataclasses.replace(often, **change), straight, progress=False)
 
+    def test_a_run_from_before_a_field(self, often, straight):
+        """Both files that have its configuration lack the order of windows, which was random, and another field."""
+
+        def older(values):
+            del values["order"], values["model"]["rope_theta"]
+            return values
+
+        path = straight / "checkpoints" / "step-00000028"
+        manifest = checkpoint.verify(path)
+        older(manifest["config"])
+        manifest["sha256"] = checkpoint._digest(manifest)
+        (path / "checkpoint.json").write_text(json.dumps(manifest), encoding="utf-8")
+        values = older(json.loads((straight / "config.json").read_text(encoding="utf-8")))
+        (straight / "config.json").write_text(json.dumps(values), encoding="utf-8")
+
+        assert load_run(straight, "step-00000028").config.order == "random"
+        with pytest.raises(UserError, match="step-00000028 has order = 'random', this run 'epoch'"):
+            train(dataclasses.replace(often, order="epoch"), straight, resume="step-00000028", progress=False)
+        shutil.rmtree(straight / "checkpoints" / "step-00000030")
+        assert main(["train", "--out", str(straight), "--no-progress"]) == 0  # by its own configuration
+        assert checkpoint.verify(straight / "checkpoints" / "step-00000030")["config"]["order"] == "random"
+        assert load_config(straight / "config.json") == dataclasses.replace(often, order="random")
+
+        # Nor may it change where there is no checkpoint yet.
+        shutil.rmtree(straight / "checkpoints")
+        (straight / "config.json").write_text(json.dumps(values), encoding="utf-8")
+        with pytest.raises(UserError, match="has order = 'random', this run 'epoch'"):
+            train(dataclasses.replace(often, order="epoch"), straight, progress=False)
+
     def test_nor_may_a_run_without_checkpoint_change(self, often, tmp_path):
         with pytest.raises(Killed):
             train(often, tmp_path / "run", progress=False, on_step=die_at(2))
@@ -186,6 +218,84 @@ class TestResume:
         wait_for(lambda: checkpoint.checkpoints(tmp_path / "run"), other)
         with pytest.raises(UserError, match="another process trains in this folder"):
             train(config, tmp_path / "run", progress=False)
+
+
+class TestMovedData:
+    """Checksums decide whether data in another place is the same."""
+
+    @pytest.fixture
+    def here(self, shards, tmp_path):
+        return shutil.copytree(shards, tmp_path / "here")
+
+    @pytest.fixture
+    def moved(self, often, here, tmp_path):
+        """A run that ended at step 22, whose data is now in the folder `there`."""
+        config = dataclasses.replace(often, data=dataclasses.replace(often.data, data=(here,)))
+        with pytest.raises(Killed):
+            train(config, tmp_path / "run", progress=False, on_step=die_at(22))
+        return tmp_path / "run", here.rename(tmp_path / "there")
+
+    @pytest.mark.parametrize("relative", [False, True])
+    def test_a_prepared_folder_goes_on_bit_for_bit(self, straight, moved, monkeypatch, relative):
+        folder, there = moved
+        monkeypatch.chdir(there.parent)
+        arguments = ["train", "--out", str(folder), "--data", "there" if relative else str(there), "--no-progress"]
+        assert main(arguments) == 0
+        assert_same_run(straight, folder)
+        assert main(["train", "--out", str(folder), "--no-progress"]) == 0  # the new place is the run's own now
+
+    def test_the_old_place_says_what_to_do(self, moved, here, capsys):
+        folder, _ = moved
+        assert main(["train", "--out", str(folder), "--no-progress"]) == 2
+        message = f"data {here}: no such file or folder; if it has moved, give its new place by --data"
+        assert capsys.readouterr().err == f"tst train: {message}\n"
+
+    @pytest.mark.parametrize("checkpoints", [True, False], ids=["after a checkpoint", "before any"])
+    @pytest.mark.parametrize("split", ["train", "val"])
+    def test_other_data_is_refused(self, moved, split, checkpoints, capsys):
+        folder, there = moved
+        if not checkpoints:
+            shutil.rmtree(folder / "checkpoints")
+        write_split(there, split, np.arange(5000) % VOCABULARY)
+        assert main(["train", "--out", str(folder), "--data", str(there), "--no-progress"]) == 2
+        begun = f"{folder / 'checkpoints' / 'step-00000020'} was trained" if checkpoints else f"{folder} began"
+        name = {"train": "data", "val": "held_out"}[split]
+        sha256 = json.loads((there / f"{split}.json").read_text(encoding="utf-8"))["sha256"]
+        error = capsys.readouterr().err
+        assert f"resume: {begun} on other data: {name} was '" in error and f"is '{sha256}'" in error
+
+    def test_before_any_checkpoint_it_begins_anew(self, straight, moved, capsys):
+        folder, there = moved
+        shutil.rmtree(folder / "checkpoints")
+        assert main(["train", "--out", str(folder), "--data", str(there), "--no-progress"]) == 0
+        assert "begins anew" in capsys.readouterr().err
+        assert_same_run(straight, folder)
+
+    def test_text_and_its_tokenizer(self, often, documents, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        here = tmp_path / "here"
+        here.mkdir()
+        for i, document in enumerate(documents):
+            (here / f"{i}.txt").write_text(document, encoding="utf-8")
+        assert main(["prepare", "--data", "here", "--vocabulary", "300", "--out", "shards"]) == 0
+        shutil.copyfile("shards/tokenizer.json", here / "tokenizer.json")
+        data = DataConfig(data=(here,), vocabulary=300, tokenizer=here / "tokenizer.json")
+        config = dataclasses.replace(often, data=data, eval_tokens=64)
+        train(config, tmp_path / "straight", progress=False)
+        for name in ("a", "b"):
+            with pytest.raises(Killed):
+                train(config, tmp_path / name, progress=False, on_step=die_at(9))
+
+        here.rename("there")
+        arguments = ["train", "--out", "a", "--data", "there", "--no-progress"]
+        assert main(arguments) == 2
+        message = f"tokenizer {here / 'tokenizer.json'}: no such file or folder; if it has moved, give its new place by"
+        assert message in capsys.readouterr().err
+        assert main([*arguments, "--tokenizer", "there/tokenizer.json"]) == 0
+        # Prepared, the text is the same data too.
+        assert main(["train", "--out", "b", "--data", "shards", "--no-progress"]) == 0
+        for name in ("a", "b"):
+            assert_same_run(tmp_path / "straight", tmp_path / name)
 
 
 class TestWriting:

@@ -1,11 +1,21 @@
 import dataclasses
+import json
 import math
 import re
 from pathlib import Path
 
 import pytest
 
-from tst_ext.train.config import OptimizerConfig, SuperpositionConfig, TrainConfig, load_config, save_config
+from tst_ext.train.config import (
+    OptimizerConfig,
+    SuperpositionConfig,
+    TrainConfig,
+    config_dict,
+    config_from_dict,
+    config_of_run,
+    load_config,
+    save_config,
+)
 from tst_ext.train.files import UserError
 
 
@@ -29,6 +39,24 @@ class TestFiles:
         assert config.optimizer == dataclasses.replace(default.optimizer, learning_rate=1.0)
         assert [str(p) for p in config.data.data] == ["a.txt"]
         assert config.model == default.model
+
+    def test_a_run_from_before_a_field_has_its_default_but_drew_its_windows(self, tiny, tmp_path):
+        values = config_dict(tiny)
+        del values["order"], values["model"]["rope_theta"], values["run"]["keep"]
+        (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
+        random = dataclasses.replace(tiny, order="random")
+        assert load_config(tmp_path / "config.json") == config_of_run(values, "run") == random != tiny
+        assert config_from_dict(values, "file") == tiny
+
+    def test_toml_without_an_order_has_the_default(self, tmp_path):
+        (tmp_path / "c.toml").write_text("steps = 100\n", encoding="utf-8")
+        assert load_config(tmp_path / "c.toml").order == TrainConfig().order == "epoch"
+
+    @pytest.mark.parametrize("values", [[], "run", None])
+    def test_a_configuration_that_is_no_table(self, tmp_path, values):
+        (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
+        with pytest.raises(UserError, match="config.json: expected a table, got"):
+            load_config(tmp_path / "config.json")
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -81,6 +109,7 @@ class TestFiles:
         ("run", "keep", 0),
         ("run", "micro_batch", -1),
         (None, "dtype", "float16"),
+        (None, "order", "sorted"),
         (None, "steps", 0),
         (None, "seed", -1),
         (None, "eval_tokens", 10),

@@ -8,10 +8,10 @@ import math
 import textwrap
 from typing import Any
 
-from .. import SuperpositionSchedule
 from ..train.config import TrainConfig
 from ..train.files import check
 from ..train.flops import parameters, step_flops
+from ..train.tokens import phases, step_tokens
 
 MULTIPLE = 1.8  # the paper's 3B run: a baseline takes 36,000 steps to the loss of TST's 20,000
 SUMMED = ("steps", "latent_tokens", "data_tokens", "flops", "hours")
@@ -43,7 +43,7 @@ def plan(config: TrainConfig, *, gpus: int, tokens_per_second_per_gpu: float) ->
     check("micro_batch", micro_batch, share % micro_batch == 0, f"a divisor of the {share} sequences of a GPU")
     model, vocabulary, options = config.model, config.data.vocabulary, config.superposition
 
-    def phase(name: str, steps: int, s: int) -> dict[str, Any]:
+    def row(name: str, steps: int, s: int) -> dict[str, Any]:
         cut = s if options.scale == "batch" else 1  # s times more sequences, of l / s positions each
         latent = steps * config.batch * config.latent_tokens
         return {
@@ -51,18 +51,15 @@ def plan(config: TrainConfig, *, gpus: int, tokens_per_second_per_gpu: float) ->
             "steps": steps,
             "bag_size": s,
             "latent_tokens": latent,
-            "data_tokens": latent if options.sides == "output" else s * latent,
+            "data_tokens": steps * step_tokens(config, s),
             "flops": steps * step_flops(model, vocabulary, config.batch * cut, config.latent_tokens // cut),
             "hours": latent / (gpus * speed) / 3600,
         }
 
-    schedule = SuperpositionSchedule(config.steps, options.ratio, options.bag_size, options.stages)
-    stages = [("superposition", *stage) for stage in schedule.stage_ends] + [("recovery", config.steps, 1)]
-    starts = (0, *(end for _, end, _ in stages))
-    phases = [phase(name, end - start, s) for start, (name, end, s) in zip(starts, stages, strict=False) if end > start]
-    total = {"phase": "total", "bag_size": None, **{key: sum(p[key] for p in phases) for key in SUMMED}}
+    rows = [row(*phase) for phase in phases(config)]
+    total = {"phase": "total", "bag_size": None, **{key: sum(r[key] for r in rows) for key in SUMMED}}
     weights = parameters(model, vocabulary)
-    superposed = sum(p["steps"] for p in phases if p["bag_size"] > 1) / config.steps
+    superposed = sum(r["steps"] for r in rows if r["bag_size"] > 1) / config.steps
     # If superposition steps take 1 + x times as long, TST takes 1 + r x times as long, and a baseline of m times the
     # steps takes m times as long. They are even at x = (m - 1) / r.
     even = superposed and {
@@ -75,9 +72,9 @@ def plan(config: TrainConfig, *, gpus: int, tokens_per_second_per_gpu: float) ->
         "gpus": gpus,
         "tokens_per_second_per_gpu": speed,
         "parameters": {"total": weights, "without_embedding_and_head": weights - 2 * vocabulary * model.dim},
-        "phases": phases,
+        "phases": rows,
         "total": total,
-        "baseline": phase("baseline of equal steps", config.steps, 1),
+        "baseline": row("baseline of equal steps", config.steps, 1),
         "break_even": even or None,
         "recommended": recommend(config),
     }

@@ -36,8 +36,10 @@ def start(config: TrainConfig, folder: Path, environment: Mapping[str, str] | No
     with open(_log(folder), "wb") as log:
         # The run keeps this lock with its output, from before it has locked its folder until it ends.
         fcntl.flock(log, fcntl.LOCK_EX)
+        # Each run is one process, also if a cluster has set for this one what torchrun sets.
+        own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **threads, **(environment or {})}
+            command, stdout=log, stderr=subprocess.STDOUT, env={**own, **threads, **(environment or {})}
         )
 
 
@@ -50,7 +52,7 @@ def failure(folder: Path, status: int) -> str:
     """Say why a run ended with this exit status, other than 0."""
     if status < 0:
         return f"was killed by signal {-status} (log {_log(folder)})"
-    last = _log(folder).read_text(errors="replace").strip().splitlines()[-1:]
+    last = _log(folder).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
     return f"failed with status {status} (log {_log(folder)}): {' '.join(last)}"
 
 

@@ -192,7 +192,8 @@ def run_sweep(
     device = next(iter(sweep.runs.values())).run.device
     if to_do and not (torch.cuda.is_available() and re.fullmatch(r"auto|cuda(:\d+)?", device)):
         choose_device(device)  # which takes memory of a GPU, so the runs do it there
-    for data in {sweep.runs[name].data for name in to_do}:
+    moved = [name for name in results.data if _saved(folder / "runs" / name).data != sweep.runs[name].data]
+    for data in {sweep.runs[name].data for name in (*to_do, *moved)}:
         prepared = prepared_folder(data)  # before the runs start, so that they find it
         now = Shard(prepared, "train", data).sha256, Shard(prepared, "val", data).sha256
         for name, read in results.data.items():
@@ -226,11 +227,20 @@ def _choose(sweep: Sweep, only: tuple[str, ...] | None) -> list[str]:
     return sorted((name for name in sweep.runs if name in chosen), key=lambda name: -run_flops(sweep.runs[name]))
 
 
+def _saved(folder: Path) -> TrainConfig:
+    return load_config(folder / "config.json")
+
+
 def _check_same(folder: Path, config: TrainConfig) -> None:
     if (folder / "config.json").exists():
-        saved = load_config(folder / "config.json")
-        if dataclasses.replace(saved, run=config.run) != config:
-            raise UserError(f"out {folder}: this run was made with other options; choose another --out or remove it")
+        saved = _saved(folder)
+        # Data may have moved: checksums tell whether it is the same.
+        data = dataclasses.replace(saved.data, data=config.data.data, tokenizer=config.data.tokenizer)
+        before, now = ({**_values(c), "seed": c.seed} for c in (dataclasses.replace(saved, data=data), config))
+        for option in now:
+            if before[option] != now[option]:
+                other = f"other options: {option} was {before[option]!r}, is {now[option]!r}"
+                raise UserError(f"out {folder}: this run was made with {other}; choose another --out or remove it")
     elif (folder / "result.json").exists():
         raise UserError(f"out {folder}: it has a result.json but no config.json, which would say of what run")
 

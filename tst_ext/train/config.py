@@ -221,6 +221,8 @@ class TrainConfig:
 def load_config(path: Path) -> TrainConfig:
     """Read a configuration from TOML, or from the config.json of a run. Keys left out keep their defaults.
 
+    A config.json without `order` is read as `config_of_run` does.
+
     Raises:
         UserError: the file is missing or malformed, a key is unknown, a value has the wrong type or is out of range.
     """
@@ -229,12 +231,20 @@ def load_config(path: Path) -> TrainConfig:
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"config {path}: {error}") from error
-    return config_from_dict(values, str(path))
+    return (config_of_run if path.suffix == ".json" else config_from_dict)(values, str(path))
 
 
 def config_from_dict(values: Any, where: str) -> TrainConfig:
     """Invert `config_dict`. Raise UserError as `load_config` does, with messages that begin with `where`."""
     return _from_dict(TrainConfig, values, where)
+
+
+def config_of_run(values: Any, where: str) -> TrainConfig:
+    """Read the configuration that a run was saved with, as `config_from_dict` does.
+
+    A field that it lacks is newer than the run and has its default. `order` is "random", as runs were before it.
+    """
+    return config_from_dict({"order": "random", **values} if isinstance(values, dict) else values, where)
 
 
 def _from_dict(cls: type, values: Any, where: str) -> Any:

@@ -13,10 +13,46 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import TrainConfig
-from .files import UserError
+from .files import UserError, check
 from .model import Block, Transformer
 
 T = TypeVar("T")
+
+
+def _from_environment(name: str) -> int | None:
+    """Return a variable as torchrun sets it, None if it is unset or empty."""
+    value = os.environ.get(name, "")
+    if not value:
+        return None
+    try:
+        number = int(value)
+    except ValueError:
+        number = -1
+    check(name, value, number >= 0, "an integer >= 0, as torchrun sets it")
+    return number
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Return the number of this process and how many there are, by the environment: (0, 1) without torchrun.
+
+    Raises:
+        UserError: a variable is missing, no number or out of range. Slurm and others set some of them alone.
+    """
+    rank, world = _from_environment("RANK"), _from_environment("WORLD_SIZE")
+    if rank is None and world is None:
+        return 0, 1
+    if rank is None or world is None:
+        got = ", ".join(f"{name}={os.environ.get(name)!r}" for name in ("RANK", "WORLD_SIZE"))
+        raise UserError(f"RANK, WORLD_SIZE: expected both, as torchrun sets them, or neither, got {got}")
+    check("WORLD_SIZE", world, world >= 1, "an integer >= 1")
+    check("RANK", rank, rank < world, f"an integer below WORLD_SIZE = {world}")
+    if world > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            value = os.environ.get(name)
+            check(name, value, bool(value), f"one, as torchrun sets it, with WORLD_SIZE = {world}")
+        port = _from_environment("MASTER_PORT")
+        check("MASTER_PORT", port, port is not None and port < 2**16, "an integer below 65536")
+    return rank, world
 
 
 def choose_device(name: str) -> torch.device:
@@ -25,8 +61,9 @@ def choose_device(name: str) -> torch.device:
         if name != "auto" and torch.device(name).type not in ("cpu", "cuda"):
             raise RuntimeError("the trainer runs on these")
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local_rank = _from_environment("LOCAL_RANK")
+        if device.type == "cuda" and device.index is None and local_rank is not None:
+            device = torch.device("cuda", local_rank)
         torch.zeros(1, device=device)
     except (AssertionError, RuntimeError) as error:  # names or devices torch lacks
         raise UserError(f"device: expected auto, cpu or cuda, got {name!r}: {str(error).splitlines()[0]}") from error
@@ -40,7 +77,7 @@ class Processes:
     """
 
     def __init__(self, device: str) -> None:
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = rank_and_world()
         self.device = choose_device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -48,7 +85,12 @@ class Processes:
     def __enter__(self) -> "Processes":
         if self.world > 1:
             # gloo for what lies on the CPU: counts, the request to stop, the files of a checkpoint
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            try:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            except (RuntimeError, ValueError) as error:  # an address that is not there, a port that is taken
+                at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                reason = str(error).splitlines()[0]
+                raise UserError(f"MASTER_ADDR, MASTER_PORT: cannot join the processes at {at}: {reason}") from error
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:

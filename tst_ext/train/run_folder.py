@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from .. import __version__
 from . import checkpoint
-from .config import TrainConfig, config_dict, config_from_dict, load_config, save_config
+from .config import TrainConfig, config_dict, config_of_run, load_config, save_config
 from .data import load_tokenizer
 from .distributed import Processes
 from .files import UserError, check_out, lock, sync, write_text
@@ -36,7 +36,7 @@ class RunFolder(ExitStack):
 
         Raises:
             UserError: the folder holds something else than a run of this configuration, cannot be written to, or
-                another process trains in it; the checkpoint cannot be used.
+                another process trains in it; the checkpoint cannot be used; the run's data is no longer where it was.
         """
 
         def enter() -> None:
@@ -44,10 +44,12 @@ class RunFolder(ExitStack):
                 check_out(self.path)
             if self.path.exists():
                 self._claim()
+            if (self.path / "config.json").exists():
+                _check_place(config)
 
         def begin_anew() -> None:
             if (self.path / "config.json").exists():
-                self._compare(self.path, config_dict(load_config(self.path / "config.json")), config_dict(config))
+                self._compare(self.path, load_config(self.path / "config.json"), config)
                 print(f"{self.path} has no checkpoint yet: begins anew", file=sys.stderr)
 
         self.processes.first_only(enter)
@@ -63,19 +65,23 @@ class RunFolder(ExitStack):
         self.callback(os.close, self.lock)
 
     def check_same(self, found: checkpoint.Found, identity: dict[str, Any]) -> None:
-        """Raise UserError unless a checkpoint is of this configuration and data; the section `run` may differ."""
-        self._compare(found.path, found.manifest["config"], identity["config"])
+        """Raise UserError unless a checkpoint is of this configuration and data.
+
+        The section `run` may differ, and the place of the data: checksums tell whether it is the same.
+        """
+        saved, now = (config_of_run(values["config"], str(found.path)) for values in (found.manifest, identity))
+        self._compare(found.path, saved, now)
         for name in identity.keys() - {"config"}:
             before, now = found.manifest[name], identity[name]
             if before != now:
-                raise UserError(f"resume: {found.path} was trained on other data: {name} was {before!r}, is {now!r}")
+                raise UserError(f"resume: {found.path} was trained on {_other(name, before, now)}")
 
-    def _compare(self, path: Path, saved: dict[str, Any], config: dict[str, Any]) -> None:
-        before, now = _flat(saved), _flat(config)
-        for name in sorted(before.keys() | now.keys()):
-            if not name.startswith("run.") and before.get(name) != now.get(name):
-                values = f"{path} has {name} = {before.get(name)!r}, this run {now.get(name)!r}"
-                raise UserError(f"resume: {values}; only the options of the section run may change")
+    def _compare(self, path: Path, saved: TrainConfig, config: TrainConfig) -> None:
+        before, now = _flat(config_dict(saved)), _flat(config_dict(config))
+        for name in before:
+            if not name.startswith(("run.", "data.")) and before[name] != now[name]:
+                values = f"{path} has {name} = {before[name]!r}, this run {now[name]!r}"
+                raise UserError(f"resume: {values}; only the section run and the place of the same data may change")
 
     def begin(
         self, config: TrainConfig, found: checkpoint.Found | None, tokenizer: Path | None, facts: dict[str, Any]
@@ -85,6 +91,8 @@ class RunFolder(ExitStack):
         if self.lock is None:
             self._claim()
             check_out(self.path)  # another run may have come and gone meanwhile
+        if found is None:
+            self._check_facts(facts)
         save_config(config, self.path / "config.json")
         versions = {
             "tst_ext": __version__,
@@ -99,6 +107,17 @@ class RunFolder(ExitStack):
             checkpoint.set_aside_after(found.path)
             print(f"goes on from {found.path}", file=sys.stderr)
         sync(self.path)
+
+    def _check_facts(self, facts: dict[str, Any]) -> None:
+        """Raise UserError if a run that has no checkpoint yet began on other data."""
+        try:
+            text = (self.path / "environment.json").read_text(encoding="utf-8")
+            before = {name: json.loads(text)[name] for name in ("vocabulary", "data", "held_out")}
+        except (OSError, ValueError, LookupError, TypeError):  # it died before it had one
+            return
+        for name, value in before.items():
+            if value != facts[name]:
+                raise UserError(f"resume: {self.path} began on {_other(name, value, facts[name])}")
 
     def end(self, result: dict[str, Any]) -> None:
         """Write loss.png and result.json."""
@@ -135,12 +154,29 @@ def load_run(path: Path, which: str = "auto") -> LoadedRun:
     found = checkpoint.choose(path, which)
     if found is None:
         raise UserError(f"run {path}: it has no checkpoint yet")
-    config = config_from_dict(found.manifest["config"], str(found.path))
+    config = config_of_run(found.manifest["config"], str(found.path))
     model = Transformer(config.model, found.manifest["vocabulary"], config.latent_tokens)
     checkpoint.load_weights(found.path, model)
     tokenizer = path / "tokenizer.json"
     step, end_of_text = found.manifest["step"], found.manifest["end_of_text"]
     return LoadedRun(config, model, tokenizer if tokenizer.exists() else None, end_of_text, step)
+
+
+def _check_place(config: TrainConfig) -> None:
+    """Raise UserError unless the data of a run that began before is where `config` says."""
+    places = [("data", path) for path in config.data.data]
+    prepared = any((path / "train.json").exists() for _, path in places)  # with a tokenizer of its own
+    if config.data.tokenizer and not prepared:
+        places.append(("tokenizer", config.data.tokenizer))
+    for option, path in places:
+        if not path.exists():
+            raise UserError(
+                f"{option} {path}: no such file or folder; if it has moved, give its new place by --{option}"
+            )
+
+
+def _other(name: str, before: Any, now: Any) -> str:
+    return f"other data: {name} was {before!r}, is {now!r}"
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
