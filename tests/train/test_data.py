@@ -1,201 +1,21 @@
-"""Documents to shards, shards to batches."""
+"""Shards of tokens: windows of them, damage, and the formats of other projects."""
 
+import dataclasses
+import hashlib
 import json
-import multiprocessing
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
-from tokenizers import Tokenizer
 
+from helpers.training import VOCABULARY, prepare_documents
+from tst_ext.train import data
 from tst_ext.train.config import DataConfig
-from tst_ext.train.data import Shard, prepare, prepared_folder, read_documents
+from tst_ext.train.data import Shard, has_tokens
 from tst_ext.train.files import UserError
-
-CONFIG = DataConfig(vocabulary=300, holdout=0.1)
-
-
-class TestReadDocuments:
-    def test_every_kind_of_file(self, tmp_path):
-        (tmp_path / "b.txt").write_text("two\nlines")
-        (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "three", "id": 3}\n')
-        (tmp_path / "ignored.csv").write_text("x")
-        assert read_documents(DataConfig(data=(tmp_path,))) == ["one", "three", "two\nlines"]
-        assert read_documents(DataConfig(data=(tmp_path / "b.txt",))) == ["two\nlines"]
-
-    def test_text_key(self, tmp_path):
-        (tmp_path / "a.jsonl").write_text('{"body": "one"}\n')
-        assert read_documents(DataConfig(data=(tmp_path / "a.jsonl",), text_key="body")) == ["one"]
-
-    @pytest.mark.parametrize(
-        ("name", "content", "message"),
-        [
-            ("a.jsonl", '{"text": "one"}\n{"body": "two"}', "a.jsonl, line 2.*'text'"),
-            ("a.jsonl", '{"text": "one"}\n[1]', "line 2"),
-            ("a.jsonl", "{", "a.jsonl"),
-            ("a.csv", "x", "a.csv: expected .txt"),
-            ("a.txt", b"\xff", "a.txt.*utf-8"),
-        ],
-    )
-    def test_errors_name_file_and_line(self, tmp_path, name, content, message):
-        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        with pytest.raises(UserError, match=message):
-            read_documents(DataConfig(data=(tmp_path / name,)))
-
-    def test_missing_and_empty(self, tmp_path):
-        with pytest.raises(UserError, match="absent: no such"):
-            read_documents(DataConfig(data=(tmp_path / "absent",)))
-        with pytest.raises(UserError, match="holds no .txt"):
-            read_documents(DataConfig(data=(tmp_path,)))
-
-    def test_default_corpus_is_the_standard_library(self):
-        corpus = read_documents(DataConfig())
-        assert sum(map(len, corpus)) > 10_000_000
-        assert any("class JSONDecoder" in document for document in corpus)
-
-
-class TestPrepare:
-    def decoded(self, folder, split):
-        """Documents of a split, decoded back from its tokens."""
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        shard = Shard(folder, split)
-        tokens = shard.read(0, len(shard))
-        separator = json.loads((folder / f"{split}.json").read_text())["end_of_text"]
-        ends = np.flatnonzero(tokens == separator)
-        assert ends[-1] == len(tokens) - 1
-        starts = [0, *(ends[:-1] + 1)]
-        return [tokenizer.decode(tokens[a:b].tolist()) for a, b in zip(starts, ends, strict=True)]
-
-    def test_round_trip_and_split_by_document(self, documents, tmp_path):
-        prepare(documents, CONFIG, tmp_path / "out")
-        training, held_out = self.decoded(tmp_path / "out", "train"), self.decoded(tmp_path / "out", "val")
-        assert len(held_out) == 20
-        assert not set(training) & set(held_out)
-        assert sorted(training + held_out) == sorted(documents)
-        assert held_out != sorted(documents)[:20], "held-out documents are drawn at random"
-
-    def test_repeats_exactly_whatever_the_order_of_the_documents(self, documents, tmp_path):
-        prepare(documents, CONFIG, tmp_path / "a")
-        prepare(documents[::-1], CONFIG, tmp_path / "b")
-        for name in ("train.bin", "val.bin", "train.json", "tokenizer.json"):
-            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-
-    def test_any_text_survives(self, documents, tmp_path):
-        odd = ["tab\tnul\0 emoji \U0001f600 中文", "\r\n  spaces  ", *documents]
-        prepare(odd, CONFIG, tmp_path / "out")
-        assert set(odd) == set(self.decoded(tmp_path / "out", "train") + self.decoded(tmp_path / "out", "val"))
-
-    def test_too_few_documents(self, tmp_path):
-        with pytest.raises(UserError, match="at least 2 documents.*got 1"):
-            prepare(["one"], CONFIG, tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-
-    def test_folder_that_cannot_be_made(self, documents):
-        with pytest.raises(UserError, match="/dev/null/out"):
-            prepare(documents, CONFIG, Path("/dev/null/out"))
-
-    def test_does_not_replace_a_folder(self, documents, tmp_path):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "precious").write_text("x")
-        with pytest.raises(UserError, match="not empty"):
-            prepare(documents, CONFIG, tmp_path / "out")
-        assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == ["out"]
-        assert (tmp_path / "out" / "precious").read_text() == "x"
-
-
-class TestGivenTokenizer:
-    @pytest.fixture
-    def tokenizer(self, tmp_path):
-        """Words; begins every text with <s>, cuts it to 5 tokens and fills it up to 8; its ids have gaps."""
-        words = ["bag", "token", "step", "loss", "head", "row", "mean", "phase", "switch", "label"]
-        ids = {"<unk>": 0, "<s>": 1, "</s>": 2, **{word: 10 + i for i, word in enumerate(words)}}
-        tokenizer = Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-        tokenizer.enable_truncation(5)
-        tokenizer.enable_padding(length=8, pad_id=0)
-        tokenizer.save(str(tmp_path / "given.json"))
-        return tmp_path / "given.json"
-
-    def test_documents_whole_and_nothing_but_them(self, documents, tokenizer, tmp_path):
-        config = DataConfig(tokenizer=tokenizer, end_of_text="</s>", holdout=0.1)
-        prepare(documents, config, tmp_path / "out")
-        shard = Shard(tmp_path / "out", "train")
-        assert shard.vocabulary == 20 and shard.end_of_text == 2  # the largest id and one; not the number of entries
-        texts = np.split(shard.read(0, len(shard)), np.flatnonzero(shard.read(0, len(shard)) == 2) + 1)[:-1]
-        assert len(texts) == 180
-        # A number, which it does not know, and 60 words.
-        assert all(len(t) == 62 and t[0] == 0 and (t[1:-1] >= 10).all() for t in texts)
-
-    def test_its_end_of_text_must_exist(self, documents, tokenizer, tmp_path):
-        with pytest.raises(UserError, match="no token '<|endoftext|>'; name one by --end-of-text".replace("|", r"\|")):
-            prepare(documents, DataConfig(tokenizer=tokenizer), tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-
-    @pytest.mark.parametrize("content", [None, "", "{}", "[1]"])
-    def test_malformed(self, documents, tmp_path, content):
-        if content is not None:
-            (tmp_path / "t.json").write_text(content)
-        with pytest.raises(UserError, match=r"tokenizer .*t\.json: "):
-            prepare(documents, DataConfig(tokenizer=tmp_path / "t.json"), tmp_path / "out")
-
-    def test_another_one_is_another_entry_of_the_cache(self, documents, tokenizer, tmp_path):
-        (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-        data = dict(data=(tmp_path / "text.jsonl",), vocabulary=300)
-        own = prepared_folder(DataConfig(**data))
-        given = prepared_folder(DataConfig(**data, tokenizer=tokenizer, end_of_text="</s>"))
-        assert own != given and prepared_folder(DataConfig(**data, tokenizer=tokenizer, end_of_text="<s>")) != given
-
-
-def test_half_a_surrogate_pair_is_no_text(tmp_path):
-    (tmp_path / "t.jsonl").write_text('{"text": "\\ud800"}\n')
-    with pytest.raises(UserError, match="t.jsonl: .*surrogates"):
-        read_documents(DataConfig(data=(tmp_path / "t.jsonl",)))
-
-
-def _prepared(data, queue):
-    queue.put(prepared_folder(data))
-
-
-class TestCache:
-    @pytest.fixture
-    def config(self, documents, tmp_path):
-        path = tmp_path / "text.jsonl"
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-        return DataConfig(data=(path,), vocabulary=300)
-
-    def test_second_use_finds_the_first(self, config, cache):
-        folder = prepared_folder(config)
-        assert folder.is_relative_to(cache)
-        written = (folder / "train.bin").stat().st_mtime_ns
-        assert prepared_folder(config) == folder
-        assert (folder / "train.bin").stat().st_mtime_ns == written
-
-    def test_changed_text_or_settings_are_another_entry(self, config):
-        folder = prepared_folder(config)
-        assert prepared_folder(DataConfig(data=config.data, vocabulary=301)) != folder
-        with open(config.data[0], "a") as file:
-            file.write('{"text": "new"}\n')
-        assert prepared_folder(config) != folder
-
-    def test_prepared_folder_is_used_as_it_is(self, shards):
-        assert prepared_folder(DataConfig(data=(shards,))) == shards
-
-    def test_two_processes_at_once(self, config, cache):
-        context = multiprocessing.get_context("spawn")
-        queue = context.Queue()
-        processes = [context.Process(target=_prepared, args=(config, queue)) for _ in range(2)]
-        for process in processes:
-            process.start()
-        folders = {queue.get(timeout=60) for _ in processes}
-        for process in processes:
-            process.join()
-            assert process.exitcode == 0
-        (folder,) = folders
-        assert len(Shard(folder, "train")) > 1000
-        assert [p.name for p in (cache / "tst-ext").iterdir()] == [folder.name], "nothing unfinished is left"
+from tst_ext.train.loop import train
 
 
 class TestShard:
@@ -240,7 +60,7 @@ class TestShard:
     def test_truncated(self, shards):
         path = shards / "train.bin"
         path.write_bytes(path.read_bytes()[:-2])
-        with pytest.raises(UserError, match="train.bin: expected 40000 bytes.*got 39998"):
+        with pytest.raises(UserError, match="train.bin: expected 40000 bytes.*got 39998: it is not whole"):
             Shard(shards, "train")
 
     def test_altered(self, shards):
@@ -258,12 +78,21 @@ class TestShard:
             Shard(shards, "train")
 
     @pytest.mark.parametrize(
-        "change", [{"tokens": 2e4}, {"vocabulary": "64"}, {"vocabulary": -3}, {"end_of_text": "eot"}, {"sha256": None}]
+        "change",
+        [
+            {"tokens": 2e4},
+            {"tokens": -1},
+            {"vocabulary": "64"},
+            {"vocabulary": -3},
+            {"end_of_text": "eot"},
+            {"sha256": None},
+            {"dtype": "int8"},
+        ],
     )
     def test_header_of_other_types(self, shards, change):
         header = json.loads((shards / "train.json").read_text())
         (shards / "train.json").write_text(json.dumps({**header, **change}))
-        with pytest.raises(UserError, match="not a header of format 1"):
+        with pytest.raises(UserError, match="shard .*train.json: .*expected|train.bin: expected -2 bytes"):
             Shard(shards, "train")
 
     def test_ids_outside_the_vocabulary(self, shards):
@@ -276,3 +105,168 @@ class TestShard:
     def test_missing(self, tmp_path):
         with pytest.raises(UserError, match="train.json"):
             Shard(Path(tmp_path), "train")
+
+
+class TestIndex:
+    @pytest.fixture
+    def folder(self, documents, tmp_path):
+        prepare_documents(documents, DataConfig(vocabulary=300), tmp_path / "out")
+        return tmp_path / "out"
+
+    def test_several_files_are_one_text(self, folder):
+        whole = Shard(folder, "train")
+        index = json.loads((folder / "index.json").read_text())
+        content, files = (folder / "train-00000.bin").read_bytes(), []
+        for i, start in enumerate(range(0, len(content), 3000)):
+            part = content[start : start + 3000]
+            (folder / f"part-{i}.bin").write_bytes(part)
+            digest = hashlib.sha256(part).hexdigest()
+            files.append({"file": f"part-{i}.bin", "tokens": len(part) // 2, "sha256": digest})
+        index["splits"]["train"] = files
+        (folder / "index.json").write_text(json.dumps(index))
+        parts = Shard(folder, "train")
+        assert len(parts) == len(whole) and parts.sha256 != whole.sha256
+        assert np.array_equal(parts.read(1490, 3100), whole.read(1490, 3100))
+        for a, b in zip(parts.batch(0, 1, 50, 100), whole.batch(0, 1, 50, 100), strict=True):
+            assert torch.equal(a, b)
+        (folder / "part-2.bin").write_bytes(b"x" * 3000)
+        with pytest.raises(UserError, match="part-2.bin: its checksum"):
+            Shard(folder, "train")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"format": 3},
+            {"splits": {}},
+            {"splits": {"train": []}},
+            {"splits": {"train": [{"file": "../train.bin", "tokens": 1, "sha256": "x"}]}},
+            {"splits": {"train": [{"file": "train-00000.bin", "tokens": "1", "sha256": "x"}]}},
+            {"splits": {"train": [{"file": "train-00000.bin", "tokens": -1, "sha256": "x"}]}},
+            {"splits": [1]},
+            {"dtype": "float16"},
+            {"vocabulary": 0},
+            {"end_of_text": True},
+        ],
+    )
+    def test_hostile(self, folder, change):
+        index = json.loads((folder / "index.json").read_text())
+        (folder / "index.json").write_text(json.dumps({**index, **change}))
+        with pytest.raises(UserError, match="index.json: .*expected"):
+            Shard(folder, "train")
+
+    @pytest.mark.parametrize("content", ["[]", "[" * 100_000, "{", ""])
+    def test_no_index(self, folder, content):
+        (folder / "index.json").write_text(content)
+        with pytest.raises(UserError, match="shard .*out"):
+            Shard(folder, "train")
+
+
+def llm_c(path, tokens, magic=20240520, version=1, count=None, dtype="<u2"):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype).tobytes())
+
+
+def nanogpt(path, tokens):
+    np.asarray(tokens, "<u2").tofile(path)
+
+
+class TestOthers:
+    """Token files of other projects are trained on as they are, and not trusted."""
+
+    GIVEN = DataConfig(vocabulary=VOCABULARY, end_of_text="5")
+
+    @pytest.fixture
+    def tokens(self, shared_shards):
+        return {
+            split: Shard(shared_shards, split).read(0, len(Shard(shared_shards, split))) for split in ("train", "val")
+        }
+
+    @pytest.fixture(params=["nanogpt", "modded-nanogpt", "llm.c", "llm.c, Llama 3"])
+    def folder(self, request, tmp_path, tokens):
+        folder = tmp_path / "theirs"
+        folder.mkdir()
+        if request.param == "nanogpt":
+            for split in tokens:
+                nanogpt(folder / f"{split}.bin", tokens[split])
+            (folder / "input.txt").write_text("text")
+            (folder / "meta.pkl").write_bytes(b"x")
+        elif request.param == "modded-nanogpt":
+            llm_c(folder / "fineweb_val_000000.bin", tokens["val"])
+            for i in range(4):
+                llm_c(folder / f"fineweb_train_{i + 1:06}.bin", tokens["train"][5000 * i : 5000 * (i + 1)])
+        else:
+            options = dict(magic=20240801, version=7, dtype="<u4") if "Llama" in request.param else {}
+            for split in tokens:
+                llm_c(folder / f"tiny_shakespeare_{split}.bin", tokens[split], **options)
+        return folder
+
+    def test_a_run_on_them_is_the_run_on_ours(self, folder, tiny, tiny_run, tokens, tmp_path):
+        assert has_tokens(folder)
+        for split in tokens:
+            shard = Shard(folder, split, self.GIVEN)
+            assert np.array_equal(shard.read(0, len(shard)), tokens[split])
+            assert shard.vocabulary == VOCABULARY and shard.end_of_text == 5 and shard.tokenizer is None
+        config = dataclasses.replace(tiny, data=dataclasses.replace(self.GIVEN, data=(folder,)))
+        result = train(config, tmp_path / "run", progress=False)
+        assert result["val_loss"] == json.loads((tiny_run / "result.json").read_text())["val_loss"]
+
+    def test_ids_above_the_vocabulary(self, folder):
+        with pytest.raises(UserError, match=r"theirs/.*train.*bin: expected ids below vocabulary = 63, got 63"):
+            Shard(folder, "train", DataConfig(vocabulary=63))
+
+    def test_truncated(self, folder):
+        path = sorted(folder.glob("*train*.bin"))[-1]
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(UserError, match=f"{path.name}: expected"):
+            Shard(folder, "train", self.GIVEN)
+
+    def test_checksums_tell_them_apart(self, folder, monkeypatch):
+        for limit in (data.CHECKSUM_LIMIT, 10):
+            monkeypatch.setattr(data, "CHECKSUM_LIMIT", limit)
+            before = Shard(folder, "train", self.GIVEN).sha256
+            assert Shard(folder, "train", self.GIVEN).sha256 == before != Shard(folder, "val", self.GIVEN).sha256
+            path = sorted(folder.glob("*train*.bin"))[0]
+            content = bytearray(path.read_bytes())
+            content[-4 if "tiny" in path.name else -2] ^= 1  # of the last token, in either dtype
+            path.write_bytes(content)
+            assert Shard(folder, "train", self.GIVEN).sha256 != before
+
+    def test_a_tokenizer_gives_vocabulary_and_end(self, documents, tmp_path, tokens):
+        prepare_documents(documents, DataConfig(vocabulary=300), tmp_path / "ours")
+        (tmp_path / "theirs").mkdir()
+        nanogpt(tmp_path / "theirs" / "train.bin", tokens["train"])
+        shard = Shard(tmp_path / "theirs", "train", DataConfig(tokenizer=tmp_path / "ours" / "tokenizer.json"))
+        assert shard.vocabulary == 300 and shard.end_of_text == 0
+        assert shard.tokenizer == tmp_path / "ours" / "tokenizer.json"
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (dict(version=2), "train.bin: version: expected 1, got 2"),
+            (dict(count=-1), "train.bin: tokens of its header: expected an integer >= 0, got -1"),
+            (dict(count=2**31 - 1), "train.bin: expected 4294968318 bytes by its header, got 1224"),
+            (dict(count=99), "train.bin: expected 1222 bytes by its header, got 1224"),
+            (dict(magic=20240801, version=7), "train.bin: expected 1424 bytes"),
+        ],
+    )
+    def test_hostile_headers(self, tmp_path, options, message):
+        llm_c(tmp_path / "train.bin", range(50, 150), **options)
+        with pytest.raises(UserError, match=message):
+            Shard(tmp_path, "train", DataConfig())
+
+    def test_more_that_cannot_be(self, tmp_path):
+        (tmp_path / "train_1.bin").write_bytes(b"xxx")
+        with pytest.raises(UserError, match="train_1.bin: expected a whole number of uint16 tokens in bytes, got 3"):
+            Shard(tmp_path, "train")
+        with pytest.raises(UserError, match="val.json"):
+            Shard(tmp_path, "val")
+        llm_c(tmp_path / "train_1.bin", range(10), magic=20240801, version=7, dtype="<u4")
+        nanogpt(tmp_path / "train_2.bin", range(10))
+        with pytest.raises(UserError, match=r"expected files of one dtype, got \['uint16', 'uint32'\]"):
+            Shard(tmp_path, "train")
+        (tmp_path / "train_1.bin").unlink()
+        with pytest.raises(UserError, match="end_of_text: expected an id below 4096, got 4096"):
+            Shard(tmp_path, "train", DataConfig(end_of_text="4096"))
+        (tmp_path / "train_2.bin").write_bytes(struct.pack("<2i", 20240520, 1))
+        assert len(Shard(tmp_path, "train", DataConfig(vocabulary=2**16))) == 4, "too short for a header"

@@ -359,9 +359,16 @@ class TestInterrupted:
         prepare.prepare(sources(config), config, tmp_path / "whole")
         return contents(tmp_path / "whole")
 
-    @pytest.mark.parametrize("seed", range(3))
-    def test_at_random_moments(self, config, tmp_path, monkeypatch, whole, seed):
+    @pytest.mark.parametrize("kind", ["jsonl", "txt"])
+    @pytest.mark.parametrize("seed", range(2))
+    def test_at_random_moments(self, config, tmp_path, monkeypatch, whole, seed, kind):
         out, rng, kills, left = tmp_path / "out", random.Random(seed), 0, 0
+        if kind == "txt":  # one document, whose end is held out
+            (path,) = config.data
+            path = path.rename(path.with_suffix(".txt"))
+            config = dataclasses.replace(config, data=(path,))
+            prepare.prepare(sources(config), config, tmp_path / "whole.txt")
+            whole = contents(tmp_path / "whole.txt")
 
         def fragile(function):
             def call(*arguments, **options):
