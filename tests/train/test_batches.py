@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tst_ext.train.batches import PADDING, ahead, check_batches, read_batch
-from tst_ext.train.config import SuperpositionConfig
+from tst_ext.train.config import DataConfig, SuperpositionConfig
 from tst_ext.train.data import Shard
 from tst_ext.train.files import UserError
+from tst_ext.train.tokens import data_tokens
 
 S = 4
 
@@ -75,6 +76,34 @@ class TestSides:
         assert batch.ids.shape == batch.labels.shape == (4, 16)
         assert batch.labels[:, :-1].equal(batch.ids[:, 1:])
         assert batch.counts == [64] and batch.tokens == 64
+
+
+class TestOrder:
+    @pytest.mark.parametrize("options", [{}, dict(scale="batch"), dict(sides="input"), dict(sides="output")])
+    @pytest.mark.parametrize("steps", [100, 300])
+    def test_an_epoch_reads_every_window_once(self, tiny, tmp_path, options, steps):
+        tokens = np.arange(20_000, dtype="<u2")  # each tells its place
+        tokens.tofile(tmp_path / "train.bin")
+        shard = Shard(tmp_path, "train", DataConfig(vocabulary=20_000))
+        config = dataclasses.replace(with_options(tiny, **options), steps=steps)  # 0.4 of them with s = 4
+        read = np.zeros(20_000, int)
+        for step in range(steps):
+            for ids in read_batch(shard, config, S if step < 0.4 * steps else 1, step).ids.flatten(1):
+                assert ids.tolist() == list(range(ids[0], ids[-1] + 1)), "the tokens of a sequence adjoin"
+                read[ids] += 1
+        assert read.sum() == data_tokens(config)
+        epochs = read.sum() // 20_000
+        # At its ends an epoch leaves out less than a sequence of bags.
+        assert set(read[64:-64]) == {epochs, epochs + 1}
+
+    def test_random_is_with_replacement(self, tiny, shard):
+        config = dataclasses.replace(with_options(tiny), order="random", seed=3)
+        for step, s in ((2, S), (20, 1)):
+            generator = np.random.Generator(np.random.Philox(key=3, counter=[0, 0, 0, step]))
+            for ids, start in zip(
+                read_batch(shard, config, s, step).ids, generator.integers(0, 20_000 - 16 * s, 4), strict=True
+            ):
+                assert ids.flatten().tolist() == shard.read(start, 16 * s).tolist()
 
 
 class TestScale:

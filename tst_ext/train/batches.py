@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import SuperpositionSchedule
 from ..bags import document_offsets, fold_inputs, fold_labels
 from .config import TrainConfig
 from .data import Shard
 from .files import UserError, check
 from .order import EpochOrder, tokens_needed
+from .tokens import phases
 
 T = TypeVar("T")
 PADDING = -100  # in empty slots of bags, on both sides
@@ -62,14 +62,11 @@ def _lookahead(config: TrainConfig) -> int:
 
 def _stages(config: TrainConfig) -> list[tuple[int, int, int]]:
     """Return of each stage its steps, sequences per step, and windows of `latent_tokens` tokens per sequence."""
-    options = config.superposition
-    schedule = SuperpositionSchedule(config.steps, options.ratio, options.bag_size, options.stages)
-    stages, start = [], 0
-    for end, s in (*schedule.stage_ends, (config.steps, 1)):
-        sequences = config.batch * (s if options.scale == "batch" else 1)
-        stages.append((end - start, sequences, s if options.sides != "output" and options.scale == "sequence" else 1))
-        start = end
-    return stages
+    scale, sides = config.superposition.scale, config.superposition.sides
+    return [
+        (steps, config.batch * (s if scale == "batch" else 1), s if scale == "sequence" and sides != "output" else 1)
+        for _, steps, s in phases(config)
+    ]
 
 
 @lru_cache(maxsize=4)

@@ -28,6 +28,7 @@ from .optimizer import learning_rate, parameter_groups, reinitialise
 from .prepare import prepared_folder
 from .run_folder import RunFolder
 from .signals import Stopped, stop_signals
+from .tokens import data_tokens
 
 
 @lru_cache(maxsize=16)  # the counts are the same in every step, unless bags end with documents
@@ -153,6 +154,7 @@ def _train(
         "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()),
         **{name: identity[name] for name in ("vocabulary", "data", "held_out")},
+        "epochs": round(data_tokens(config) / len(training), 4),
         "switch_step": schedule.switch_step,
         "gemm_flops_per_s": round(peak),
     }
