@@ -5,10 +5,13 @@ JSON Lines file from its first 10 MB, so it refuses metadata that vary, and it t
 dates. Everything else is read by datasets.
 """
 
+import bz2
 import codecs
 import glob
+import gzip
 import hashlib
 import json
+import lzma
 import os
 import sys
 import sysconfig
@@ -16,17 +19,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
-
-from fsspec.compression import compr
-from fsspec.utils import infer_compression
+from typing import IO, Any
 
 from .config import DataConfig
 from .files import UserError
 
 KINDS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 NAMED = {".json": "jsonl", ".py": "txt"}  # read if a path names the file, or a pattern does
-COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+COMPRESSED = (*OPEN, ".zst")
 CHECKSUMS = ("MD5SUMS", "SHA1SUMS", "SHA256SUMS", "SHA512SUMS")  # also with .txt; in folders of downloads
 PIECE = 1 << 17  # characters; long documents are tokenised in pieces, for memory and so that all cores have a part
 LONGEST_LINE = 1 << 28  # bytes of a line of JSON, which is read whole
@@ -228,22 +229,20 @@ def _source(path: Path, kind: str, text_key: str, errors: str = "strict") -> Sou
 
 
 def _open(path: Path) -> IO[bytes]:
-    compression = infer_compression(path.name.lower())
-    if compression == "zstd":
-        _zstd(path)
-    file = open(path, "rb")
-    return cast(IO[bytes], compr[compression](file, mode="rb") if compression else file)
+    suffix = path.suffix.lower()
+    opened: Any = _zstd(path).open(path) if suffix == ".zst" else OPEN.get(suffix, open)(path, "rb")
+    return opened
 
 
-def _zstd(path: Path) -> None:
-    """Check that there is a reader of .zst that fsspec prefers: another one ends silently where a file was cut."""
+def _zstd(path: Path) -> Any:
     try:
         if sys.version_info >= (3, 14):
-            import compression.zstd  # noqa: F401
+            from compression import zstd
         else:
-            import backports.zstd  # noqa: F401
+            from backports import zstd
     except ImportError as error:
         raise UserError(f"data {path}: reading it needs backports.zstd: pip install 'tst-ext[data]'") from error
+    return zstd
 
 
 def _json_text(line: bytes, text_key: str, where: str) -> str:
@@ -286,8 +285,11 @@ class _Tables:
         self.dataset: Any = None
         self.datasets = _datasets(files[0])
         for file in files:
-            if infer_compression(file.name.lower()) == "zstd":
-                _zstd(file)
+            if file.suffix.lower() == ".zst":
+                from fsspec.compression import register_compression
+
+                # Before 2026.1 fsspec knows a reader only that ends without an error where a file was cut.
+                register_compression("zstd", _zstd(file).ZstdFile, "zst", force=True)
 
     def source(self, path: Path) -> Source:
         index = self.files.index(path)
