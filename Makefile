@@ -30,11 +30,11 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal -m "not slow"
 
-# Tensors of more than 2^31 elements.
+# Tensors of more than 2^31 elements, a corpus of 2 GB.
 test-slow: test-kill
-	$(BIN)/python -m pytest tests -m slow --ignore tests/train
+	$(BIN)/python -m pytest tests -m slow --ignore tests/train/test_kill.py
 
-# kill -9 at random moments of training runs.
+# kill -9 at random moments of training runs and preparations.
 test-kill: $(INSTALLED)
 	$(BIN)/python -m pytest tests/train/test_kill.py -m slow -s --kills $(KILLS)
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from helpers.processes import FORKS, METHOD
 from tst_ext.__main__ import entry
 from tst_ext.lab import subprocesses
-from tst_ext.train import checkpoint, loop
+from tst_ext.train import checkpoint, loop, prepare
 from tst_ext.train.config import save_config
 from tst_ext.train.metrics import read_metrics
 
@@ -62,6 +62,7 @@ def run_command(environment, outputs, nested, arguments, action, at):
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
     subprocesses.subprocess = SimpleNamespace(Popen=Fork, STDOUT=subprocess.STDOUT)
     loop.gemm_flops_per_second = speed
+    prepare.COMMIT_SECONDS = 0.05  # so that many moments of a short preparation have something to lose
     loop.train = functools.partial(loop.train, on_step=lambda step: ACTIONS[action]() if step == at else None)
     sys.argv = ["tst", *arguments]
     entry()

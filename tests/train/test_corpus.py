@@ -103,6 +103,19 @@ class TestKinds:
         write(tmp_path / "a.parquet", "parquet", ["one", None, "", "two"])
         assert read(tmp_path / "a.parquet") == ["one", "two"]
 
+    def test_tables_of_other_makes(self, tmp_path):
+        table = pyarrow.table({"text": pyarrow.array(["one", "two", "one", None]).dictionary_encode()})
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1)
+        with pyarrow.ipc.new_file(tmp_path / "b.arrow", table.schema) as writer:
+            writer.write_table(table, max_chunksize=1)
+        large = pyarrow.table({"text": pyarrow.array(["x"] * 1000, pyarrow.large_string())})
+        pyarrow.parquet.write_table(large, tmp_path / "c.parquet")
+        assert read(tmp_path) == 2 * ["one", "two", "one"] + 1000 * ["x"]
+
+    def test_long_fields_of_csv(self, tmp_path):
+        write(tmp_path / "a.csv", "csv", ["x" * 1_000_000, "\0"])
+        assert read(tmp_path / "a.csv") == ["x" * 1_000_000, "\0"]
+
     def test_text_key(self, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"body": "one", "text": 1}\n')
         assert read(tmp_path / "a.jsonl", text_key="body") == ["one"]
@@ -122,8 +135,12 @@ class TestKinds:
             ("a.jsonl", b'{"text": "one"}\n{"text": "\\ud800"}', "line 2: .*surrogates"),
             ("a.jsonl", b'{"text": "one"}\n' + b"[" * 100_000, "line 2: maximum recursion"),
             ("a.jsonl", b'{"text": "one"}\n{"text": "' + b"x" * 1000, "line 2: expected .* got a line of 1,000 bytes"),
-            ("a.csv", b"id,body\n1,one\n", "a.csv: .*'text'"),
-            ("a.csv", b'id,text\n1,"one\n', "a.csv: .*EOF"),
+            ("a.csv", b"id,body\n1,one\n", r"a.csv, line 1: expected a column 'text' \(--text-key\), got id, body"),
+            ("a.csv", b"", "a.csv, line 0: expected a column 'text' .*got none"),
+            ("a.csv", b'id,text\n1,"one\n', "a.csv, line 2: unexpected end of data"),
+            ("a.csv", b"id,text\n1,one\n\n2,two, three\n", "a.csv, line 4: expected 2 fields, got 3"),
+            ("a.csv", b"id,text\n1\n", "a.csv, line 2: expected 2 fields, got 1"),
+            ("a.csv", b"id,text\n1,\xff\n", "a.csv, line .: .*utf-8"),
             ("a.parquet", b"PAR1", "a.parquet: "),
             ("a.arrow", b"x", "a.arrow: "),
             ("a.txt", b"one\xff", "a.txt: .*utf-8"),
@@ -140,7 +157,7 @@ class TestKinds:
 
     def test_column_errors(self, tmp_path):
         pyarrow.parquet.write_table(pyarrow.table({"body": ["one"]}), tmp_path / "a.parquet")
-        with pytest.raises(UserError, match="a.parquet: .*text"):
+        with pytest.raises(UserError, match="a.parquet: .*expected a column 'text'.*got body"):
             read(tmp_path / "a.parquet")
         with pyarrow.ipc.new_stream(tmp_path / "a.arrow", pyarrow.schema({"text": pyarrow.int64()})) as writer:
             writer.write_table(pyarrow.table({"text": [1]}))
@@ -149,14 +166,19 @@ class TestKinds:
 
     @pytest.mark.parametrize(
         ("name", "package"),
-        [("a.parquet", "datasets"), ("a.txt.zst", "backports.zstd"), ("a.csv.zst", "backports.zstd")],
+        [
+            ("a.parquet", "pyarrow"),
+            ("a.arrow", "pyarrow"),
+            ("a.txt.zst", "backports.zstd"),
+            ("a.csv.zst", "backports.zstd"),
+        ],
     )
     def test_missing_packages_are_named(self, tmp_path, monkeypatch, name, package):
         (tmp_path / name).write_bytes(b"x")
         real = builtins.__import__
 
         def without(module, *arguments, **options):
-            if module in (["datasets"] if package == "datasets" else ["backports", "compression"]):
+            if module in ([package] if package == "pyarrow" else ["backports", "compression"]):
                 raise ImportError(module)
             return real(module, *arguments, **options)
 

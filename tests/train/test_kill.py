@@ -1,4 +1,4 @@
-"""kill -9 at random moments of a run, while it writes checkpoints too: lost are the steps since the last one."""
+"""kill -9 at random moments of a run, while it writes checkpoints too, and of a preparation: what is lost is done again."""
 
 import dataclasses
 import random
@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from helpers.runs import assert_same_run, lines, start
+from helpers.corpus import write_corpus
+from helpers.runs import assert_same_run, lines, start, tst
 from tst_ext.train import checkpoint
 from tst_ext.train.loop import train
 
@@ -58,3 +59,37 @@ def test_kill_9_at_random_moments(tiny, tmp_path, kills):
         train(config, out, progress=False)
         assert_same_run(straight, out)
     print(f"{done} kills, {in_checkpoint} of them while a checkpoint was written or removed, {runs} runs")
+
+
+@pytest.mark.slow
+def test_kill_9_of_a_preparation(tmp_path, kills):
+    write_corpus(tmp_path / "corpus.jsonl", 12_000_000)
+    rng, done, resumed, out = random.Random(0), 0, 0, tmp_path / "whole"
+
+    def prepare(*options):
+        arguments = ["--data", tmp_path / "corpus.jsonl", "--vocabulary", 1000, "--no-progress", *options, "--out", out]
+        return tst("prepare", *arguments, output=tmp_path / "output")
+
+    def contents():
+        return {path.name: path.read_bytes() for path in out.iterdir()}
+
+    assert prepare().wait() == 0
+    whole, given = contents(), ["--tokenizer", out / "tokenizer.json"]
+    out = tmp_path / "given"
+    began = time.monotonic()
+    assert prepare(*given).wait() == 0
+    seconds, given_whole = time.monotonic() - began, contents()
+    assert whole["train-00000.bin"] == given_whole["train-00000.bin"]
+    while done < kills:
+        out = tmp_path / f"out{done}"
+        while not out.exists():
+            process = prepare(*given)
+            if done < kills:
+                time.sleep(rng.uniform(0, 0.7 * seconds))
+                process.kill()
+            killed = process.wait() != 0
+            done += killed
+            resumed += "goes on after" in process.stderr()
+        assert contents() == given_whole
+    assert resumed >= kills // 2
+    print(f"{done} kills, {resumed} times resumed")
