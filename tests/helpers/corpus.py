@@ -6,7 +6,7 @@ import random
 
 
 def texts(size, seed=0):
-    """Yield documents of made-up words with Zipf frequencies, each begun by its number, of `size` characters together."""
+    """Yield documents of made-up words with Zipf frequencies, each with a number, until they have `size` characters."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(50_000)]
     weights = list(itertools.accumulate(1 / i for i in range(1, len(words) + 1)))
@@ -21,8 +21,5 @@ def texts(size, seed=0):
 
 def write_corpus(path, size, seed=0):
     """Write them as JSON Lines; return how many."""
-    number = 0
     with open(path, "w", encoding="utf-8") as file:
-        for number, text in enumerate(texts(size, seed), 1):
-            file.write(json.dumps({"text": text}) + "\n")
-    return number
+        return sum(file.write(json.dumps({"text": text}) + "\n") > 0 for text in texts(size, seed))
