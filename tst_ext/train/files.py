@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -71,6 +72,19 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def _wait_for_lock(folder: Path) -> int | None:
+    """Lock a folder and return its handle, None if another one has taken its place meanwhile."""
+    handle = lock(folder)
+    if handle is None:
+        print(f"another process writes {folder}: waits for it", file=sys.stderr)
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    if folder.exists() and os.path.samestat(os.fstat(handle), folder.stat()):
+        return handle
+    os.close(handle)
+    return None
+
+
 @contextmanager
 def unfinished_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder that is renamed to `folder` at the end, with what a killed process has left in it.
@@ -81,16 +95,13 @@ def unfinished_folder(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()  # it has a neighbour also if it is "." or a link
     unfinished = folder.with_name(UNFINISHED + folder.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    while True:
+    handle = None
+    while handle is None:
         if folder.exists() and any(folder.iterdir()):
             raise FileExistsError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
         unfinished.mkdir(exist_ok=True)
-        handle = os.open(unfinished, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), unfinished.stat()):
-                break
-        os.close(handle)  # the process before has finished or removed it
+        with suppress(FileNotFoundError):  # the process that had it has renamed or removed it
+            handle = _wait_for_lock(unfinished)
     try:
         yield unfinished
         sync(unfinished)

@@ -294,6 +294,9 @@ class _Preparation:
             self._append("train", state.cut, np.array([self.separator], self.dtype))
             self.close()
         del records
+        for path in self.folder.glob("*.bin"):
+            if not path.stat().st_size:  # the one after a full file
+                path.unlink()
         with ThreadPoolExecutor() as pool:
             splits = {
                 split: list(pool.map(self._describe, sorted(self.folder.glob(f"{split}-*.bin")))) for split in SPLITS
@@ -307,7 +310,7 @@ class _Preparation:
             "corpus": state.key,
             "documents": state.documents,
             "duplicates": copies,
-            "splits": {split: [file for file in splits[split] if file["tokens"]] for split in SPLITS},
+            "splits": splits,
         }
         write_text(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
         counts = f"{state.documents:,} documents, {training:,} tokens to train on, {held:,} held out"
