@@ -331,9 +331,9 @@ def eval_command(
     """Print next-token loss and bits per byte of a text under a run's model.
 
     Args:
-        data: Files (.txt, .jsonl), folders of those, or the held-out split of one folder that `tst prepare` wrote.
+        data: Text, as tst prepare takes it, or the held-out split of one folder of tokens.
             Default: the run's own held-out split.
-        text_key: Key of the text in a line of a .jsonl file.
+        text_key: Key or column of the text, where documents have several.
         batch: Sequences at a time.
         device: cpu, cuda, or auto: cuda if there is one.
     """
@@ -348,7 +348,9 @@ def eval_command(
     where = choose_device(device)
     options: dict[str, Any] = {"length": loaded.config.latent_tokens, "batch": batch, "device": where}
     model, tokenizer = loaded.model.to(where), loaded.tokenizer()
-    source = DataConfig(data=data, text_key=text_key) if data else loaded.config.data
+    source = loaded.config.data
+    if data:
+        source = dataclasses.replace(source, data=data, text_key=text_key, dataset="", subset="", split="train")
     if not data or has_tokens(data[0]):
         folder = prepared_folder(source)
         shard = Shard(folder, "val", source)

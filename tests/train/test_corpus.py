@@ -116,6 +116,10 @@ class TestKinds:
         write(tmp_path / "a.csv", "csv", ["x" * 1_000_000, "\0"])
         assert read(tmp_path / "a.csv") == ["x" * 1_000_000, "\0"]
 
+    def test_odd_lines(self, tmp_path):
+        (tmp_path / "a.jsonl").write_text('\ufeff\n{"n": %s, "text": "one"}\n' % ("9" * 5000))
+        assert read(tmp_path / "a.jsonl") == ["one"]
+
     def test_text_key(self, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"body": "one", "text": 1}\n')
         assert read(tmp_path / "a.jsonl", text_key="body") == ["one"]
@@ -126,11 +130,13 @@ class TestKinds:
             (
                 "a.jsonl",
                 b'{"text": "one"}\n\n{"body": "two"}',
-                r"a.jsonl, line 3: .*'text' \(--text-key\), got keys body",
+                r"a.jsonl, line 3: .*'text' \(--text-key\), got one with .*body",
             ),
             ("a.jsonl", b'{"text": "one"}\n[1]', "line 2: expected an object"),
-            ("a.jsonl", b'{"text": "one"}\n{"text": 1}', "line 2: expected a string 'text', got 1"),
-            ("a.jsonl", b'{"text": "one"}\n{"text" "two"}', r"line 2: Expecting ':' delimiter \(column 9\)"),
+            ("a.jsonl", b'[\n{"text": "one"}\n]', "line 1: expected one JSON object per line: Expecting value"),
+            ("a.jsonl", b'{"text": [' + b"1, " * 9999 + b"1]}", "line 1: expected a string .{,300}$"),
+            ("a.jsonl", b'{"text": "one"}\n{"text": 1}', r"line 2: expected a string 'text' \(--text-key\), got 1.0"),
+            ("a.jsonl", b'{"text": "one"}\n{"text" "two"}', r"line 2: .*Expecting ':' delimiter \(column 9\)"),
             ("a.jsonl", b'{"text": "one"}\n{"text": "\xff"}', "line 2: .*utf-8"),
             ("a.jsonl", b'{"text": "one"}\n{"text": "\\ud800"}', "line 2: .*surrogates"),
             ("a.jsonl", b'{"text": "one"}\n' + b"[" * 100_000, "line 2: maximum recursion"),
@@ -294,7 +300,7 @@ class TestDataset:
         assert self.of(folder) == [f"{i} {j}" for i in range(3) for j in range(4)]
         assert self.of(folder, split="test") == ["test"]
         assert len(sources(DataConfig(dataset=str(folder)))) == 3, "a part for each file"
-        with pytest.raises(UserError, match="hub .*: .*expected a column 'body'"):
+        with pytest.raises(UserError, match="hub.*: expected a column 'body'"):
             self.of(folder, text_key="body")
         with pytest.raises(UserError, match="dataset .*hub: .*nosuch"):
             self.of(folder, split="nosuch")
@@ -304,6 +310,16 @@ class TestDataset:
         saved.save_to_disk(tmp_path / "one")
         datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "several")
         assert self.of(tmp_path / "one") == self.of(tmp_path / "several") == saved["text"][:]
+
+    def test_texts_of_a_csv_are_texts(self, tmp_path):
+        (tmp_path / "csv").mkdir()
+        write(tmp_path / "csv" / "train.csv", "csv", ["NA", "null", "007", "one"])
+        assert self.of(tmp_path / "csv") == ["NA", "null", "007", "one"]
+
+    def test_options_without_a_dataset(self):
+        for options in (dict(subset="x"), dict(split="test")):
+            with pytest.raises(UserError, match="without dataset"):
+                DataConfig(**options)
 
     def test_either_dataset_or_data(self):
         with pytest.raises(UserError, match="dataset: expected either dataset or data"):

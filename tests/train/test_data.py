@@ -98,7 +98,7 @@ class TestShard:
     def test_ids_outside_the_vocabulary(self, shards):
         header = json.loads((shards / "train.json").read_text())
         (shards / "train.json").write_text(json.dumps({**header, "vocabulary": 63}))
-        with pytest.raises(UserError, match="train.bin: expected ids below vocabulary = 63, got 63"):
+        with pytest.raises(UserError, match="train.bin: expected ids below vocabulary = 63 .*, got 63"):
             for step in range(100):
                 Shard(shards, "train").batch(0, step, 8, 16)
 
@@ -212,7 +212,7 @@ class TestOthers:
         assert result["val_loss"] == json.loads((tiny_run / "result.json").read_text())["val_loss"]
 
     def test_ids_above_the_vocabulary(self, folder):
-        with pytest.raises(UserError, match=r"theirs/.*train.*bin: expected ids below vocabulary = 63, got 63"):
+        with pytest.raises(UserError, match=r"theirs/.*train.*bin: expected ids below vocabulary = 63 .*, got 63"):
             Shard(folder, "train", DataConfig(vocabulary=63))
 
     def test_truncated(self, folder):
@@ -240,6 +240,20 @@ class TestOthers:
         assert shard.vocabulary == 300 and shard.end_of_text == 0
         assert shard.tokenizer == tmp_path / "ours" / "tokenizer.json"
 
+    def test_many_files(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(data, "OPEN_FILES", 2)
+        for i in range(9):
+            nanogpt(tmp_path / f"x_train_{i}.bin", range(10 * i, 10 * i + 10))
+        shard = Shard(tmp_path, "train", DataConfig(vocabulary=100))
+        assert shard.read(0, 90).tolist() == list(range(90)) and len(shard.opened) == 2
+
+    def test_text_beside_is_no_token(self, tmp_path):
+        for name in ("index.json", "train.json", "val.json", "a.bin"):
+            (tmp_path / name).write_text('{"text": 1}\n' * 2)
+        assert has_tokens(tmp_path)  # index.json and a .bin
+        (tmp_path / "a.bin").unlink()
+        assert not has_tokens(tmp_path)
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -259,7 +273,7 @@ class TestOthers:
         (tmp_path / "train_1.bin").write_bytes(b"xxx")
         with pytest.raises(UserError, match="train_1.bin: expected a whole number of uint16 tokens in bytes, got 3"):
             Shard(tmp_path, "train")
-        with pytest.raises(UserError, match="val.json"):
+        with pytest.raises(UserError, match="expected .bin files with val in their names"):
             Shard(tmp_path, "val")
         llm_c(tmp_path / "train_1.bin", range(10), magic=20240801, version=7, dtype="<u4")
         nanogpt(tmp_path / "train_2.bin", range(10))

@@ -98,10 +98,31 @@ class TestSplits:
         (training,), (held_out,) = decoded(out, "train"), decoded(out, "val")
         assert training + held_out == text
         assert len(Shard(out, "val")) == round(0.1 * (len(Shard(out, "train")) - 1 + len(Shard(out, "val"))))
-        assert "no document is held out, so the last" in capsys.readouterr().err
+        assert "no document is held out, but the last" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("sizes", [(360_000, 7), (7, 360_000), (3000, 2, 2, 2)])
+    def test_documents_of_very_different_sizes(self, tmp_path, sizes):
+        """The share is of the text too."""
+        rng = random.Random(0)
+        texts = [f"{i} " + "".join(rng.choices("abcde ", k=size)) for i, size in enumerate(sizes)]
+        prepare_documents(texts, CONFIG, tmp_path / "out")
+        held, training = (len(Shard(tmp_path / "out", split)) for split in ("val", "train"))
+        assert held == round(0.1 * (held + training - 1))
+        documents = decoded(tmp_path / "out", "train")
+        (end,) = decoded(tmp_path / "out", "val")
+        assert [t if len(t) < 1000 else t.removesuffix(end) for t in texts] == documents
+
+    @pytest.mark.parametrize("copies", [1, 2])
+    def test_few_documents_of_a_large_corpus(self, tmp_path, copies, small_files):
+        """None has a hash below the threshold, so one of about the right size is held out, and all copies of it."""
+        texts = [f"{i} " + "some words " * (2 + i) for i in range(12)]
+        config = dataclasses.replace(CONFIG, tokenizer_sample=10, holdout=0.01)
+        prepare_documents(texts * copies, config, tmp_path / "out")
+        training, held_out = decoded(tmp_path / "out", "train"), decoded(tmp_path / "out", "val")
+        assert held_out == texts[:1] * copies and training == texts[1:] * copies
 
     def test_copies_of_one_document(self, tmp_path):
-        with pytest.raises(UserError, match="expected a document to hold out, got copies of one"):
+        with pytest.raises(UserError, match="expected different documents.* got copies of one"):
             prepare_documents(["one"] * 5, CONFIG, tmp_path / "out")
 
     def test_nothing_to_train_on(self, documents, tmp_path):
@@ -150,11 +171,11 @@ class TestTokens:
     def test_pieces_of_a_document_have_the_tokens_of_the_whole(self, tmp_path):
         words = random.Random(0).choices(["bag", "don't", "step.", "(row)", "x = 1", "中文", "\n", "  two"], k=PIECE)
         text = " ".join(words)
-        prepare_documents([text, "other"], CONFIG, tmp_path / "out")
+        prepare_documents([text, text[::-1]], dataclasses.replace(CONFIG, holdout=0.4), tmp_path / "out")
         tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer.json")
-        split = max(("train", "val"), key=lambda split: len(Shard(tmp_path / "out", split)))
-        shard = Shard(tmp_path / "out", split)
-        assert len(text) > 3 * PIECE and shard.read(0, len(shard))[:-1].tolist() == tokenizer.encode(text).ids
+        shards = [Shard(tmp_path / "out", split) for split in ("train", "val")]
+        found = [shard.read(0, len(shard))[:-1].tolist() for shard in shards]
+        assert len(text) > 3 * PIECE and tokenizer.encode(text).ids in found
 
     @pytest.mark.parametrize("run", ["\n", " ", "\0", "-", "7", "中", "ACGT"])
     def test_an_unbroken_run_of_160000_characters(self, tmp_path, run):
@@ -180,6 +201,52 @@ class TestTokens:
     def test_vocabulary_of_a_bpe(self, documents, tmp_path):
         with pytest.raises(UserError, match="vocabulary: expected 257"):
             prepare_documents(documents, dataclasses.replace(CONFIG, vocabulary=100), tmp_path / "out")
+
+
+class TestOddTokenizers:
+    def test_one_that_begins_every_text_with_a_space(self, tmp_path):
+        ids = {"<unk>": 0, "</s>": 1, "\u2581": 2, **{c: i for i, c in enumerate("abcdefgh ", 3)}}
+        tokenizer = Tokenizer(tokenizers.models.BPE(ids, [], unk_token="<unk>"))
+        steps = tokenizers.normalizers
+        tokenizer.normalizer = steps.Sequence([steps.Prepend("\u2581"), steps.Replace(" ", "\u2581")])
+        tokenizer.save(str(tmp_path / "given.json"))
+        text = "abc def " * PIECE
+        config = DataConfig(tokenizer=tmp_path / "given.json", end_of_text="</s>", holdout=0.5)
+        prepare_documents([text, "h" + text], config, tmp_path / "out")
+        found = [shard.read(0, len(shard)).tolist() for shard in (Shard(tmp_path / "out", s) for s in ("train", "val"))]
+        assert sorted(found) == sorted([*tokenizer.encode(t).ids, 1] for t in (text, "h" + text))
+
+    def test_one_whose_model_knows_the_end_of_text(self, tmp_path):
+        pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -2.0) for c in "\u2581abcdefgh</s>0123456789")]
+        tokenizer = Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
+        tokenizer.save(str(tmp_path / "given.json"))
+        config = DataConfig(tokenizer=tmp_path / "given.json", end_of_text="</s>", holdout=0.1)
+        prepare_documents([f"{i}abc</s>def</s>" for i in range(10)], config, tmp_path / "out")
+        assert decoded(tmp_path / "out", "train", 1) + decoded(tmp_path / "out", "val", 1)
+        ends = [
+            np.count_nonzero(Shard(tmp_path / "out", s).read(0, len(Shard(tmp_path / "out", s))) == 1)
+            for s in ("train", "val")
+        ]
+        assert ends == [9, 1]
+
+    def test_end_of_text_that_texts_have(self, documents, tmp_path):
+        prepare_documents(documents, dataclasses.replace(CONFIG, end_of_text="bag"), tmp_path / "out")
+        found = decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")
+        assert sorted(found) == sorted(documents)
+        given = Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "<unk>": 1}, unk_token="</s>"))
+        given.save(str(tmp_path / "given.json"))
+        config = DataConfig(tokenizer=tmp_path / "given.json", end_of_text="</s>")
+        with pytest.raises(UserError, match="end_of_text: expected a token that no text has, got '</s>'"):
+            prepare_documents(documents, config, tmp_path / "b")
+        for end in ("", "a"):
+            with pytest.raises(UserError, match="end_of_text: expected a token of two characters or more"):
+                prepare_documents(documents, dataclasses.replace(CONFIG, end_of_text=end), tmp_path / "c")
+
+    def test_one_that_fails(self, documents, tmp_path):
+        Tokenizer(tokenizers.models.WordLevel({"</s>": 0}, unk_token="[UNK]")).save(str(tmp_path / "given.json"))
+        config = DataConfig(tokenizer=tmp_path / "given.json", end_of_text="</s>")
+        with pytest.raises(UserError, match=r"tokenizer .*given.json: WordLevel error: Missing \[UNK\]"):
+            prepare_documents(documents, config, tmp_path / "out")
 
 
 class TestGivenTokenizer:
@@ -384,7 +451,7 @@ class TestInterrupted:
         for name in ("_append", "_clear", "_describe", "_truncate"):
             monkeypatch.setattr(prepare._Preparation, name, fragile(getattr(prepare._Preparation, name)))
         while not out.exists():
-            left = rng.randrange(40) if kills < 20 else rng.randrange(400)
+            left = rng.randrange(40) if kills < 20 else rng.randrange(5000)
             try:
                 prepare.prepare(sources(config), config, out)
             except self.Killed:
@@ -422,7 +489,7 @@ class TestInterrupted:
         monkeypatch.setattr(prepare, "_sample", lambda *_: sample)
         monkeypatch.setattr(corpus, "_json_text", flaky)
         with pytest.raises(
-            UserError, match=r"text.jsonl: OSError: connection lost; 1\d\d documents before it are done"
+            UserError, match=r"text.jsonl: OSError: connection lost; 1\d\d documents before it are done: with the text"
         ):
             prepare.prepare(sources(config), config, tmp_path / "out")
         fails = False

@@ -77,6 +77,8 @@ class DataConfig:
         check("holdout", self.holdout, 0 < self.holdout < 1, "a number between 0 and 1")
         _check_integers(self, 1, "tokenizer_sample")
         check("dataset", self.dataset, not (self.dataset and self.data), "either dataset or data")
+        check("subset", self.subset, bool(self.dataset) or not self.subset, "none without dataset")
+        check("split", self.split, bool(self.dataset) or self.split == "train", "train without dataset")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .config import DataConfig
-from .files import UserError
+from .files import UserError, short
 
 KINDS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 NAMED = {".json": "jsonl", ".py": "txt"}  # read if a path names the file, or a pattern does
@@ -33,8 +33,8 @@ OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2
 COMPRESSED = (*OPEN, ".zst")
 CHECKSUMS = ("MD5SUMS", "SHA1SUMS", "SHA256SUMS", "SHA512SUMS")  # also with .txt; in folders of downloads
 PIECE = 1 << 17  # characters; long documents are tokenised in pieces, for memory and so that all cores have a part
-LONGEST_LINE = 1 << 28  # bytes of a line of JSON, which is read whole
-ROWS = 256  # of a table in memory at a time
+LONGEST_LINE = 1 << 26  # bytes of a line of JSON, which is read whole: as text it can take four times as much
+ROWS = 16  # of a table in memory at a time
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ def _boundary(text: str, start: int) -> int:
 
 def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines()
+    if isinstance(error, UnicodeDecodeError):
+        return f"expected UTF-8: {error}"
     if type(error) is ValueError and lines:
         return lines[0]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -150,8 +152,8 @@ def _files(path: Path) -> Iterator[tuple[Path, str]]:
     if path.is_file():
         kind = _kind(path, KINDS | NAMED)
         if kind is None:
-            wanted = ", ".join([*KINDS, ".json"])
-            raise UserError(f"data {path}: expected {wanted}, also with {', '.join(COMPRESSED)} after it, or a folder")
+            wanted = f"{', '.join([*KINDS, '.json'])}, also with {', '.join(COMPRESSED)} after it"
+            raise UserError(f"data {path}: expected {wanted}, or a folder (of .bin files too)")
         yield path, kind
         return
     matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
@@ -252,12 +254,15 @@ def _csv(path: Path, text_key: str) -> Iterator[str]:
             raise UserError(f"data {path}, line {rows.line_num}: {error}") from error
 
 
-def _parquet(path: Path, text_key: str) -> Iterator[str]:
+def _parquet(path: Path | str, text_key: str) -> Iterator[str]:
+    """Yield the texts of a file, which may be an address of the Hub."""
     _pyarrow(path)
     import pyarrow.parquet
+    from fsspec import open as open_address
 
+    opened = _open(path) if isinstance(path, Path) else open_address(path, "rb")
     # With a buffer a row group is read as it is needed, not whole.
-    with _open(path) as opened, pyarrow.parquet.ParquetFile(opened, pre_buffer=False, buffer_size=1 << 20) as file:
+    with opened as stream, pyarrow.parquet.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20) as file:
         _column(text_key, file.schema_arrow.names)
         for batch in file.iter_batches(ROWS, columns=[text_key], use_threads=False):
             yield from _texts(batch, text_key)
@@ -298,8 +303,7 @@ def _texts(rows: Any, text_key: str) -> Iterator[str]:
     kind = column.type.value_type if types.is_dictionary(column.type) else column.type
     if not (types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)):
         raise ValueError(f"expected strings in column {text_key!r} (--text-key), got {column.type}")
-    for start in range(0, len(column), ROWS):
-        yield from (text or "" for text in column.slice(start, ROWS).to_pylist())
+    yield from (text.as_py() or "" for text in column)
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -321,24 +325,24 @@ def _zstd(path: Path) -> Any:
 
 def _json_text(line: bytes, text_key: str, where: str) -> str:
     """Return the text in a line of JSON, "" if there is none."""
-    if line.isspace():
+    if not line.strip():
         return ""
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8"), parse_int=float)  # int() refuses more than 4300 digits
     except json.JSONDecodeError as error:  # whose own text counts lines of this line
-        raise UserError(f"{where}: {error.msg} (column {error.colno})") from error
+        raise UserError(f"{where}: expected one JSON object per line: {error.msg} (column {error.colno})") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: {error}") from error
     if not isinstance(record, dict) or text_key not in record:
-        got = f"keys {', '.join(record)}" if isinstance(record, dict) else f"{line[:40]!r}"
+        got = f"one with {short([*record])}" if isinstance(record, dict) else short(record)
         raise UserError(f"{where}: expected an object with a string {text_key!r} (--text-key), got {got}")
     text = record[text_key]
     if text is not None and not isinstance(text, str):
-        raise UserError(f"{where}: expected a string {text_key!r}, got {text!r}")
+        raise UserError(f"{where}: expected a string {text_key!r} (--text-key), got {short(text)}")
     try:
         (text or "").encode()  # JSON can hold half a surrogate pair, which is no text
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: expected text under {text_key!r}: {error}") from error
     return text or ""
 
 
@@ -362,11 +366,21 @@ def _dataset(config: DataConfig) -> list[Source]:
             stream, revision = loaded.to_iterable_dataset(num_shards=min(64, len(loaded)) or 1), loaded._fingerprint
         else:
             builder = datasets.load_dataset_builder(name, config.subset or None)
+            if builder.name == "csv":  # else pandas makes numbers and missing values of texts that look like them
+                features = datasets.Features({config.text_key: datasets.Value("string")})
+                options = {"features": features, "usecols": [config.text_key], "keep_default_na": False}
+                builder = datasets.load_dataset_builder(name, config.subset or None, **options)
             stream = builder.as_streaming_dataset(config.split)
             # Addresses with the commit of the dataset; of local files sizes and times.
             files = sorted(map(str, (builder.config.data_files or {}).get(config.split, [])))
             stats = [os.stat(file) if os.path.exists(file) else None for file in files]
             revision = repr([(s.st_size, s.st_mtime_ns) if s else f for f, s in zip(files, stats, strict=True)])
+            if builder.name == "parquet":  # its own reader takes the memory of a whole row group, all columns
+                revision = f"{name} {config.subset} {config.split} {revision}"
+                return [
+                    Source(file, 1, functools.partial(_parquet, file, config.text_key), revision=revision)
+                    for file in files
+                ]
     except Exception as error:
         raise UserError(f"dataset {name}: {_reason(error)}") from error
     parts = stream.num_shards

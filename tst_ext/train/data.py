@@ -11,6 +11,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from .config import DataConfig
-from .files import UserError, check
+from .files import UserError, check, short
 
 FORMAT = 2
 INDEX = "index.json"
 SPLITS = ("train", "val")
 DTYPES = ("uint16", "uint32")
 CHECKSUM_LIMIT = 1 << 30  # bytes of a split; hashing a larger one at each start would take many seconds
-BLOCK = 1 << 20  # bytes; of a larger split of others, whose files have no checksum, some blocks are hashed
+BLOCK, BLOCKS = 1 << 20, 256  # bytes and number; of a larger split of others, without checksums, so much is hashed
+OPEN_FILES = 128
 LLM_C = {20240520: (1, "uint16"), 20240801: (7, "uint32")}  # by its first number: version, dtype
 LLM_C_HEADER = 1024  # bytes
 
@@ -60,7 +62,15 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 def has_tokens(folder: Path) -> bool:
     """Tell whether a folder holds tokens, not text."""
-    return any((folder / name).exists() for name in (INDEX, "train.json", "val.json")) or bool(_others(folder, "train"))
+    return _has_index(folder) or any(_has_header(folder, split) for split in SPLITS) or bool(_others(folder, "train"))
+
+
+def _has_index(folder: Path) -> bool:
+    return (folder / INDEX).exists() and any(folder.glob("*.bin"))
+
+
+def _has_header(folder: Path, split: str) -> bool:
+    return (folder / f"{split}.json").exists() and (folder / f"{split}.bin").exists()
 
 
 @dataclass(frozen=True)
@@ -95,17 +105,20 @@ class Shard:
         self.end_of_text: int | None
         self.tokenizer: Path | None = folder / "tokenizer.json"
         try:
-            if (folder / INDEX).exists():
+            if _has_index(folder):
                 files = self._open_index(folder / INDEX, split)
             elif others := _others(folder, split):
                 files = self._open_others(others, config or DataConfig())
+            elif _others(folder, "train"):
+                raise UserError(f"shard {folder}: expected .bin files with {split} in their names, got none")
             else:
                 files = self._open_format_1(folder, split)
             if self.tokenizer is not None and not self.tokenizer.exists():
                 self.tokenizer = None
             self.name = str(files[0].path if len(files) == 1 else folder / f"{split}-*.bin")
             self.length = sum(file.tokens for file in files)
-            self.files = [open(file.path, "rb") for file in files]
+            self.paths = [file.path for file in files]
+            self.opened: dict[int, BufferedReader] = {}
             sums = self._verify(files)
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"shard {folder}: {error}") from error
@@ -126,7 +139,8 @@ class Shard:
         except (TypeError, KeyError):
             valid = False
         if not valid or not files:
-            raise UserError(f"shard {path}: expected an index of format {FORMAT} with files of {split}, got {index!r}")
+            wanted = f"an index of format {FORMAT} with files of {split}"
+            raise UserError(f"shard {path}: expected {wanted}, got {short(index)}")
         self._take_header(path, index)
         return files
 
@@ -137,7 +151,7 @@ class Shard:
         kinds = {"format": int, "tokens": int, "sha256": str}
         valid = isinstance(header, dict) and all(type(header.get(name)) is kind for name, kind in kinds.items())
         if not valid or header["format"] != 1:
-            raise UserError(f"shard {path}: expected a header of format 1, got {header!r}")
+            raise UserError(f"shard {path}: expected a header of format 1, got {short(header)}")
         self._take_header(path, header)
         return [TokenFile(folder / f"{split}.bin", header["tokens"], header["sha256"])]
 
@@ -185,7 +199,8 @@ class Shard:
     def _verify(self, files: list[TokenFile]) -> list[str]:
         """Check sizes, checksums and ids of small splits; return the checksum of each file."""
         sums, whole = [], self.length * self.dtype.itemsize <= CHECKSUM_LIMIT
-        for spec, file in zip(files, self.files, strict=True):
+        for number, spec in enumerate(files):
+            file = self._file(number)
             size = os.fstat(file.fileno()).st_size
             wanted = spec.offset + spec.tokens * self.dtype.itemsize
             if size != wanted:
@@ -193,27 +208,36 @@ class Shard:
                     f"shard {spec.path}: expected {wanted} bytes by its header, got {size}: it is not whole"
                 )
             if spec.sha256 is None:
-                sums.append(self._hash(spec, file.fileno(), whole))
+                sums.append(self._hash(spec, file.fileno(), 0 if whole else max(1, BLOCKS // len(files))))
                 continue
             if whole and hashlib.file_digest(file, "sha256").hexdigest() != spec.sha256:
                 raise UserError(f"shard {spec.path}: its checksum is not that of its header; prepare it again")
             sums.append(spec.sha256)
         return sums
 
-    def _hash(self, spec: TokenFile, descriptor: int, whole: bool) -> str:
-        """Return a checksum of a file of others, or of 16 blocks of it, whose ids it checks."""
+    def _hash(self, spec: TokenFile, descriptor: int, blocks: int) -> str:
+        """Return a checksum of a file of others, or of so many blocks of it, whose ids it checks."""
         size = spec.tokens * self.dtype.itemsize
-        starts = range(0, size, BLOCK if whole else max(BLOCK, size // 16 // BLOCK * BLOCK))
+        step = max(BLOCK, size // blocks // BLOCK * BLOCK) if blocks else BLOCK
         digest = hashlib.sha256(str(size).encode())
-        for start in starts:
+        for start in range(0, size, step):
             data = os.pread(descriptor, min(BLOCK, size - start), spec.offset + start)
             digest.update(data)
             self._check_ids(np.frombuffer(data, self.dtype), str(spec.path))
         return digest.hexdigest()
 
+    def _file(self, number: int) -> BufferedReader:
+        """Return a file, open. Few are open at a time: processes may have 1024, and a large corpus more files."""
+        if number not in self.opened:
+            if len(self.opened) >= OPEN_FILES:
+                self.opened.pop(next(iter(self.opened))).close()
+            self.opened[number] = open(self.paths[number], "rb")
+        return self.opened[number]
+
     def _check_ids(self, tokens: np.ndarray, name: str) -> None:
         largest = int(tokens.max())  # an id beyond the vocabulary would end in a device assertion on a GPU
-        check(f"shard {name}", largest, largest < self.vocabulary, f"ids below vocabulary = {self.vocabulary}")
+        wanted = f"ids below vocabulary = {self.vocabulary} (--vocabulary, --tokenizer)"
+        check(f"shard {name}", largest, largest < self.vocabulary, wanted)
 
     def __len__(self) -> int:
         return self.length
@@ -230,14 +254,14 @@ class Shard:
             index = bisect_right(self.ends, start)
             first = self.ends[index - 1] if index else 0
             part = tokens[: self.ends[index] - start]
-            file, offset = self.files[index], self.offsets[index] + (start - first) * self.dtype.itemsize
+            path, offset = self.paths[index], self.offsets[index] + (start - first) * self.dtype.itemsize
             try:
-                count = os.preadv(file.fileno(), [part.data], offset)
+                count = os.preadv(self._file(index).fileno(), [part.data], offset)
             except OSError as error:
-                raise UserError(f"shard {file.name}: {error}") from error
+                raise UserError(f"shard {path}: {error}") from error
             if count != part.nbytes:
                 raise UserError(
-                    f"shard {file.name}: expected {part.nbytes} bytes at {offset}, got {count}: it has become shorter"
+                    f"shard {path}: expected {part.nbytes} bytes at {offset}, got {count}: it has become shorter"
                 )
             tokens, start = tokens[len(part) :], start + len(part)
 
@@ -274,6 +298,6 @@ class Shard:
 
 def _others(folder: Path, split: str) -> list[Path]:
     """List the .bin files of a split, as other projects name them: train.bin, fineweb_train_000001.bin."""
-    if any((folder / name).exists() for name in (INDEX, "train.json", "val.json")):
+    if _has_index(folder) or any(_has_header(folder, split) for split in SPLITS):
         return []
     return sorted(p for p in folder.glob("*.bin") if split in re.split("[^a-z]+", p.stem.lower()))

@@ -24,7 +24,13 @@ class Resumable(UserError):
 def check(name: str, value: object, valid: bool, wanted: str) -> None:
     """Raise UserError that says what was expected and what came, unless `value` is valid."""
     if not valid:
-        raise UserError(f"{name}: expected {wanted}, got {value!r}")
+        raise UserError(f"{name}: expected {wanted}, got {short(value)}")
+
+
+def short(value: object) -> str:
+    """Return `repr(value)`, cut where it is too long for a message."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def check_writable(folder: Path) -> None:
@@ -103,6 +109,8 @@ def unfinished_folder(folder: Path) -> Iterator[Path]:
         with suppress(FileNotFoundError):  # the process that had it has renamed or removed it
             handle = _wait_for_lock(unfinished)
     try:
+        if folder.exists() and any(folder.iterdir()):  # made after the look above
+            raise FileExistsError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
         yield unfinished
         sync(unfinished)
         unfinished.rename(folder)

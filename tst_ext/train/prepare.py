@@ -30,12 +30,14 @@ from .files import Resumable, UserError, check, unfinished_folder, write_text
 
 SHARD_TOKENS = 1 << 28  # of a file: 512 MiB in uint16
 BATCH = 1 << 21  # characters tokenised at a time, in 16 pieces or more
+OVERHEAD = 100  # bytes of memory of a document, counted as characters
 COMMIT_SECONDS = 5.0  # between the points that a killed process resumes from
 HASHED = 1 << 28  # bytes of a corpus that its key in the cache is taken from; of a larger one sizes and times are
 SAMPLED_PARTS = 16  # of a dataset, for the tokenizer
 # Bytes of different words that the BPE is trained on: the library takes up to 90 bytes of memory for each, so text
 # without spaces would take 8 GB, not 0.1, for 32 M characters.
 DISTINCT = 6_000_000
+FAR = 5.0  # times more or less text than `holdout` asks for is not held out
 JOURNAL, RECORDS = "journal.json", "documents.bin"  # of a folder that is being written
 RECORD = np.dtype([("hash", "<u8"), ("tokens", "<u8")])
 CHUNK = 1 << 20  # records or tokens in memory at a time
@@ -76,8 +78,6 @@ def prepared_folder(config: DataConfig, progress: bool = False) -> Path:
         try:
             prepare(corpus, config, folder, progress)
         except OSError as error:
-            if (folder / INDEX).exists():  # by another process, meanwhile
-                return folder
             place = "set XDG_CACHE_HOME to a folder that can be written to"
             raise UserError(f"cache {folder}: {error.strerror or error}; {place}") from error
     return folder
@@ -105,15 +105,15 @@ class State(NamedTuple):
     documents: int = 0
     tokens: tuple[int, int] = (0, 0)  # written of each split
     text: int = 0  # bytes of text read
-    cut: int | None = None  # tokens kept for training where the end of the text is held out
+    chosen: bool = False  # whether held-out text was chosen after all was written, and "rest" replaces "train"
 
 
 def prepare(corpus: list[Source], config: DataConfig, folder: Path, progress: bool = False) -> None:
     """Write `folder`, whole or not at all, in the tokens of `config.tokenizer` or of a byte-level BPE trained for it.
 
     A document is held out if a hash of its beginning says so, so equal documents are in one split. If that holds out
-    none, the end of the text is. A process that is killed leaves its work beside the folder, and the next one with the
-    same text and settings goes on from it; one that prepares the same at the same time waits.
+    none, a document of about the right size is, or the end of the longest one. A process that is killed leaves its work
+    beside the folder, and the next one with the same text and settings resumes it. A second process waits.
 
     Args:
         corpus: of `sources`.
@@ -125,8 +125,21 @@ def prepare(corpus: list[Source], config: DataConfig, folder: Path, progress: bo
         OSError: the folder is not empty or cannot be written. What was written is removed.
     """
     check("data", len(corpus), len(corpus) > 0, "files with text")
-    with unfinished_folder(folder) as unfinished:
-        _Preparation(corpus, config, unfinished, progress).run()
+    key = _key(corpus, config)
+    try:
+        with unfinished_folder(folder) as unfinished:
+            _Preparation(corpus, config, unfinished, progress).run(key)
+    except FileExistsError:
+        if _made_of(folder) != key:  # else another process has made it meanwhile
+            raise
+
+
+def _made_of(folder: Path) -> str | None:
+    """Return the key of the text and settings that a folder was prepared from."""
+    try:
+        return json.loads((folder / INDEX).read_text(encoding="utf-8"))["corpus"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 class _Preparation:
@@ -134,19 +147,15 @@ class _Preparation:
         self.corpus, self.config, self.folder, self.progress = corpus, config, folder, progress
         self.files: dict[tuple[str, int], IO[bytes]] = {}
 
-    def run(self) -> None:
-        key = _key(self.corpus, self.config)
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["corpus"] == key:
-                return self._clear()
+    def run(self, key: str) -> None:
+        if _made_of(self.folder) == key:  # it only has to be renamed
+            return self._clear()
         state = self._resume(key) or self._begin(key)
-        self.tokenizer = load_tokenizer(self.folder / "tokenizer.json")
-        self.vocabulary = vocabulary_size(self.tokenizer)
-        self.separator = end_of_text_id(self.tokenizer, self.config)
-        self.dtype = np.dtype("<u2" if self.vocabulary <= 2**16 else "<u4")
+        self.encoder = _Encoder(self.folder / "tokenizer.json", self.config)
+        self.separator, self.dtype = self.encoder.separator, self.encoder.dtype
         with contextlib.closing(self):
             self._truncate(state)
-            if state.cut is None:
+            if not state.chosen:
                 state = self._tokenise(state)
             self._finish(state)
         self._clear()
@@ -229,7 +238,7 @@ class _Preparation:
         committed, last = state, time.monotonic()
         try:
             with _Bar(self.corpus, state, self.progress) as bar:
-                for batch in _encoded(self.tokenizer, self.dtype, _batches(self.corpus, state)):
+                for batch in _encoded(self.encoder, _batches(self.corpus, state, self.encoder.in_pieces)):
                     state = self._write(state, batch)
                     bar.update(state)
                     if time.monotonic() - last > COMMIT_SECONDS:
@@ -238,7 +247,7 @@ class _Preparation:
         except UserError as error:
             if committed.documents:
                 done = f"{committed.documents:,} documents before it are done"
-                raise Resumable(f"{error}; {done}: the same command goes on from there") from error
+                raise Resumable(f"{error}; {done}: with the text as it is the same command resumes there") from error
             raise
         self._commit(state)
         return state
@@ -282,17 +291,17 @@ class _Preparation:
         check("holdout", self.config.holdout, state.tokens[0] > 0, "a smaller share: it leaves no document to train on")
         records = np.memmap(self.folder / RECORDS, RECORD, "r", shape=(state.documents,))
         copies = state.documents - _different(records["hash"])
-        if state.cut is None:
-            for path in self.folder.glob("val-*.bin"):
+        if not state.chosen:
+            for path in (*self.folder.glob("val-*.bin"), *self.folder.glob("rest-*.bin")):
                 path.unlink()
             if state.tokens[1]:
                 self._write_held_out(records, state.threshold)
             else:
-                state = self._hold_out_end(state, records)
-        if state.cut is not None:
+                state = self._choose_held_out(state, np.array(records))
+        if state.chosen:
+            for path in self.folder.glob("rest-*.bin"):
+                path.replace(path.with_name(path.name.replace("rest", "train")))
             self._truncate(state)
-            self._append("train", state.cut, np.array([self.separator], self.dtype))
-            self.close()
         del records
         for path in self.folder.glob("*.bin"):
             if not path.stat().st_size:  # the one after a full file
@@ -305,7 +314,7 @@ class _Preparation:
         index = {
             "format": FORMAT,
             "dtype": f"uint{8 * self.dtype.itemsize}",
-            "vocabulary": self.vocabulary,
+            "vocabulary": self.encoder.vocabulary,
             "end_of_text": self.separator,
             "corpus": state.key,
             "documents": state.documents,
@@ -324,31 +333,49 @@ class _Preparation:
         starts = np.cumsum(held["tokens"]) - held["tokens"]
         written = 0
         for i in np.argsort(held["hash"], kind="stable"):
-            written = self._copy("held", int(starts[i]), int(held["tokens"][i]), written)
+            written = self._copy("held", int(starts[i]), int(held["tokens"][i]), "val", written)
         self.close()
 
-    def _hold_out_end(self, state: State, records: np.ndarray) -> State:
-        """Copy the end of the training text to the held-out split, where no document was held out."""
-        last = records["hash"][-1]
-        if sum(int(np.count_nonzero(part["hash"] == last)) for part in _chunks(records)) > 1:
-            raise UserError("data: expected a document to hold out, got copies of one, which would be in both splits")
+    def _choose_held_out(self, state: State, records: np.ndarray) -> State:
+        """Hold out a document with its copies, or the end of the longest one, where no hash was below the threshold."""
+        hashes, group, copies = np.unique(records["hash"], return_inverse=True, return_counts=True)
+        tokens = np.bincount(group, records["tokens"].astype(np.float64))
+        starts = np.cumsum(records["tokens"]) - records["tokens"]
         total = state.tokens[0]
-        held = max(1, round(self.config.holdout * total))
-        check("data", total, held < total, "more text")
-        print(f"no document is held out, so the last {held:,} of {total:,} tokens are (--holdout)", file=sys.stderr)
-        self._copy("train", total - held, held, 0)
-        state = state._replace(cut=total - held, tokens=(total - held, 0))
+        wanted = max(1, round(self.config.holdout * total))
+        ratio = np.where(tokens <= total / 2, np.maximum(tokens / wanted, wanted / tokens), np.inf)
+        best = int(ratio.argmin())
+        unique = np.where(copies[group] == 1, records["tokens"], 0)
+        longest = int(unique.argmax())
+        cut = ratio[best] > FAR and unique[longest] > wanted
+        if cut:
+            ranges = [(int(starts[longest] + unique[longest]) - wanted, wanted)]
+            print(f"no document is held out, but the last {wanted:,} tokens of one (--holdout)", file=sys.stderr)
+        elif ratio[best] < np.inf:
+            ranges = [(int(starts[i]), int(records["tokens"][i])) for i in np.flatnonzero(group == best)]
+        else:
+            raise UserError("data: expected different documents or a longer one, to hold out a part, got copies of one")
+        end = rest = held = 0
+        for start, count in ranges:
+            rest = self._copy("train", end, start - end, "rest", rest)
+            if cut:
+                self._append("rest", rest, np.array([self.separator], self.dtype))
+                rest += 1
+            held = self._copy("train", start, count, "val", held)
+            end = start + count
+        rest = self._copy("train", end, total - end, "rest", rest)
+        state = state._replace(chosen=True, tokens=(rest, 0))
         self._commit(state)
         return state
 
-    def _copy(self, split: str, start: int, count: int, written: int) -> int:
-        """Write `count` tokens of a split after the `written` held-out ones; return how many there are then."""
+    def _copy(self, source: str, start: int, count: int, target: str, written: int) -> int:
+        """Copy `count` tokens of one stream to the end of another, which has `written`; return how many it has then."""
         while count:
             index, used = divmod(start, SHARD_TOKENS)
             part = min(count, SHARD_TOKENS - used, CHUNK)
-            with open(self._path(split, index), "rb") as file:
+            with open(self._path(source, index), "rb") as file:
                 file.seek(used * self.dtype.itemsize)
-                self._append("val", written, np.fromfile(file, self.dtype, part))
+                self._append(target, written, np.fromfile(file, self.dtype, part))
             start, count, written = start + part, count - part, written + part
         return written
 
@@ -380,10 +407,10 @@ def _shorten(path: Path, size: int) -> None:
 
 class Piece(NamedTuple):
     source: int  # its number in the corpus
-    number: int  # in the source
+    number: int  # in the source, of the last one where it is a whole document
     text: str
-    begins: bool  # whether a document begins with it, or ends
-    ends: bool
+    first: str  # the text that a document's hash is taken of, if it begins here
+    ends: bool  # whether it ends here
 
 
 class Encoded(NamedTuple):
@@ -395,16 +422,19 @@ class Encoded(NamedTuple):
     bytes: int  # of its text
 
 
-def _batches(corpus: list[Source], state: State) -> Iterator[list[Piece]]:
-    """Yield what comes after `state`, about BATCH characters at a time."""
+def _batches(corpus: list[Source], state: State, in_pieces: bool = True) -> Iterator[list[Piece]]:
+    """Yield what comes after `state`, about BATCH characters at a time; whole documents where not in pieces."""
     batch: list[Piece] = []
-    size, begins = 0, state.open is None
+    parts: list[str] = []
+    size, begins, first = 0, state.open is None, ""
     for source in range(state.source, len(corpus)):
         for number, (text, ends) in enumerate(corpus[source].pieces()):
             if source == state.source and number < state.pieces:
                 continue
-            batch.append(Piece(source, number, text, begins, ends))
-            size, begins = size + len(text), ends
+            first, parts = first or text, [*parts, text]
+            if ends or in_pieces:
+                batch.append(Piece(source, number, "".join(parts), first if begins else "", ends))
+                size, begins, parts, first = size + len(batch[-1].text) + OVERHEAD, ends, [], ""
             if size >= BATCH:
                 yield batch
                 batch, size = [], 0
@@ -412,29 +442,61 @@ def _batches(corpus: list[Source], state: State) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _encoded(tokenizer: Tokenizer, dtype: np.dtype, batches: Iterator[list[Piece]]) -> Iterator[list[Encoded]]:
+def _encoded(encoder: "_Encoder", batches: Iterator[list[Piece]]) -> Iterator[list[Encoded]]:
     """Tokenise batches on all cores: while one is turned into arrays, the library's own threads work on the next."""
     with ThreadPoolExecutor(2) as pool:
         waiting: deque[Any] = deque()
         for batch in batches:
-            waiting.append(pool.submit(_encode, tokenizer, dtype, batch))
+            waiting.append(pool.submit(encoder.encode, batch))
             if len(waiting) > 2:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _encode(tokenizer: Tokenizer, dtype: np.dtype, batch: list[Piece]) -> list[Encoded]:
-    # _fast leaves out character offsets. Some tokenizers would begin every text with a special token.
-    encodings = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
-    results = []
-    for piece, encoding in zip(batch, encodings, strict=True):
-        data = piece.text.encode()
-        number = _hash(data) if piece.begins else 0
-        results.append(
-            Encoded(piece.source, piece.number, piece.ends, np.array(encoding.ids, dtype), number, len(data))
-        )
-    return results
+class _Encoder:
+    """Turn pieces of text into ids, none of them the separator.
+
+    Attributes:
+        in_pieces: whether a text that is divided before a space has the ids of the whole. Some tokenizers begin every
+            text with a space of their own: their documents are tokenised whole.
+    """
+
+    def __init__(self, path: Path, config: DataConfig) -> None:
+        self.tokenizer = load_tokenizer(path)
+        self.name, self.end_of_text = config.tokenizer or path, config.end_of_text
+        self.vocabulary = vocabulary_size(self.tokenizer)
+        self.separator = end_of_text_id(self.tokenizer, config)
+        self.dtype = np.dtype("<u2" if self.vocabulary <= 2**16 else "<u4")
+        whole, *parts = self._ids(["a word and another", "a word", " and another"])
+        self.in_pieces = whole == parts[0] + parts[1]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        try:
+            # _fast leaves out character offsets. Some tokenizers would begin every text with a special token.
+            return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:  # such as a vocabulary without a token for what it does not know
+            raise UserError(f"tokenizer {self.name}: {error}") from error
+
+    def encode(self, batch: list[Piece]) -> list[Encoded]:
+        results = []
+        for piece, found in zip(batch, self._ids([piece.text for piece in batch]), strict=True):
+            ids = np.array(found, self.dtype)
+            if (ids == self.separator).any():
+                ids = self._without_separator(piece.text)
+            number = _hash(piece.first.encode()) if piece.first else 0
+            results.append(Encoded(piece.source, piece.number, piece.ends, ids, number, len(piece.text.encode())))
+        return results
+
+    def _without_separator(self, text: str) -> np.ndarray:
+        """Tokenise a text whose own words are the separator, as some models of tokenizers have it, in parts."""
+        end = self.end_of_text
+        between = text.split(end)
+        parts = [end[1:] * (i > 0) + part + end[:1] * (i < len(between) - 1) for i, part in enumerate(between)]
+        ids = np.array([i for part in self._ids(parts) for i in part], self.dtype)
+        if (ids == self.separator).any():
+            raise UserError(f"end_of_text: expected a token that no text has, got {end!r}; name another one")
+        return ids
 
 
 def _hash(data: bytes) -> int:
@@ -469,8 +531,8 @@ class _Bar:
 def _sample(corpus: list[Source], config: DataConfig) -> tuple[list[tuple[int, str]], int]:
     """Return texts to train the tokenizer on, each with its document's hash, and the hash below which one is held out.
 
-    Files give text in proportion to their sizes, in random order. If that is all the text, the share held out is that
-    of the documents as near as can be, and at least one.
+    Files give text in proportion to their sizes, in random order. If that is all the text, the share of the documents
+    is met as near as can be, and none is held out where that would be far too much text or too little.
     """
     order = list(range(len(corpus)))
     random.Random(0).shuffle(order)
@@ -478,7 +540,7 @@ def _sample(corpus: list[Source], config: DataConfig) -> tuple[list[tuple[int, s
         order = order[:SAMPLED_PARTS]
     total = sum(corpus[i].size for i in order)
     texts: list[tuple[int, str]] = []
-    hashes: set[int] = set()
+    sizes: dict[int, int] = {}  # of documents, by their hashes
     words: set[str] = set()
     whole, taken, size = len(order) == len(corpus), 0, 0
     for i in order:
@@ -489,23 +551,27 @@ def _sample(corpus: list[Source], config: DataConfig) -> tuple[list[tuple[int, s
                 whole = False
                 break
             number = _hash(text.encode()) if begins else number
-            hashes.add(number)
-            here, taken, begins = here + len(text), taken + len(text), ends
+            cost = len(text) + OVERHEAD * begins
+            here, taken, begins = here + cost, taken + cost, ends
+            sizes[number] = sizes.get(number, 0) + len(text)
             if config.tokenizer is None and size < DISTINCT:
                 texts.append((number, text))
-                new = set(re.findall(r"\w+", text)) - words
+                new = set(re.findall(r"\w+|[^\w\s]+", text)) - words
                 words |= new
                 size += sum(len(word.encode()) for word in new)
-    if whole and hashes:
-        ordered, wanted = sorted(hashes), max(1, round(config.holdout * len(hashes)))
-        return texts, ordered[min(wanted, len(ordered) - 1)]
-    return texts, round(config.holdout * 2**64)
+    if not (whole and sizes):
+        return texts, round(config.holdout * 2**64)
+    ordered = sorted(sizes)
+    number = min(max(1, round(config.holdout * len(ordered))), len(ordered) - 1)
+    held, wanted = sum(sizes[i] for i in ordered[:number]), config.holdout * sum(sizes.values())
+    return texts, ordered[number] if wanted / FAR <= held <= min(wanted * FAR, sum(sizes.values()) / 2) else 0
 
 
 def _train_tokenizer(texts: list[str], config: DataConfig) -> Tokenizer:
     """Train a byte-level BPE, which can write any text."""
     check("vocabulary", config.vocabulary, config.vocabulary >= 257, "257 (bytes and a separator) or more")
     steps = tokenizers.pre_tokenizers
+    check("end_of_text", config.end_of_text, len(config.end_of_text) > 1, "a token of two characters or more")
     tokenizer = Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = steps.Sequence(
         [steps.Split(tokenizers.Regex(PATTERN), "isolated"), steps.ByteLevel(add_prefix_space=False, use_regex=False)]

@@ -1,5 +1,6 @@
 """Lock the folder of a run, and write everything in it but metrics and checkpoints."""
 
+import glob
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 from .. import __version__
 from . import checkpoint
 from .config import TrainConfig, config_dict, config_of_run, load_config, save_config
-from .data import load_tokenizer
+from .data import has_tokens, load_tokenizer
 from .distributed import Processes
 from .files import UserError, check_out, lock, sync, write_text
 from .model import Transformer
@@ -165,11 +166,11 @@ def load_run(path: Path, which: str = "auto") -> LoadedRun:
 def _check_place(config: TrainConfig) -> None:
     """Raise UserError unless the data of a run that began before is where `config` says."""
     places = [("data", path) for path in config.data.data]
-    prepared = any((path / "train.json").exists() for _, path in places)  # with a tokenizer of its own
+    prepared = any(has_tokens(path) for _, path in places)  # with a tokenizer of its own
     if config.data.tokenizer and not prepared:
         places.append(("tokenizer", config.data.tokenizer))
     for option, path in places:
-        if not path.exists():
+        if not (path.exists() or glob.glob(str(path), recursive=True)):
             raise UserError(
                 f"{option} {path}: no such file or folder; if it has moved, give its new place by --{option}"
             )
