@@ -30,7 +30,7 @@ def lines(case: dict) -> list[list[str]]:
 
 
 def title(case: dict) -> str:
-    rates = "".join(f", {case[unit]:.1f} {unit}" for unit in ("GFLOP/s", "GB/s") if unit in case)
+    rates = "".join(f", {case[unit]:.1f} {unit}" for unit in ("GFLOP/s", "GB/s", "M tokens/s") if unit in case)
     chosen = f"; GEMMs: {case['gemms']}" if "gemms" in case else ""
     return f"{case['op']}: {case['shape']}, s = {case['s']}, {case['dtype']}{rates}{chosen}"
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,3 +60,19 @@ def test_report_reads_them(tmp_path, monkeypatch, capsys, option):
 def test_results_of_the_repository_are_short():
     for path in (BENCHMARKS / "results").glob("*_cores.json"):
         assert results_file.shortened(json.loads(path.read_text())) == path.read_text()
+
+
+@pytest.mark.extended
+def test_benchmarks_of_data_run(tmp_path):
+    """All contenders are there; each has asserted that it makes as many tokens as ours."""
+    pytest.importorskip("pytest_benchmark")
+    path, temporary = tmp_path / "results.json", tmp_path / "temporary"
+    options = ["--quick", "--benchmark-json", str(path), "--basetemp", str(temporary), "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(BENCHMARKS / "test_data.py"), *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=BENCHMARKS.parent)
+    assert result.returncode == 0, result.stdout + result.stderr
+    contenders = [case["extra_info"]["contenders"] for case in json.loads(path.read_text())["benchmarks"]]
+    assert [{name for name, row in case.items() if "ms" in row} for case in contenders] == [
+        {"tst_ext", "encode_batch_fast", "datasets.map"},
+        {"tst_ext", "tst_ext, order random", "nanoGPT's get_batch"},
+    ]
