@@ -11,6 +11,7 @@ import torch
 from tst_ext import commands
 from tst_ext.__main__ import main
 from tst_ext.train.config import load_config, save_config
+from tst_ext.train.data import Shard
 from tst_ext.train.run_folder import load_run
 
 
@@ -118,6 +119,22 @@ class TestUseOfARun:
         assert main(["eval", str(trained / "run"), *arguments]) == 0
         earlier = json.loads(capsys.readouterr().out)
         assert earlier["step"] == 40 and earlier["loss"] > final["loss"]
+
+    def test_eval_of_tokens_of_another_project(self, trained, tmp_path, capsys):
+        """Vocabulary, end of text and tokenizer are those of the run."""
+        shard = Shard(trained / "data", "val")
+        for split in ("train", "val"):
+            shard.read(0, len(shard)).astype("<u2").tofile(tmp_path / f"{split}.bin")
+        tokenizer = ["--tokenizer", str(trained / "data" / "tokenizer.json")]
+        options = ["--dim", "32", "--heads", "2", "--kv-heads", "1", "--layers", "1", "--ffn-dim", "64", "--steps", "2"]
+        options += ["--latent-tokens", "32", "--eval-tokens", "64", "--no-progress", "--out", str(tmp_path / "run")]
+        assert main(["train", "--data", str(tmp_path), *tokenizer, *options]) == 0
+        (tmp_path / "other").mkdir()
+        for split in ("train", "val"):
+            (tmp_path / f"{split}.bin").rename(tmp_path / "other" / f"{split}.bin")
+        capsys.readouterr()
+        assert main(["eval", str(tmp_path / "run"), "--data", str(tmp_path / "other")]) == 0
+        assert json.loads(capsys.readouterr().out)["tokens"] == len(shard)
 
     def test_eval_refuses_ids_of_another_tokenizer(self, trained, tmp_path, capsys):
         arguments = ["--vocabulary", "260", "--out", str(tmp_path / "other")]

@@ -271,6 +271,13 @@ class TestMovedData:
         assert "begins anew" in capsys.readouterr().err
         assert_same_run(straight, folder)
 
+    def test_a_pattern_is_a_place(self, often, documents, tmp_path):
+        for i, document in enumerate(documents):
+            (tmp_path / f"{i}.txt").write_text(document, encoding="utf-8")
+        data = DataConfig(data=(tmp_path / "*.txt",), vocabulary=300)
+        train(dataclasses.replace(often, data=data, eval_tokens=64), tmp_path / "run", progress=False)
+        assert main(["train", "--out", str(tmp_path / "run"), "--no-progress"]) == 0
+
     def test_text_and_its_tokenizer(self, often, documents, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         here = tmp_path / "here"

@@ -10,6 +10,9 @@ import os
 import sys
 from pathlib import Path
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from tst_ext.train import corpus
@@ -17,8 +20,6 @@ from tst_ext.train.config import DataConfig
 from tst_ext.train.corpus import KINDS, PIECE, documents, sources
 from tst_ext.train.files import UserError
 
-datasets = pytest.importorskip("datasets")
-pyarrow = pytest.importorskip("pyarrow")
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:

@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from helpers.corpus import texts, write_corpus
 from tst_ext.train.data import Shard, load_tokenizer
-
-pyarrow = pytest.importorskip("pyarrow")
 
 
 @pytest.mark.slow
