@@ -191,7 +191,7 @@ def _report(results: dict[str, Any], command: str, folder: Path) -> int:
 
 
 def prepare_command(data: DataConfig, *, out: Path, progress: bool = True) -> int:
-    """Write text as token shards with a BPE trained on it, or go on where an earlier call was interrupted.
+    """Write text as token shards with a BPE trained on it, or resume an interrupted call.
 
     Args:
         out: Folder to write; must be empty or new.

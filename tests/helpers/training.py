@@ -63,7 +63,7 @@ def documents():
 
 
 def prepare_documents(documents, config, folder):
-    """Prepare texts, which are written to a file beside the folder."""
+    """Prepare texts, which are written to a file next to the folder."""
     path = folder.with_name(f"{folder.name}.jsonl")
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     config = dataclasses.replace(config, data=(path,))

@@ -121,7 +121,7 @@ class TestUseOfARun:
         assert earlier["step"] == 40 and earlier["loss"] > final["loss"]
 
     def test_eval_of_tokens_of_another_project(self, trained, tmp_path, capsys):
-        """Vocabulary, end of text and tokenizer are those of the run."""
+        """The run gives vocabulary, end of text and tokenizer."""
         shard = Shard(trained / "data", "val")
         for split in ("train", "val"):
             shard.read(0, len(shard)).astype("<u2").tofile(tmp_path / f"{split}.bin")

@@ -247,7 +247,7 @@ class TestOthers:
         shard = Shard(tmp_path, "train", DataConfig(vocabulary=100))
         assert shard.read(0, 90).tolist() == list(range(90)) and len(shard.opened) == 2
 
-    def test_text_beside_is_no_token(self, tmp_path):
+    def test_text_is_no_token(self, tmp_path):
         for name in ("index.json", "train.json", "val.json", "a.bin"):
             (tmp_path / name).write_text('{"text": 1}\n' * 2)
         assert has_tokens(tmp_path)  # index.json and a .bin

@@ -89,7 +89,7 @@ def test_kill_9_of_a_preparation(tmp_path, kills):
                 process.kill()
             killed = process.wait() != 0
             done += killed
-            resumed += "goes on after" in process.stderr()
+            resumed += "resumes after" in process.stderr()
         assert contents() == given_whole
     assert resumed >= kills // 2
     print(f"{done} kills, {resumed} times resumed")

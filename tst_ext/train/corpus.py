@@ -122,7 +122,7 @@ def documents(config: DataConfig) -> Iterator[str]:
 
 
 def sources(config: DataConfig) -> list[Source]:
-    """List what `config` names, files in the order of their names and each once; print what folders have besides.
+    """List what `config` names, files in the order of their names and each once; print what is ignored.
 
     Raises:
         UserError: a path is missing, of an unknown kind or without text; a dataset cannot be reached.

@@ -95,7 +95,7 @@ def _key(corpus: list[Source], config: DataConfig) -> str:
 
 
 class State(NamedTuple):
-    """Hold how far a folder has come: what a process that goes on needs to know."""
+    """Hold how far a folder has come: what a process needs to resume it."""
 
     key: str  # of text and settings
     threshold: int  # documents whose hash is below it are held out
@@ -113,7 +113,7 @@ def prepare(corpus: list[Source], config: DataConfig, folder: Path, progress: bo
 
     A document is held out if a hash of its beginning says so, so equal documents are in one split. If that holds out
     none, a document of about the right size is, or the end of the longest one. A process that is killed leaves its work
-    beside the folder, and the next one with the same text and settings resumes it. A second process waits.
+    next to the folder, and the next one with the same text and settings resumes it. A second process waits.
 
     Args:
         corpus: of `sources`.
@@ -176,7 +176,7 @@ class _Preparation:
             return None
         if state.key != key:
             return None
-        print(f"goes on after {state.documents:,} documents, {sum(state.tokens):,} tokens", file=sys.stderr)
+        print(f"resumes after {state.documents:,} documents, {sum(state.tokens):,} tokens", file=sys.stderr)
         return state
 
     def _begin(self, key: str) -> State:
@@ -222,7 +222,7 @@ class _Preparation:
             ids, written = ids[len(part) :], written + len(part)
 
     def _commit(self, state: State) -> None:
-        """Make `state` the one to go on from, after all that it counts is on the disk."""
+        """Make `state` the one to resume from, after all that it counts is on the disk."""
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
