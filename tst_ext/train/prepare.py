@@ -426,15 +426,16 @@ def _batches(corpus: list[Source], state: State, in_pieces: bool = True) -> Iter
     """Yield what comes after `state`, about BATCH characters at a time; whole documents where not in pieces."""
     batch: list[Piece] = []
     parts: list[str] = []
-    size, begins, first = 0, state.open is None, ""
+    size, begins = 0, state.open is None
     for source in range(state.source, len(corpus)):
         for number, (text, ends) in enumerate(corpus[source].pieces()):
             if source == state.source and number < state.pieces:
                 continue
-            first, parts = first or text, [*parts, text]
+            parts.append(text)
             if ends or in_pieces:
-                batch.append(Piece(source, number, "".join(parts), first if begins else "", ends))
-                size, begins, parts, first = size + len(batch[-1].text) + OVERHEAD, ends, [], ""
+                batch.append(Piece(source, number, "".join(parts), parts[0] if begins else "", ends))
+                size, begins = size + len(batch[-1].text) + OVERHEAD, ends
+                parts.clear()
             if size >= BATCH:
                 yield batch
                 batch, size = [], 0
