@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -69,7 +70,10 @@ def test_benchmarks_of_data_run(tmp_path):
     path, temporary = tmp_path / "results.json", tmp_path / "temporary"
     options = ["--quick", "--benchmark-json", str(path), "--basetemp", str(temporary), "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", str(BENCHMARKS / "test_data.py"), *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=BENCHMARKS.parent)
+    # In a worker of pytest-xdist pytest-benchmark measures nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    options = {"cwd": BENCHMARKS.parent, "env": environment}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, **options)
     assert result.returncode == 0, result.stdout + result.stderr
     contenders = [case["extra_info"]["contenders"] for case in json.loads(path.read_text())["benchmarks"]]
     assert [{name for name, row in case.items() if "ms" in row} for case in contenders] == [

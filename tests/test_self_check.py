@@ -218,9 +218,9 @@ def test_missing_extra(monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: "1.0")
     monkeypatch.setattr(metadata, "distributions", lambda name: [] if name in missing else [name])
     found = [self_check.check_extra(extra) for extra in self_check.EXTRAS]
-    assert [finding.status for finding in found] == ["ok", "ok", "note", "ok"]
-    assert found[1].text == "extra tensorboard: tensorboard 1.0"
-    assert found[2].text == "extra hf: no transformers, accelerate; pip install 'tst-ext[hf]' adds it"
+    assert [finding.status for finding in found] == ["ok", "ok", "ok", "note", "ok"]
+    assert found[2].text == "extra tensorboard: tensorboard 1.0"
+    assert found[3].text == "extra hf: no transformers, accelerate; pip install 'tst-ext[hf]' adds it"
     assert any(distributions(name="torch")) and not any(distributions(name="no-such-package"))
 
 

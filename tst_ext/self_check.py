@@ -22,7 +22,7 @@ from .bags import position_weights
 from .ops import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-EXTRAS = ("train", "tensorboard", "hf", "torchtitan")  # of pyproject.toml, those for users
+EXTRAS = ("train", "data", "tensorboard", "hf", "torchtitan")  # of pyproject.toml, those for users
 IGNORE, BAG_SIZE = -100, 4
 # Without gradients the CPU joins blocks of columns, of 1 MiB of logits each or more: two in these rows in float32.
 ROWS, DIM, VOCABULARY = 96, 40, 6007
