@@ -115,7 +115,7 @@ class TestText:
         assert line.startswith(r"tst train: 'ascii' codec can't encode character '\xe9'")
 
     def test_no_file_is_read_in_the_encoding_of_the_locale(self):
-        """Calls of open, read_text and write_text, but those of bytes, name an encoding."""
+        """Calls of open, read_text and write_text name an encoding, unless they read or write bytes."""
         files = sorted(Path(command.__file__).parent.rglob("*.py"))
         without = []
         for file in files:

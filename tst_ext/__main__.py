@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
 def entry() -> NoReturn:
     """Run the command `tst` and end the process."""
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]  # None: closed
-    for stream in streams:  # what the locale cannot write is written as an escape
+    for stream in streams:  # characters that the locale lacks are written as escapes
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     try:
         try:

@@ -458,7 +458,7 @@ class TestInterrupted:
                 kills += 1
                 unfinished = tmp_path / f"{UNFINISHED}out"
                 if kills % 2 and not (unfinished / "index.json").exists():
-                    # What was written after the last commit may be there, or not.
+                    # Data written after the last commit may be there, or not.
                     for kind in ("train-*", "held-*", "val-*", "documents"):
                         for path in sorted(unfinished.glob(f"{kind}.bin"))[-1:]:
                             with open(path, "ab") as file:

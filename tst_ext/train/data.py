@@ -211,7 +211,7 @@ class Shard:
                 sums.append(self._hash(spec, file.fileno(), 0 if whole else max(1, BLOCKS // len(files))))
                 continue
             if whole and hashlib.file_digest(file, "sha256").hexdigest() != spec.sha256:
-                raise UserError(f"shard {spec.path}: its checksum is not that of its header; prepare it again")
+                raise UserError(f"shard {spec.path}: its checksum differs from its header's; prepare it again")
             sums.append(spec.sha256)
         return sums
 

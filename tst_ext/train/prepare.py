@@ -185,9 +185,8 @@ class _Preparation:
         sample, threshold = _sample(self.corpus, self.config)
         if self.config.tokenizer:
             tokenizer = load_tokenizer(self.config.tokenizer)
-            # Else a text that holds the token would end there.
-            end_of_text_id(tokenizer, self.config)
-            tokenizer.add_special_tokens([self.config.end_of_text])
+            end_of_text_id(tokenizer, self.config)  # raises if there is none
+            tokenizer.add_special_tokens([self.config.end_of_text])  # else a text that holds the token would end there
         else:
             texts = [text for number, text in sample if number >= threshold]
             print(f"trains a tokenizer on {sum(map(len, texts)):,} characters", file=sys.stderr)
