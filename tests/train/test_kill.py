@@ -1,6 +1,7 @@
 """kill -9 at random moments of a run, while it writes checkpoints too, and of a preparation: the next one resumes."""
 
 import dataclasses
+import json
 import random
 import signal
 import time
@@ -10,7 +11,10 @@ import pytest
 from helpers.corpus import write_corpus
 from helpers.runs import assert_same_run, lines, start, tst
 from tst_ext.train import checkpoint
+from tst_ext.train.data import INDEX
+from tst_ext.train.files import UNFINISHED
 from tst_ext.train.loop import train
+from tst_ext.train.prepare import JOURNAL
 
 
 @pytest.mark.slow
@@ -63,33 +67,47 @@ def test_kill_9_at_random_moments(tiny, tmp_path, kills):
 
 @pytest.mark.slow
 def test_kill_9_of_a_preparation(tmp_path, kills):
-    write_corpus(tmp_path / "corpus.jsonl", 6_000_000)
-    rng, done, resumed, out = random.Random(0), 0, 0, tmp_path / "whole"
+    write_corpus(tmp_path / "corpus.jsonl", 3_000_000)
+    rng, done, resumed, runs = random.Random(0), 0, 0, 0
 
-    def prepare(*options):
+    def prepare(out, *options):
         arguments = ["--data", tmp_path / "corpus.jsonl", "--vocabulary", 1000, "--no-progress", *options, "--out", out]
         return tst("prepare", *arguments, output=tmp_path / "output")
 
-    def contents():
-        return {path.name: path.read_bytes() for path in out.iterdir()}
+    def contents(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    assert prepare().wait() == 0
-    whole, given = contents(), ["--tokenizer", out / "tokenizer.json"]
-    out = tmp_path / "given"
-    began = time.monotonic()
-    assert prepare(*given).wait() == 0
-    seconds, given_whole = time.monotonic() - began, contents()
-    assert whole["train-00000.bin"] == given_whole["train-00000.bin"]
-    while done < kills:
-        out = tmp_path / f"out{done}"
+    def written(folder):
+        path = folder / "train-00000.bin"
+        return path.stat().st_size if path.exists() else 0
+
+    assert prepare(tmp_path / "whole").wait() == 0
+    given = ["--tokenizer", tmp_path / "whole" / "tokenizer.json"]
+    assert prepare(tmp_path / "given", *given).wait() == 0
+    expected, size = contents(tmp_path / "given"), written(tmp_path / "given")
+    assert contents(tmp_path / "whole")["train-00000.bin"] == expected["train-00000.bin"]
+    while done < kills or resumed < kills // 2:
+        out = tmp_path / f"out{runs}"
+        unfinished = out.with_name(UNFINISHED + out.name)
+        runs += 1
         while not out.exists():
-            process = prepare(*given)
-            if done < kills:
-                time.sleep(rng.uniform(0, 0.7 * seconds))
-                process.kill()
-            killed = process.wait() != 0
-            done += killed
-            resumed += "resumes after" in process.stderr()
-        assert contents() == given_whole
-    assert resumed >= kills // 2
-    print(f"{done} kills, {resumed} times resumed")
+            assert done < 10 * kills, f"{resumed} of {done} resumed"
+            before, journal = written(unfinished), None
+            if (unfinished / JOURNAL).exists() and not (unfinished / INDEX).exists():
+                journal = json.loads((unfinished / JOURNAL).read_text())
+            process = prepare(out, *given)
+            if rng.random() < 0.25:
+                time.sleep(rng.uniform(0, 0.5))
+            else:
+                share = rng.uniform(before, 1.2 * size)  # beyond the end the moments of the held-out split are
+                while process.poll() is None and written(unfinished) <= share:
+                    time.sleep(0.001)
+                if journal:
+                    assert f"resumes after {journal['documents']:,} documents" in process.stderr()
+                    resumed += journal["documents"] > 0
+            process.kill()
+            status = process.wait()
+            assert status in (0, -signal.SIGKILL), process.stderr()
+            done += status != 0
+        assert contents(out) == expected
+    print(f"{done} kills, {resumed} times resumed, {runs} folders")

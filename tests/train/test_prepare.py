@@ -21,7 +21,7 @@ from tst_ext.train.config import DataConfig
 from tst_ext.train.corpus import PIECE, sources
 from tst_ext.train.data import Shard, load_tokenizer
 from tst_ext.train.files import UNFINISHED, UserError
-from tst_ext.train.prepare import cache_folder, prepared_folder
+from tst_ext.train.prepare import JOURNAL, cache_folder, prepared_folder
 
 CONFIG = DataConfig(vocabulary=300, holdout=0.1)
 
@@ -457,12 +457,13 @@ class TestInterrupted:
             except self.Killed:
                 kills += 1
                 unfinished = tmp_path / f"{UNFINISHED}out"
-                if kills % 2 and not (unfinished / "index.json").exists():
-                    # Data written after the last commit may be there, or not.
-                    for kind in ("train-*", "held-*", "val-*", "documents"):
-                        for path in sorted(unfinished.glob(f"{kind}.bin"))[-1:]:
-                            with open(path, "ab") as file:
-                                file.write(b"garbage")
+                journal = unfinished / JOURNAL
+                if kills % 2 and journal.exists() and not json.loads(journal.read_text())["chosen"]:
+                    # Data written after the last commit may be there, or not, in files that it knows or in new ones.
+                    for name in ("train-00000", "held-00000", "val-00000", "documents"):
+                        last = max(unfinished.glob(f"{name.split('-')[0]}*.bin"), default=unfinished / f"{name}.bin")
+                        with open(last, "ab") as file:
+                            file.write(b"garbage")
         assert kills >= 20 and contents(out) == whole
 
     def test_another_text_begins_anew(self, config, documents, tmp_path, monkeypatch, whole):

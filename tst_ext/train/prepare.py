@@ -202,12 +202,12 @@ class _Preparation:
     def _truncate(self, state: State) -> None:
         """Take back what was written after `state`."""
         for split, tokens in zip(("train", "held"), state.tokens, strict=True):
-            last = tokens // SHARD_TOKENS
+            last, rest = divmod(tokens, SHARD_TOKENS)
             for path in self.folder.glob(f"{split}-*.bin"):
-                if int(path.stem[-5:]) > last:
+                if int(path.stem[-5:]) >= last + (rest > 0):
                     path.unlink()
-            if tokens or split == "train":
-                _shorten(self._path(split, last), tokens % SHARD_TOKENS * self.dtype.itemsize)
+            if rest:
+                _shorten(self._path(split, last), rest * self.dtype.itemsize)
         _shorten(self.folder / RECORDS, state.documents * RECORD.itemsize)
 
     def _append(self, split: str, written: int, ids: np.ndarray) -> None:
