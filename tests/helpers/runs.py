@@ -62,7 +62,7 @@ def run_command(environment, outputs, nested, arguments, action, at):
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
     subprocesses.subprocess = SimpleNamespace(Popen=Fork, STDOUT=subprocess.STDOUT)
     loop.gemm_flops_per_second = speed
-    prepare.COMMIT_SECONDS, prepare.BATCH = 0.05, 1 << 17  # so that a short preparation has something to lose
+    prepare.COMMIT_SECONDS, prepare.BATCH = 0.02, 1 << 17  # so that a short preparation has something to lose
     loop.train = functools.partial(loop.train, on_step=lambda step: ACTIONS[action]() if step == at else None)
     sys.argv = ["tst", *arguments]
     entry()
