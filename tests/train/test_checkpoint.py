@@ -1,4 +1,4 @@
-"""Checkpoints: what a run that ended goes on from, and what it must not."""
+"""Checkpoints: what an ended run resumes from, and what it must not."""
 
 import dataclasses
 import functools
@@ -71,7 +71,7 @@ class TestResume:
             [f"step-{step // 4 * 4:08}"] if step >= 4 else []
         )
         result = train(often, tmp_path / "run", progress=False)
-        assert ("goes on from" if step >= 4 else "begins anew") in capsys.readouterr().err
+        assert ("resumes from" if step >= 4 else "starts at step 0") in capsys.readouterr().err
         assert_same_run(straight, tmp_path / "run")
         assert result["data_tokens"] == json.loads((straight / "result.json").read_text())["data_tokens"]
 
@@ -264,11 +264,11 @@ class TestMovedData:
         error = capsys.readouterr().err
         assert f"resume: {begun} on other data: {name} was '" in error and f"is '{sha256}'" in error
 
-    def test_before_any_checkpoint_it_begins_anew(self, straight, moved, capsys):
+    def test_before_any_checkpoint_it_starts_at_step_0(self, straight, moved, capsys):
         folder, there = moved
         shutil.rmtree(folder / "checkpoints")
         assert main(["train", "--out", str(folder), "--data", str(there), "--no-progress"]) == 0
-        assert "begins anew" in capsys.readouterr().err
+        assert "starts at step 0" in capsys.readouterr().err
         assert_same_run(straight, folder)
 
     def test_a_pattern_is_a_place(self, often, documents, tmp_path):

@@ -466,7 +466,7 @@ class TestInterrupted:
                             file.write(b"garbage")
         assert kills >= 20 and contents(out) == whole
 
-    def test_another_text_begins_anew(self, config, documents, tmp_path, monkeypatch, whole):
+    def test_another_text_is_prepared_from_its_beginning(self, config, documents, tmp_path, monkeypatch, whole):
         def killed(*_):
             raise self.Killed
 

@@ -141,7 +141,7 @@ class TestResume:
         assert run(config, out, processes=2, action=("kill", at + 8)).returncode != 0
         assert checkpoint.checkpoints(out)[-1].name == f"step-{at:08}"
         resumed = run(config, out, processes=2)
-        assert f"goes on from {out / 'checkpoints' / f'step-{at:08}'}" in resumed.stderr
+        assert f"resumes from {out / 'checkpoints' / f'step-{at:08}'}" in resumed.stderr
         assert_same_run(runs / "straight", out)
 
     def test_other_numbers_of_processes(self, tiny, tmp_path):

@@ -106,7 +106,7 @@ class TestCommands:
         result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
         assert (result["steps"], result["data_tokens"]) == (30, self.TOKENS)
         again = ["train", "--out", str(tmp_path / "run"), "--no-progress", f"--tokens={self.TOKENS}"]
-        assert main(again) == 0 and "goes on from" in capsys.readouterr().err
+        assert main(again) == 0 and "resumes from" in capsys.readouterr().err
         assert main([*again[:-1], f"--tokens={self.TOKENS + 64}"]) == 2
         assert "has steps = 30, this run 31" in capsys.readouterr().err
 

@@ -145,7 +145,7 @@ class Shard:
         return files
 
     def _open_format_1(self, folder: Path, split: str) -> list[TokenFile]:
-        """Read what versions before 0.2 wrote: train.json and val.json, with a file each."""
+        """Read the format before INDEX: train.json and val.json, each with its .bin file."""
         path = folder / f"{split}.json"
         header = json.loads(path.read_text(encoding="utf-8"))
         kinds = {"format": int, "tokens": int, "sha256": str}

@@ -48,15 +48,15 @@ class RunFolder(ExitStack):
             if (self.path / "config.json").exists():
                 _check_place(config)
 
-        def begin_anew() -> None:
+        def begin() -> None:
             if (self.path / "config.json").exists():
                 self._compare(self.path, load_config(self.path / "config.json"), config)
-                print(f"{self.path} has no checkpoint yet: begins anew", file=sys.stderr)
+                print(f"{self.path} has no checkpoint yet: starts at step 0", file=sys.stderr)
 
         self.processes.first_only(enter)
         found = None if resume == "never" else checkpoint.choose(self.path, resume, self.processes)
         if found is None:
-            self.processes.first_only(begin_anew)
+            self.processes.first_only(begin)
         return found
 
     def _claim(self) -> None:
@@ -106,7 +106,7 @@ class RunFolder(ExitStack):
             shutil.copyfile(tokenizer, self.path / "tokenizer.json")
         if found:
             checkpoint.set_aside_after(found.path)
-            print(f"goes on from {found.path}", file=sys.stderr)
+            print(f"resumes from {found.path}", file=sys.stderr)
         sync(self.path)
 
     def _check_facts(self, facts: dict[str, Any]) -> None:
