@@ -73,7 +73,7 @@ def stages(rehearse: bool) -> dict[int, list[list[Step]]]:
             [script("ours", "race", "ours", limit=40)],
             [script(name, "nsight", name, limit=60) for name in TOOLS],  # nothing is timed there
             [script("ncu", "nsight", "ncu", limit=60)],
-            *([script(name, "race", name, limit=25)] for name in PEERS),
+            *([script(name, "race", name, limit=60)] for name in PEERS),
             *([script(name, "race", name, limit=50)] for name in COMPILED),
         ],
         3: [

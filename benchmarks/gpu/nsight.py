@@ -23,6 +23,7 @@ METRICS = {
     "dram__bytes_read.sum": "read_mb",
     "dram__bytes_write.sum": "written_mb",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_pct",
+    "lts__throughput.avg.pct_of_peak_sustained_elapsed": "l2_pct",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "sm_pct",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "warps_pct",
     "smsp__inst_executed.sum": "instructions",
