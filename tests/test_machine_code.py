@@ -97,7 +97,7 @@ class TestRules:
     figures = figures_of(CODE, element=2, used=(16, 0))
 
     def test_figures(self):
-        assert self.figures == (16, 0, 2, 2, 4, 3, 8 * 2 / 32, 5 * 2 / 14)
+        assert self.figures == (16, 0, 2, 2, 4, 3, 8 * 2 / 32, 5 * 2 / 14, 0)
 
     @pytest.mark.parametrize(
         "rule, most, change, fault",
@@ -110,6 +110,7 @@ class TestRules:
             (Rule("f", flight=2), 2, {"spilled": 8}, "8 bytes of stack frame or spilled registers"),
             (Rule("f", flight=0, reads_row=True), 2, {"forward": None}, "no loop reads the row by 16 bytes"),
             (Rule("f", flight=0, writes_row=True), 2, {"backward": None}, "no loop writes the row"),
+            (Rule("f", flight=0, copies=1), 2, {}, "0 copies of the next row's 16 bytes, expected 1"),
         ],
     )
     def test_each_is_reported(self, rule, most, change, fault):

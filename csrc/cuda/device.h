@@ -91,29 +91,73 @@ __device__ inline T shuffle_xor(T value, int mask) {
 }
 __device__ inline void warp_barrier() { __syncwarp(); }
 
+// 16 bytes on their way from global to shared memory, where this thread finds them after copies_wait(). Meanwhile they
+// take no register.
+__device__ inline uint32_t shared_address(const void* memory) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+}
+__device__ inline void copy_to_shared(Words4* to, const Words4* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+__device__ inline void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Clusters are there from sm_90 on; before, every block is a cluster of its own.
+//
+// A mailbox is where the blocks of a cluster leave numbers for one of them, in its shared memory: one thread opens it,
+// before a barrier of the cluster. Each turn one thread of the owner says how many bytes will come, any thread mails
+// some, and the owner's threads wait. Only those who wait are held up; a barrier would hold up all threads of all
+// blocks, and what they have stored would have to be visible first.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ inline unsigned cluster_size() { return cooperative_groups::this_cluster().num_blocks(); }
 __device__ inline unsigned cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
-// Arrival and waiting are separate: a block waits for the readers of its memory only before it exits.
-__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-// Publishes nothing, so that it waits for no store that is under way.
-__device__ inline void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
-__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-template <typename T>
-__device__ inline const T* cluster_shared(const T* mine, unsigned rank) {
-  return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
+__device__ inline void cluster_barrier() { cooperative_groups::this_cluster().sync(); }
+
+struct Mailbox {
+  uint64_t barrier;
+};
+__device__ inline void mailbox_open(Mailbox* box) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(box)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ inline void mailbox_expect(Mailbox* box, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(box)), "r"(bytes)
+               : "memory");
+}
+// Words, 4 at a time, to the slot of block `rank`. Slot and box are given as their own addresses in this block.
+template <int n>
+__device__ inline void mail(const uint32_t (&words)[n], void* slot, Mailbox* box, unsigned rank) {
+  static_assert(n % 4 == 0);
+  uint32_t to, at;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(slot)), "r"(rank));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(box)), "r"(rank));
+#pragma unroll
+  for (int i = 0; i < n; i += 4) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                     to + 4 * i),
+                 "r"(words[i]), "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3]), "r"(at)
+                 : "memory");
+  }
+}
+__device__ inline void mailbox_wait(Mailbox* box, int turn) {  // turns count from 0
+  asm volatile(
+      "{\n.reg .pred came;\nagain:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 came, [%0], %1;\n@!came bra again;\n}" ::"r"(
+          shared_address(box)),
+      "r"(turn & 1)
+      : "memory");
 }
 #else
 __device__ inline unsigned cluster_size() { return 1; }
 __device__ inline unsigned cluster_rank() { return 0; }
-__device__ inline void cluster_arrive() {}
-__device__ inline void cluster_arrive_relaxed() {}
-__device__ inline void cluster_wait() { __syncthreads(); }
-template <typename T>
-__device__ inline const T* cluster_shared(const T* mine, unsigned) {
-  return mine;
-}
+__device__ inline void cluster_barrier() { __syncthreads(); }
+struct Mailbox {
+  uint64_t barrier;
+};
+__device__ inline void mailbox_open(Mailbox*) {}
+__device__ inline void mailbox_expect(Mailbox*, int) {}
+template <int n>
+__device__ inline void mail(const uint32_t (&)[n], void*, Mailbox*, unsigned) {}
+__device__ inline void mailbox_wait(Mailbox*, int) {}
 #endif
 
 }  // namespace tst::cuda

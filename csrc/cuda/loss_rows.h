@@ -10,14 +10,17 @@
 
 namespace tst::cuda {
 
-constexpr int kMaxThreads = 512;  // 1024 would leave 64 registers, which softcap and smoothing exceed
-// Loads in flight per thread. tanh and float64 take longer than they do, and long to compile.
+constexpr int kMaxThreads = 512;
+constexpr int kMaxBlocks = 8;     // of a cluster: more are not portable
+// The most packs a thread takes at a time: loads from global memory in flight. With a gradient 4, so that 64 registers
+// are enough. tanh and float64 take longer than the loads, and long to compile.
 template <typename T, bool plain>
 constexpr int kBatch = plain && sizeof(T) < 8 ? 8 : 1;
 
 template <typename T>
 struct LossRows {
-  T* logits;       // [rows, vocabulary]
+  T* logits;  // [rows, vocabulary]
+  int64_t rows;
   int64_t stride;  // of rows, in elements
   int vocabulary;
   const int64_t* labels;  // [rows, bag_size], each in [0, vocabulary) or ignore_index
@@ -65,9 +68,12 @@ struct RowResult {
   uint32_t negative;
 };
 
+// Shared, before the cached slice and the targets. Rows take turns where a warp may be a row ahead of another.
 template <typename A>
-struct alignas(16) RowMemory {            // shared, before the cached slice and the targets
-  RowSums<A> warps[kMaxThreads / kWarp];  // which the other blocks of the cluster read
+struct alignas(16) RowMemory {
+  RowSums<A> warps[2][kMaxThreads / kWarp];
+  RowSums<A> blocks[2][kMaxBlocks];  // by mail
+  Mailbox boxes[2];
   RowResult<A> result;
 };
 
@@ -208,25 +214,11 @@ __device__ inline RowSums<Acc<T>> sums_of_warp(const RowSums<Acc<T>>& mine) {
   return out;
 }
 
-// One warp: the sums of all warps of the cluster's blocks.
+// One warp: the sums of the first `count` of those at `parts`, at most one a lane.
 template <typename T, bool plain>
-__device__ inline RowSums<Acc<T>> sums_of_cluster(const RowSums<Acc<T>>* warps) {
-  using A = Acc<T>;
-  RowSums<A> mine{-static_cast<A>(INFINITY), 0, 0, 0};
-  // Four lanes a block of the cluster.
-  const int count = static_cast<int>(blockDim.x) / kWarp - 1, rank = lane() / 4;
-#pragma unroll 2
-  for (int w = lane() % 4; w < count && rank < static_cast<int>(cluster_size()); w += 4) {
-    const RowSums<A> other = *cluster_shared(warps + w, rank);
-    const A m = larger(mine.maximum, other.maximum), shift = above(mine.maximum, m), others = above(other.maximum, m);
-    mine.exps = mine.exps * power<T>(shift) + other.exps * power<T>(others);
-    if constexpr (!plain) {
-      if (mine.columns > 0) mine.logits += mine.columns * shift;
-      if (other.columns > 0) mine.logits += other.logits + other.columns * others;
-      mine.columns += other.columns;
-    }
-    mine.maximum = m;
-  }
+__device__ inline RowSums<Acc<T>> sums_of(const RowSums<Acc<T>>* parts, int count) {
+  RowSums<Acc<T>> mine{-static_cast<Acc<T>>(INFINITY), 0, 0, 0};
+  if (lane() < count) mine = parts[lane()];
   return sums_of_warp<T, plain>(mine);
 }
 
@@ -333,114 +325,200 @@ __device__ inline Pack<T, kPack<T>> gradient_pack(const Pack<T, kPack<T>>& pack,
   return result;
 }
 
-// One cluster of blocks per row, one slice of its columns per block; one block where there are no clusters. A block's
-// last warp has the labels and the row's end, the others the columns. `plain`: no softcap, no smoothing. Where the
-// slice waits in shared memory, the logits cross the memory bus once in each direction.
+// A block of the row kernel. A cluster of blocks has rows first, first + clusters, ..., each block a slice of their
+// columns; where there are no clusters one block has whole rows. A block's last warp has the labels and the row's end,
+// the others the columns. `plain`: no softcap, no smoothing.
 template <typename T, bool plain, Pass pass>
-__global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T> a) {
+struct RowBlock {
   using A = Acc<T>;
   using P = Pack<T, kPack<T>>;
-  constexpr bool gradient = pass != Pass::kLoss, cached = pass == Pass::kCachedGradient;
-  TST_SHARED_MEMORY(raw);
-  RowMemory<A>& memory = *reinterpret_cast<RowMemory<A>*>(raw);
-  Words4* const cache = reinterpret_cast<Words4*>(raw + sizeof(RowMemory<A>));
-  Target<A>* const targets = reinterpret_cast<Target<A>*>(raw + sizeof(RowMemory<A>) + a.cache_bytes);
-  const int blocks = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
-  const int64_t r = blockIdx.x / blocks;
-  const RowPacks<T> row(a.logits + r * a.stride, a.vocabulary);
-  const Slice slice(row, blocks, rank);
-  const A cap = static_cast<A>(a.options.logit_softcap);
-  const bool has_labels = threadIdx.x >= blockDim.x - kWarp;
-  const int step = static_cast<int>(blockDim.x) - kWarp;
+  static constexpr bool gradient = pass != Pass::kLoss, cached = pass == Pass::kCachedGradient;
 
-  if (has_labels) {
-    read_targets(a, r, row.x, targets);
-  } else {
-    RowSums<A> mine{-static_cast<A>(INFINITY), 0, 0, 0};
-    constexpr int kPacks = kBatch<T, plain>;
-    const Words4* from = row.whole_packs() + slice.mine();
-    Words4* kept = cache + slice.mine() - slice.first;
+  const LossRows<T>& a;
+  RowMemory<A>& memory;
+  Words4* const cache;
+  Target<A>* const targets;  // [2, bag_size]
+  const int blocks, rank, step;  // step: from one pack of a thread to its next
+  const int64_t first, clusters;
+  const A cap;
+
+  __device__ RowBlock(const LossRows<T>& arguments, unsigned char* shared)
+      : a(arguments),
+        memory(*reinterpret_cast<RowMemory<A>*>(shared)),
+        cache(reinterpret_cast<Words4*>(shared + sizeof(RowMemory<A>))),
+        targets(reinterpret_cast<Target<A>*>(shared + sizeof(RowMemory<A>) + a.cache_bytes)),
+        blocks(static_cast<int>(cluster_size())),
+        rank(static_cast<int>(cluster_rank())),
+        step(static_cast<int>(blockDim.x) - kWarp),
+        first(blockIdx.x / static_cast<unsigned>(blocks)),
+        clusters(gridDim.x / static_cast<unsigned>(blocks)),
+        cap(static_cast<A>(a.options.logit_softcap)) {}
+
+  __device__ RowPacks<T> row(int64_t r) const { return {a.logits + r * a.stride, a.vocabulary}; }
+
+  // This thread's packs of a row, on their way to where it keeps them.
+  struct Copies {
+    const Words4* from;
+    Words4* to;
+    int p, end, step;
+    __device__ void next() {
+      if (p < end) copy_to_shared(to, from);
+      p += step, from += step, to += step;
+    }
+    __device__ void rest() {
+      while (p < end) next();
+    }
+  };
+  __device__ Copies copies_of(int64_t r) const {
+    const RowPacks<T> x = row(r);
+    const Slice mine(x, blocks, rank);
+    return {x.whole_packs() + mine.mine(), cache + threadIdx.x, mine.mine(), r < a.rows ? mine.end : 0, step};
+  }
+
+  // The warps of the columns. Where a slice waits in shared memory, logits cross the memory bus once in each direction,
+  // and the next row's are on their way while this one's gradient is written.
+  __device__ void columns() const {
+    if constexpr (cached) copies_of(first).rest();
+    int turn = 0;
+    for (int64_t r = first; r < a.rows; r += clusters, turn ^= 1) {
+      const RowPacks<T> x = row(r);
+      const Slice mine(x, blocks, rank);
+      if constexpr (cached) copies_wait();
+      const RowSums<A> sums = sums_of_warp<T, plain>(sums_of_columns(x, mine));
+      if (lane() == 0) memory.warps[turn][threadIdx.x / kWarp] = sums;
+      __syncthreads();  // publishes the sums
+      if constexpr (gradient) {
+        __syncthreads();  // for the result
+        write_gradient(x, mine, memory.result, r + clusters);
+      }
+    }
+    if constexpr (gradient) __syncthreads();  // publishes the last row's gradient
+  }
+
+  __device__ RowSums<A> sums_of_columns(const RowPacks<T>& x, const Slice& mine) const {
+    constexpr int kPacks = gradient ? std::min(4, kBatch<T, plain>) : kBatch<T, plain>;
     static_assert(plain || kPacks == 1, "capped, -inf would add exp(-cap)");
-    int p = slice.mine();
+    RowSums<A> sums{-static_cast<A>(INFINITY), 0, 0, 0};
+    int p = mine.mine();
+    const Words4* from = cached ? cache + threadIdx.x : x.whole_packs() + p;
     const auto take = [&](auto all) {  // kPacks of them, or those that are left
       P batch[kPacks];
-      const auto there = [&](int b) { return all() || p + b * step < slice.end; };
-#pragma unroll
-      for (int b = 0; b < kPacks; ++b) batch[b] = there(b) ? P::of(from[b * step]) : P::lowest();  // which adds 0
-      add_packs<T, plain>(mine, batch, cap);
 #pragma unroll
       for (int b = 0; b < kPacks; ++b) {
-        if (cached && there(b)) kept[b * step] = batch[b].four();
+        batch[b] = all() || p + b * step < mine.end ? P::of(from[b * step]) : P::lowest();  // which adds 0
       }
+      add_packs<T, plain>(sums, batch, cap);
     };
-    for (; p + (kPacks - 1) * step < slice.end; p += kPacks * step, from += kPacks * step, kept += kPacks * step) {
-      take(std::true_type{});
-    }
-    if (p < slice.end) take(std::false_type{});
-    slice.edges([&](int p) {
-      const P batch[1] = {row.load_edge(p)};
-      add_packs<T, plain>(mine, batch, cap, [&](int, int i) { return row.inside(p, i); });
+    for (; p + (kPacks - 1) * step < mine.end; p += kPacks * step, from += kPacks * step) take(std::true_type{});
+    if (p < mine.end) take(std::false_type{});
+    mine.edges([&](int edge) {
+      const P batch[1] = {x.load_edge(edge)};
+      add_packs<T, plain>(sums, batch, cap, [&](int, int i) { return x.inside(edge, i); });
     });
-    mine = sums_of_warp<T, plain>(mine);
-    if (lane() == 0) memory.warps[threadIdx.x / kWarp] = mine;
+    return sums;
   }
-  // Publishes the sums; and no label's logit is overwritten before all blocks have read theirs.
-  cluster_arrive();
-  cluster_wait();
-  if (has_labels && (gradient || rank == 0)) {
-    const RowResult<A> result = finish_row(a, r, sums_of_cluster<T, plain>(memory.warps), targets, rank == 0);
-    if (lane() == 0) memory.result = result;
-  }
-  cluster_arrive_relaxed();  // after the reads of other blocks' memory, whose values are in the result
-  if constexpr (gradient) {
-    __syncthreads();
-    const RowResult<A> result = memory.result;
-    if (!has_labels) {
-      constexpr int kPacks = cached ? 1 : std::min(4, kBatch<T, plain>);  // shared memory is quick
-      Words4* to = row.whole_packs() + slice.mine();
-      const Words4* from = cached ? cache + slice.mine() - slice.first : to;
-      if (result.terms.nothing) {
-        for (int p = slice.mine(); p < slice.end; p += step, to += step) store_global(to, Words4{0, 0, 0, 0});
-      } else {
-        for (int p = slice.mine(); p < slice.end; p += kPacks * step, to += kPacks * step, from += kPacks * step) {
-          P batch[kPacks];
+
+  // Over the logits, but for the columns of labels. As a pack has been read for the last time, one of row `next` takes
+  // its place.
+  __device__ void write_gradient(const RowPacks<T>& x, const Slice& mine, const RowResult<A> result,
+                                 int64_t next) const {
+    constexpr int kPacks = cached ? 1 : std::min(4, kBatch<T, plain>);  // shared memory is quick
+    Words4* to = x.whole_packs() + mine.mine();
+    const Words4* from = cached ? cache + threadIdx.x : to;
+    Copies copies = copies_of(next);
+    if (result.terms.nothing) {
+      for (int p = mine.mine(); p < mine.end; p += step, to += step) store_global(to, Words4{0, 0, 0, 0});
+    } else {
+      for (int p = mine.mine(); p < mine.end; p += kPacks * step, to += kPacks * step, from += kPacks * step) {
+        P batch[kPacks];
 #pragma unroll
-          for (int b = 0; b < kPacks; ++b) {
-            if (p + b * step < slice.end) batch[b] = P::of(from[b * step]);
-          }
+        for (int b = 0; b < kPacks; ++b) {
+          if (p + b * step < mine.end) batch[b] = P::of(from[b * step]);
+        }
 #pragma unroll
-          for (int b = 0; b < kPacks; ++b) {
-            if (p + b * step < slice.end) {
-              store_global(to + b * step, gradient_pack<T, plain>(batch[b], result, cap).four());
-            }
+        for (int b = 0; b < kPacks; ++b) {
+          if (p + b * step < mine.end) {
+            store_global(to + b * step, gradient_pack<T, plain>(batch[b], result, cap).four());
           }
         }
+        if constexpr (cached) copies.next();
       }
-      slice.edges([&](int p) {
-        row.store_edge(p, result.terms.nothing ? P{} : gradient_pack<T, plain>(row.load_edge(p), result, cap));
-      });
     }
-    if (!result.terms.nothing) {
-      __syncthreads();
-      for (int i = lane(); has_labels && i < a.bag_size; i += kWarp) {
-        const Target<A>& t = targets[i];
-        if (!t.leads || row.pack_of(t.label) < slice.first || row.pack_of(t.label) >= slice.last) continue;
-        // From the saved logit and rounded once: subtracting from a probability already rounded to bfloat16 turns
-        // p = 0.999 into a zero gradient.
-        A d = result.terms.factor * power<T>(t.logit - result.maximum) - result.terms.pull * t.pull;
-        if (t.logit > -static_cast<A>(INFINITY)) d -= result.terms.uniform;
-        if (cap != 0) d *= 1 - (t.logit / cap) * (t.logit / cap);
-        narrow(d, row.x[t.label]);
+    if constexpr (cached) copies.rest();
+    mine.edges([&](int p) {
+      x.store_edge(p, result.terms.nothing ? P{} : gradient_pack<T, plain>(x.load_edge(p), result, cap));
+    });
+  }
+
+  // The warp of the labels.
+  __device__ void labels() const {
+    RowResult<A> result{};
+    int k = 0;
+    for (int64_t r = first; r < a.rows; r += clusters, ++k) {
+      const int turn = k % 2;
+      Target<A>* const mine = targets + turn * a.bag_size;
+      Mailbox* const box = &memory.boxes[turn];
+      if (blocks > 1 && lane() == 0) mailbox_expect(box, blocks * static_cast<int>(sizeof(RowSums<A>)));
+      read_targets(a, r, row(r).x, mine);
+      __syncthreads();  // for the sums of this row's columns, and the gradient of the row before
+      RowSums<A> sums = sums_of<T, plain>(memory.warps[turn], step / kWarp);
+      // From now on another block may overwrite the logits that read_targets has read.
+      if (blocks > 1 && lane() < blocks) {
+        const A values[4] = {sums.maximum, sums.exps, sums.logits, sums.columns};  // in their order in memory
+        mail(narrowed<A>(values).words, &memory.blocks[turn][rank], box, static_cast<unsigned>(lane()));
       }
+      if (gradient && k > 0) write_labels(r - clusters, result, targets + (1 - turn) * a.bag_size);
+      if (blocks > 1) {  // all blocks wait, so that none mails two rows ahead
+        mailbox_wait(box, k / 2);
+        sums = sums_of<T, plain>(memory.blocks[turn], blocks);
+      }
+      if (gradient || rank == 0) result = finish_row(a, r, sums, mine, rank == 0);
+      if constexpr (gradient) {
+        if (lane() == 0) memory.result = result;
+        __syncthreads();  // publishes the result
+      }
+    }
+    if constexpr (gradient) {
+      __syncthreads();  // for the last row's gradient
+      write_labels(first + (k - 1) * clusters, result, targets + (k - 1) % 2 * a.bag_size);
     }
   }
-  cluster_wait();  // no block leaves while another reads its memory
+
+  // The columns of labels in this block's slice. From the saved logit and rounded once: subtracting from a probability
+  // already rounded to bfloat16 turns p = 0.999 into a zero gradient.
+  __device__ void write_labels(int64_t r, const RowResult<A>& result, const Target<A>* targets_of_row) const {
+    if (result.terms.nothing) return;
+    const RowPacks<T> x = row(r);
+    const Slice mine(x, blocks, rank);
+    for (int i = lane(); i < a.bag_size; i += kWarp) {
+      const Target<A>& t = targets_of_row[i];
+      if (!t.leads || x.pack_of(t.label) < mine.first || x.pack_of(t.label) >= mine.last) continue;
+      A d = result.terms.factor * power<T>(t.logit - result.maximum) - result.terms.pull * t.pull;
+      if (t.logit > -static_cast<A>(INFINITY)) d -= result.terms.uniform;
+      if (cap != 0) d *= 1 - (t.logit / cap) * (t.logit / cap);
+      narrow(d, x.x[t.label]);
+    }
+  }
+};
+
+template <typename T, bool plain, Pass pass>
+__global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T> a) {
+  TST_SHARED_MEMORY(shared);
+  const RowBlock<T, plain, pass> block(a, shared);
+  if (block.blocks > 1) {
+    if (threadIdx.x == 0) mailbox_open(&block.memory.boxes[0]), mailbox_open(&block.memory.boxes[1]);
+    cluster_barrier();  // nobody mails before the boxes are open
+  }
+  if (threadIdx.x < blockDim.x - kWarp)
+    block.columns();
+  else
+    block.labels();
 }
 
 // Bytes of dynamic shared memory beside the cached slice.
 template <typename T>
 constexpr int64_t loss_rows_memory(int64_t bag_size) {
-  return static_cast<int64_t>(sizeof(RowMemory<Acc<T>>)) + bag_size * static_cast<int64_t>(sizeof(Target<Acc<T>>));
+  return static_cast<int64_t>(sizeof(RowMemory<Acc<T>>)) + 2 * bag_size * static_cast<int64_t>(sizeof(Target<Acc<T>>));
 }
 
 // Bytes of the longest slice of a row of `vocabulary` columns at any alignment.

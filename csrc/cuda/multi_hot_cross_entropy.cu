@@ -67,6 +67,7 @@ void loss_rows(const Tensor& logits, const Tensor& labels, const Tensor& positio
     using A = Acc<T>;
     LossRows<T> a{};
     a.logits = gradient ? mutable_data<T>(logits) : const_cast<T*>(data<T>(logits));
+    a.rows = rows;
     a.stride = logits.stride(0);
     a.vocabulary = static_cast<int>(vocabulary);
     a.labels = data<int64_t>(bags);
@@ -80,10 +81,11 @@ void loss_rows(const Tensor& logits, const Tensor& labels, const Tensor& positio
     a.lse = mutable_data<A>(lse);
     const Shape shape = shape_of<T>(vocabulary, bag_size, gradient, device_facts());
     a.cache_bytes = shape.cache_bytes;
-    current.launch(options.plain() ? kernel_of<T, true>(shape.pass) : kernel_of<T, false>(shape.pass),
-                   {blocks_for(rows * shape.blocks, 1), static_cast<unsigned>(shape.threads),
-                    static_cast<unsigned>(shape.blocks), static_cast<size_t>(shape.shared_bytes)},
-                   a);
+    const auto kernel = options.plain() ? kernel_of<T, true>(shape.pass) : kernel_of<T, false>(shape.pass);
+    Extent extent{dim3(static_cast<unsigned>(shape.blocks)), static_cast<unsigned>(shape.threads),
+                  static_cast<unsigned>(shape.blocks), static_cast<size_t>(shape.shared_bytes)};
+    extent.grid.x *= static_cast<unsigned>(std::min(rows, current.resident(kernel, extent)));
+    current.launch(kernel, extent, a);
   });
 }
 

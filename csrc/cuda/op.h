@@ -44,21 +44,47 @@ struct Current {
 
   template <typename... Parameters, typename... Args>
   void launch(void (*kernel)(Parameters...), const Extent& extent, Args&&... args) const {
-    constexpr size_t kUnasked = 48 << 10;  // bytes of shared memory that every kernel may have
-    if (extent.shared_bytes > kUnasked) {  // asks for all there is, so that no thread takes back what another asked for
-      const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-      STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize, most));
-    }
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = extent.cluster;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    const unsigned attributes = extent.cluster > 1 ? 1 : 0;  // devices without clusters refuse the attribute
-    const cudaLaunchConfig_t config{extent.grid, dim3(extent.threads), extent.shared_bytes, stream, &cluster,
-                                    attributes};
-    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
+    const Launch launch(kernel, extent, stream);
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, std::forward<Args>(args)...));
   }
+
+  // The clusters of such a launch that the device runs at a time.
+  template <typename... Parameters>
+  int64_t resident(void (*kernel)(Parameters...), const Extent& extent) const {
+    const Launch launch(kernel, extent, stream);
+    const void* const function = reinterpret_cast<const void*>(kernel);
+    int count = 0;
+    if (extent.cluster > 1) {
+      STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&count, function, &launch.config));
+    } else {
+      STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, function, static_cast<int>(extent.threads),
+                                                                   extent.shared_bytes));
+      count *= device_attribute(cudaDevAttrMultiProcessorCount);
+    }
+    return std::max(count, 1);
+  }
+
+ private:
+  struct Launch {
+    cudaLaunchAttribute cluster{};
+    cudaLaunchConfig_t config{};
+
+    template <typename Kernel>
+    Launch(Kernel kernel, const Extent& extent, cudaStream_t stream) {
+      constexpr size_t kUnasked = 48 << 10;  // bytes of shared memory that every kernel may have
+      if (extent.shared_bytes > kUnasked) {  // asks for all there is, so that no thread takes back what another asked for
+        const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+        STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+      }
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim.x = extent.cluster;
+      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+      const unsigned attributes = extent.cluster > 1 ? 1 : 0;  // devices without clusters refuse the attribute
+      config = {extent.grid, dim3(extent.threads), extent.shared_bytes, stream, &cluster, attributes};
+    }
+    Launch(const Launch&) = delete;
+  };
 };
 
 inline void check_same_device(const char* names, const Tensor& a, const Tensor& b) {

@@ -25,7 +25,7 @@ void run_loss_rows(const LossRows& in, int64_t begin, int64_t end) {
   const std::vector<A> grad_lse = converted(in.grad_lse ? in.grad_lse + begin : nullptr, rows);
   std::vector<A> loss(rows, -1), lse(rows, -1);
   cuda::LossRows<T> a{};
-  a.logits = static_cast<T*>(in.logits) + begin * in.stride, a.stride = in.stride;
+  a.logits = static_cast<T*>(in.logits) + begin * in.stride, a.rows = rows, a.stride = in.stride;
   a.vocabulary = static_cast<int>(in.vocabulary);
   a.labels = in.labels + begin * s, a.bag_size = static_cast<int>(s);
   a.position_scale = scale.data(), a.options = in.options;
@@ -35,7 +35,8 @@ void run_loss_rows(const LossRows& in, int64_t begin, int64_t end) {
   a.cache_bytes = cached && in.gradient ? static_cast<int>(cuda::slice_bytes<T>(in.vocabulary, blocks)) : 0;
   const bool plain = in.options.plain();
   constexpr unsigned kThreads = blocks > 1 || cached ? 96 : 192;  // 5 warps of columns: a lane joins the sums of two
-  emulator::launch({static_cast<unsigned>(rows * blocks), 1, 1}, kThreads, blocks,
+  const auto clusters = static_cast<unsigned>(std::min<int64_t>(rows, 2));  // which have three rows of five, and two
+  emulator::launch({clusters * blocks, 1, 1}, kThreads, blocks,
                    static_cast<size_t>(cuda::loss_rows_memory<T>(s) + a.cache_bytes), [&] {
                      using cuda::Pass;
                      constexpr Pass kPass = cached ? Pass::kCachedGradient : Pass::kGradient;
@@ -327,37 +328,62 @@ TEST(Emulator, BarrierThatNotAllReachIsAnError) {
 #if !defined(__SANITIZE_THREAD__)
 TEST(Emulator, MemoryOfBlocksThatLeftIsPoisoned) {
   int seen = 0;
+  const double* other = nullptr;
   emulator::launch({2, 1, 1}, 32, 2, sizeof(double), [&] {
     TST_SHARED_MEMORY(raw);
     double* memory = reinterpret_cast<double*>(raw);
     if (threadIdx.x == 0) *memory = 1;
-    cuda::cluster_arrive();
-    cuda::cluster_wait();
-    if (cuda::cluster_rank() == 1) return;  // without a barrier after the reads of others
+    if (cuda::cluster_rank() == 1) other = memory;
+    cuda::cluster_barrier();
+    if (cuda::cluster_rank() == 1) return;
     for (int i = 0; i < 1000; ++i) {
       __syncthreads();
-      if (threadIdx.x == 0) seen = std::isnan(*cuda::cluster_shared(memory, 1));
+      if (threadIdx.x == 0) seen = std::isnan(*other);
     }
   });
   EXPECT_EQ(seen, 1);
 }
 #endif
 
-TEST(Emulator, ClustersShareMemoryAndWarpsShuffle) {
-  std::vector<int> sums(4);
-  emulator::launch({4, 1, 1}, 64, 4, sizeof(int), [&] {
+TEST(Emulator, CopiesToSharedMemoryComeWhenTheyAreWaitedFor) {
+  alignas(16) float from[128];
+  std::iota(from, from + 128, 0.0f);
+  emulator::launch({1, 1, 1}, 32, 1, sizeof(from), [&] {
     TST_SHARED_MEMORY(raw);
-    int* mine = reinterpret_cast<int*>(raw);
-    int sum = static_cast<int>(threadIdx.x) + 1;
-    for (int mask = 16; mask > 0; mask /= 2) sum += cuda::shuffle_xor(sum, mask);
-    if (threadIdx.x == 32) *mine = sum;  // 33 + ... + 64
-    cuda::cluster_arrive();
-    cuda::cluster_wait();
-    if (threadIdx.x == 0) sums[blockIdx.x] = *cuda::cluster_shared(mine, (cuda::cluster_rank() + 1) % 4) + sum;
-    cuda::cluster_arrive();
-    cuda::cluster_wait();
+    cuda::Words4* const mine = reinterpret_cast<cuda::Words4*>(raw) + threadIdx.x;
+    cuda::copy_to_shared(mine, reinterpret_cast<const cuda::Words4*>(from) + threadIdx.x);
+    EXPECT_TRUE(std::isnan(cuda::as_float(mine->x)));
+    cuda::copies_wait();
+    EXPECT_EQ(cuda::as_float(mine->x), 4.0f * threadIdx.x);
   });
-  EXPECT_EQ(sums, std::vector<int>(4, 2080));
+}
+
+TEST(Emulator, ClustersMailAndWarpsShuffle) {
+  struct Memory {
+    uint32_t slots[2][4][4];
+    cuda::Mailbox boxes[2];
+  };
+  std::vector<int> sums(4);
+  emulator::launch({4, 1, 1}, 64, 4, sizeof(Memory), [&] {
+    TST_SHARED_MEMORY(raw);
+    Memory& memory = *reinterpret_cast<Memory*>(raw);
+    int sum = static_cast<int>(threadIdx.x) + 1;
+    for (int mask = 16; mask > 0; mask /= 2) sum += cuda::shuffle_xor(sum, mask);  // 33 + ... + 64 from thread 32 on
+    if (threadIdx.x == 0) cuda::mailbox_open(&memory.boxes[0]), cuda::mailbox_open(&memory.boxes[1]);
+    cuda::cluster_barrier();
+    const unsigned rank = cuda::cluster_rank();
+    for (int k = 0; k < 9 && threadIdx.x >= 32; ++k) {
+      cuda::Mailbox* const box = &memory.boxes[k % 2];
+      const uint32_t words[4] = {static_cast<uint32_t>(sum + k), 1, 2, 3};
+      if (threadIdx.x == 40) cuda::mailbox_expect(box, 4 * sizeof(words));
+      if (threadIdx.x < 36) cuda::mail(words, memory.slots[k % 2][rank], box, threadIdx.x - 32);
+      cuda::mailbox_wait(box, k / 2);
+      for (const auto& other : memory.slots[k % 2]) EXPECT_EQ(static_cast<int>(other[0]), 1552 + k);
+      if (threadIdx.x == 32) sums[blockIdx.x] += static_cast<int>(memory.slots[k % 2][(rank + 1) % 4][0]) - k;
+      cuda::warp_barrier();  // before a lane mails the next turn but one
+    }
+  });
+  EXPECT_EQ(sums, std::vector<int>(4, 9 * 1552));
 }
 
 }  // namespace

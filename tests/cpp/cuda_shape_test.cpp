@@ -43,7 +43,7 @@ TYPED_TEST(CudaShapeTest, Fits) {
   alignas(16) T row[kPack<T>];
   for (const Device& device : kDevices) {
     for (const int64_t vocabulary : vocabularies<T>()) {
-      for (const int64_t bag_size : {1, 6, 16, 512, 2000}) {
+      for (const int64_t bag_size : {1, 6, 16, 512, 1500}) {
         for (const bool gradient : {false, true}) {
           SCOPED_TRACE(std::string(device.name) + ", V " + std::to_string(vocabulary) + ", s " +
                        std::to_string(bag_size) + (gradient ? ", gradient" : ""));
@@ -84,12 +84,12 @@ TYPED_TEST(CudaShapeTest, ReadsARowOnceWhereItCan) {
   }
 }
 
-TYPED_TEST(CudaShapeTest, LongSlices) {  // of more than 64 KiB: all threads, and on sm_90 still cached
+TYPED_TEST(CudaShapeTest, LongSlices) {  // of more than 64 KiB: 14 warps of columns, and on sm_90 still cached
   using T = TypeParam;
   const int64_t columns = (1200 << 10) / static_cast<int64_t>(sizeof(T));  // 300,000 of float32, 600,000 of bfloat16
   const Shape shape = shape_of<T>(columns, 6, true, {true, 227 << 10});
   EXPECT_EQ(shape.blocks, 8);
-  EXPECT_EQ(shape.threads, kMaxThreads);
+  EXPECT_EQ(shape.threads, 15 * kWarp);
   EXPECT_NEAR(shape.cache_bytes, 150 << 10, 16);
   EXPECT_EQ(shape_of<T>(columns, 6, true, {true, 99 << 10}).cache_bytes, 0) << "sm_120 reads them twice";
 }
@@ -111,7 +111,7 @@ TYPED_TEST(CudaShapeTest, RefusesBagsThatDoNotFit) {
   using T = TypeParam;
   for (const Device& device : kDevices) {
     const int64_t most =
-        (device.facts.shared_memory - loss_rows_memory<T>(0)) / static_cast<int64_t>(sizeof(Target<Acc<T>>));
+        (device.facts.shared_memory - loss_rows_memory<T>(0)) / (2 * static_cast<int64_t>(sizeof(Target<Acc<T>>)));
     EXPECT_LE(shape_of<T>(100, most, true, device.facts).shared_bytes, device.facts.shared_memory) << device.name;
     for (const int64_t bag_size : {most + 1, int64_t(1) << 27, int64_t(1) << 31, int64_t(1) << 60}) {
       try {

@@ -83,10 +83,11 @@ struct Fiber {
   const std::function<void()>* kernel = nullptr;
   Dim thread, block_index;
   std::atomic<const Barrier*> waiting{nullptr};
-  std::atomic<unsigned> since{0}, cluster_since{0};
+  std::atomic<unsigned> since{0};
   std::atomic<bool> done{false};
   std::exception_ptr error;
-  bool turn = false;  // of shuffles
+  bool turn = false;                              // of shuffles
+  std::vector<std::pair<void*, const void*>> copies;  // to shared memory, under way
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
 #endif
@@ -102,7 +103,7 @@ struct Machine {  // one at a time
   ucontext_t scheduler;
   std::atomic<Fiber*> current{nullptr};
   std::atomic<bool> failed{false};
-  Dim block_dim;
+  Dim block_dim, grid_dim;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
   const void* stack_bottom = nullptr;
@@ -258,7 +259,7 @@ inline void run_cluster(Dim first, unsigned threads, unsigned cluster_size, size
 inline void launch(Dim grid, unsigned threads, unsigned cluster_size, size_t shared_bytes,
                    const std::function<void()>& kernel) {
   if (threads % 32 || grid.x % cluster_size) throw std::logic_error("a launch that CUDA refuses");
-  machine.block_dim = {threads, 1, 1};
+  machine.block_dim = {threads, 1, 1}, machine.grid_dim = grid;
 #if defined(__SANITIZE_THREAD__)
   if (!machine.tsan) machine.tsan = __tsan_get_current_fiber();
 #endif
@@ -279,6 +280,7 @@ inline void launch(Dim grid, unsigned threads, unsigned cluster_size, size_t sha
 #define threadIdx (::emulator::fiber().thread)
 #define blockIdx (::emulator::fiber().block_index)
 #define blockDim (::emulator::machine.block_dim)
+#define gridDim (::emulator::machine.grid_dim)
 #define __syncthreads() \
   ::emulator::wait(::emulator::fiber().block->barrier, ::emulator::fiber().block->barrier.arrive())
 #undef assert
@@ -362,6 +364,16 @@ struct __attribute__((may_alias, aligned(16))) Words4 {
 };
 inline void store_global(Words4* to, Words4 four) { *to = four; }
 
+// What is under way is NaN, and comes at the last moment.
+inline void copy_to_shared(Words4* to, const Words4* from) {
+  std::memset(static_cast<void*>(to), 0xff, sizeof(Words4));
+  emulator::fiber().copies.emplace_back(to, from);
+}
+inline void copies_wait() {
+  for (const auto& [to, from] : emulator::fiber().copies) std::memcpy(to, from, sizeof(Words4));
+  emulator::fiber().copies.clear();
+}
+
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float larger(float x, float y) { return std::fmax(x, y); }
 inline double larger(double x, double y) { return std::fmax(x, y); }
@@ -395,20 +407,35 @@ inline void warp_barrier() {
 
 inline unsigned cluster_size() { return static_cast<unsigned>(emulator::fiber().cluster->blocks.size()); }
 inline unsigned cluster_rank() { return emulator::fiber().block->rank; }
-inline void cluster_arrive() {
-  emulator::Fiber& self = emulator::fiber();
-  self.cluster_since.store(self.cluster->barrier.arrive(), std::memory_order_relaxed);
+inline void cluster_barrier() {
+  emulator::Barrier& all = emulator::fiber().cluster->barrier;
+  emulator::wait(all, all.arrive());
 }
-inline void cluster_arrive_relaxed() { cluster_arrive(); }
-inline void cluster_wait() {
-  emulator::Fiber& self = emulator::fiber();
-  emulator::wait(self.cluster->barrier, self.cluster_since.load(std::memory_order_relaxed));
-}
-template <typename T>
-const T* cluster_shared(const T* mine, unsigned rank) {
-  emulator::Fiber& self = emulator::fiber();
-  const auto offset = reinterpret_cast<const unsigned char*>(mine) - self.block->shared.get()->bytes;
-  return reinterpret_cast<const T*>(self.cluster->blocks[rank]->shared.get()->bytes + offset);
+
+// A turn ends when the owner has said what it expects and that many bytes have come, in any order.
+struct Mailbox {
+  emulator::Barrier turns;  // its generation is the turn
+  std::atomic<int> missing{0};
+
+  void change(int bytes) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_release(&turns);
+#endif
+    if (missing.fetch_add(bytes, std::memory_order_relaxed) + bytes == 0) {
+      turns.generation.fetch_add(1, std::memory_order_relaxed);
+    }
+  }
+};
+inline void mailbox_open(Mailbox* box) { new (box) Mailbox; }
+inline void mailbox_expect(Mailbox* box, int bytes) { box->change(bytes); }
+inline void mailbox_wait(Mailbox* box, int turn) { emulator::wait(box->turns, static_cast<unsigned>(turn)); }
+template <int n>
+void mail(const uint32_t (&words)[n], void* slot, Mailbox* box, unsigned rank) {
+  const emulator::Fiber& self = emulator::fiber();
+  unsigned char *mine = self.block->shared.get()->bytes, *to = self.cluster->blocks[rank]->shared.get()->bytes;
+  const auto there = [&](void* here) { return to + (static_cast<unsigned char*>(here) - mine); };
+  std::memcpy(there(slot), words, sizeof(words));
+  reinterpret_cast<Mailbox*>(there(box))->change(-static_cast<int>(sizeof(words)));
 }
 
 }  // namespace tst::cuda

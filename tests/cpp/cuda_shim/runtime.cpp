@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int kUnasked = 48 << 10;
+constexpr int kUnasked = 48 << 10, kMultiprocessors = 2;
 
 int capability = 90, compiled_for = 90, shared_memory = 227 << 10, guards = 0;
 std::map<const void*, int> asked;  // shared memory that a kernel may have
@@ -30,7 +30,9 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10 : shared_memory;
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? kMultiprocessors
+           : attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10
+                                                            : shared_memory;
   return cudaSuccess;
 }
 
@@ -43,6 +45,22 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
   if (value > shared_memory) return cudaErrorInvalidValue;
   asked[kernel] = value;
   return cudaSuccess;
+}
+
+// One block a multiprocessor, where it may have what it asks for.
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int threads, size_t bytes) {
+  const int allowed = asked.count(kernel) ? asked[kernel] : kUnasked;
+  *blocks = threads <= 1024 && bytes <= static_cast<size_t>(allowed);
+  return *blocks ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// Two clusters, however large.
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel, const cudaLaunchConfig_t* config) {
+  *clusters = kMultiprocessors;
+  int blocks = 0;
+  if (config->numAttrs != 1 || config->stream != emulated_stream()) return cudaErrorInvalidValue;
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, static_cast<int>(config->block.x),
+                                                       config->dynamicSmemBytes);
 }
 
 cudaStream_t emulated_stream() { return reinterpret_cast<cudaStream_t>(&launches); }
