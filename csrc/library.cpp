@@ -21,7 +21,8 @@ STABLE_TORCH_LIBRARY(tst_ext, m) {
   // a valid label of each position weighs in the loss, normalisation included. reduction "sum" or "none": a scalar or
   // [N]. grad_loss (a scalar or [N]) and grad_lse [N] are upstream gradients; without them that of the loss is 1, that
   // of lse 0. Returns the loss, lse [N], and the gradients asked for (else empty); those of 16-bit inputs are float32,
-  // so that an upstream gradient can still multiply them before the last rounding.
+  // so that an upstream gradient can still multiply them before the last rounding, but those of bfloat16 ones stay so
+  // elsewhere than on the CPU, where the float32 ones would cost memory and time.
   m.def(
       "linear_multi_hot_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor position_scale, *, "
       "Tensor? bias=None, Tensor? grad_loss=None, Tensor? grad_lse=None, " TST_LOSS_SCHEMA
@@ -39,7 +40,8 @@ STABLE_TORCH_LIBRARY(tst_ext, m) {
       "multi_hot_cross_entropy_rows_(Tensor(a!) logits, Tensor labels, Tensor position_scale, Tensor(b!) loss, "
       "Tensor(c!) lse, *, Tensor? grad_loss=None, Tensor? grad_lse=None, " TST_LOSS_SCHEMA
       ", bool gradient=False) -> ()");
-  // out = factor * source, rounded once to out's dtype: float32 gradients of 16-bit parameters. factor: a scalar.
+  // out = factor * source, rounded once to out's 16-bit dtype. source: float32 or of that dtype, then also out itself,
+  // which a factor of 1 leaves unread. factor: a float32 scalar.
   m.def("scaled_copy_(Tensor(a!) out, Tensor source, Tensor factor) -> ()");
 }
 

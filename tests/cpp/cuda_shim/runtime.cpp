@@ -30,9 +30,19 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount      ? kMultiprocessors
-           : attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10
-                                                            : shared_memory;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = kMultiprocessors;  // few, so that a test sees more work than one pass of a device-wide grid does
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = capability / 10;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = shared_memory;
+      break;
+    default:
+      return cudaErrorInvalidValue;
+  }
   return cudaSuccess;
 }
 
