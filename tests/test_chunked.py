@@ -5,9 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers.cases import fused, loss_and_gradients, loss_case
+from helpers.cases import DTYPES, check_loss, fused, generator, loss_and_gradients, loss_case, plain
+from helpers.numerics import relative_error
 from tst_ext.ops import chunked
+
+OP = torch.ops.tst_ext.linear_multi_hot_cross_entropy
 
 
 class TestWithoutKernels:
@@ -19,7 +25,7 @@ class TestWithoutKernels:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
     def test_largest_tensor_is_a_chunk_of_logits(self):
-        class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        class Largest(TorchDispatchMode):
             elements = 0
 
             def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -37,6 +43,134 @@ class TestWithoutKernels:
         assert largest.elements == 64 * 1024  # rows padded to 128 bytes
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk_size", [4, 6])
+def test_the_fake_has_the_dtypes_of_the_op(kernels, dtype, chunk_size):
+    hidden, weight, bias, labels = loss_case(6, 8, 50, 4, dtype, "cpu", bias=True)
+    arguments = hidden, weight, labels, torch.ones(4, dtype=torch.promote_types(dtype, torch.float32))
+    options = dict(bias=bias, chunk_size=chunk_size, grad_hidden=True, grad_weight=True, grad_bias=True)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = OP(*(mode.from_tensor(t) for t in arguments), **options | dict(bias=mode.from_tensor(bias)))
+    for real, fake in zip(OP(*arguments, **options), fakes, strict=True):
+        assert (real.dtype, real.shape) == (fake.dtype, fake.shape)
+
+
+@pytest.fixture
+def cuda_dtypes(monkeypatch, without_kernels):
+    """Gradients on the CPU in the dtypes that they have on CUDA."""
+    rule = chunked.gradient_dtype
+    monkeypatch.setattr(chunked, "gradient_dtype", lambda dtype, _: rule(dtype, torch.device("cuda")))
+
+
+class TestBfloat16Gradients:
+    """Those of the op itself, as on CUDA."""
+
+    CASE = dict(dim=64, vocabulary=300, bag_size=4, dtype=torch.bfloat16, device="cpu", bias=True)
+
+    def test_dtypes(self):
+        cpu, cuda, other = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+        for dtype, on_cpu, elsewhere in (
+            (torch.float32, torch.float32, torch.float32),
+            (torch.float64, torch.float64, torch.float64),
+            (torch.float16, torch.float32, torch.float32),  # until the scale of the loss has multiplied them
+            (torch.bfloat16, torch.float32, torch.bfloat16),
+        ):
+            assert chunked.gradient_dtype(dtype, cpu) == on_cpu
+            assert chunked.gradient_dtype(dtype, cuda) == chunked.gradient_dtype(dtype, other) == elsewhere
+
+    @pytest.mark.parametrize("chunk_size", [1, 7, 30])
+    @pytest.mark.parametrize("upstream", [1.0, -2.0, 0.37])
+    @pytest.mark.parametrize("options", [{}, dict(reduction="none")], ids=str)
+    def test_loss_and_gradients(self, cuda_dtypes, chunk_size, upstream, options):
+        check_loss(*loss_case(30, **self.CASE), upstream, chunk_size=chunk_size, **options)
+
+    @pytest.mark.parametrize("chunk_size", [7, 30])
+    def test_a_gradient_of_lse_is_added(self, cuda_dtypes, chunk_size):
+        def with_lse(*arguments, **options):
+            loss, lse = fused(*arguments, return_lse=True, **options)
+            return loss + 0 * lse.sum()
+
+        check_loss(*loss_case(30, **self.CASE), 0.37, with_lse, chunk_size=chunk_size)
+
+    @pytest.mark.parametrize("upstream", [1.0, 0.37])
+    @pytest.mark.parametrize("objective", ["mce", "mce_alt"])
+    def test_an_upstream_rounds_once_more(self, cuda_dtypes, upstream, objective):
+        # As test_no_less_exact_than_plain_torch, which explains the exception.
+        case = loss_case(600, 64, 3000, 4, torch.bfloat16, "cpu", bias=True)
+        mine = loss_and_gradients(fused, *case, upstream, objective=objective, chunk_size=600)
+        beside = loss_and_gradients(plain, *case, upstream, objective=objective)
+        exact = loss_and_gradients(plain, *(t.double() for t in case[:3]), case[3], upstream, objective=objective)
+        again = torch.finfo(torch.bfloat16).eps / 2 if upstream == 0.37 else 0
+        for actual, wanted, other in zip(mine, exact, beside, strict=True):
+            assert relative_error(actual, wanted) <= 1.1 * relative_error(other, wanted) + again
+
+    def test_chunks_add_up_in_float32(self):
+        # 300 ones: a sum in bfloat16 would stay at 256.
+        hidden, weight = torch.ones(300, 2, dtype=torch.bfloat16), torch.ones(5, 2, dtype=torch.bfloat16)
+        for chunk_size in (1, 300):
+            _, _, dh, dw, db = chunked.in_chunks(
+                lambda z, *_, **__: z.fill_(1), chunk_size, hidden, weight, torch.zeros(300, 1).long(), torch.ones(1),
+                grad_hidden=True, grad_weight=True, grad_bias=True, gradients=torch.bfloat16,
+            )  # fmt: skip
+            assert dh.dtype == dw.dtype == db.dtype == torch.bfloat16
+            assert (dh == 5).all() and (dw == 300).all() and (db == 300).all()
+
+    @pytest.mark.parametrize(("chunk_size", "chunks"), [(6, 1), (3, 2)])
+    def test_logits_are_freed_before_the_sum_is_rounded(self, chunk_size, chunks):
+        storages, alive = [], []
+
+        class Allocations(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                if func is torch.ops.aten.empty_like.default:
+                    alive.append(any(not storage.expired() for storage in storages))
+                return func(*args, **(kwargs or {}))
+
+        hidden, weight, _, labels = loss_case(6, 8, 50, 4, torch.bfloat16, "cpu")
+        with Allocations():
+            chunked.in_chunks(
+                lambda z, *_, **__: storages.append(StorageWeakRef(z.untyped_storage())), chunk_size, hidden, weight,
+                labels, torch.ones(4), grad_weight=True, gradients=torch.bfloat16,
+            )  # fmt: skip
+        assert len(storages) == chunks and alive == (chunks > 1) * [False]
+
+    @pytest.mark.parametrize("upstream", [1.0, 0.37])
+    def test_the_gradients_are_the_memory_that_the_op_returned(self, cuda_dtypes, upstream):
+        returned = []
+
+        class Returned(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                result = func(*args, **(kwargs or {}))
+                if func is OP.default:
+                    returned.extend(t.data_ptr() for t in result[2:])
+                return result
+
+        leaves = [t.requires_grad_() for t in loss_case(6, **self.CASE)[:3]]
+        labels = loss_case(6, **self.CASE)[3]
+        with Returned():
+            (upstream * fused(*leaves, labels)).backward()
+        assert [t.grad.data_ptr() for t in leaves] == returned
+
+    def test_kept_graphs_hooks_and_compiled_graphs_have_the_same_gradients(self, cuda_dtypes):
+        case = loss_case(30, **self.CASE)
+
+        def gradients(function=fused, backwards=1):
+            leaves = [t.clone().requires_grad_() for t in case[:3]]
+            loss = function(*leaves, case[3])
+            for i in range(backwards):
+                (0.37 * loss).backward(retain_graph=i + 1 < backwards)
+            return [t.grad for t in leaves]
+
+        once = gradients()
+        for a, b in zip(gradients(backwards=2), once, strict=True):
+            assert torch.equal(a, 2 * b)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.t().contiguous().t() if t.dim() else t):
+            hooked = gradients()
+        compiled = gradients(torch.compile(fused, backend="aot_eager", fullgraph=True))
+        for results in (hooked, compiled):
+            for a, b in zip(results, once, strict=True):
+                assert torch.equal(a, b)
+
+
 class TestLoopForCuda:
     def test_chunks_take_a_32nd_of_the_memory(self, monkeypatch):
         def rows(gibibytes, vocabulary, element_size):
@@ -46,7 +180,8 @@ class TestLoopForCuda:
 
         assert rows(80, 128256, 4) == 5120 and 5120 * 128256 * 4 <= 2.5 * 2**30 < 6144 * 128256 * 4
         assert rows(24, 128256, 2) == 3072  # 3139, in steps of 1024
-        assert rows(80, 128256, 2) == 8192  # no more, though they would fit
+        assert rows(80, 128256, 2) == 10240
+        assert rows(140, 49152, 2) == 47104  # a batch of 32768 rows in one chunk
         assert rows(80, 1_000_000, 4) == 2048  # no less, though they do not fit
 
     def test_a_divided_head_has_as_many_chunks_everywhere(self):
@@ -67,6 +202,12 @@ class TestLoopForCuda:
         out = torch.empty(3, dtype=torch.float16)
         torch.ops.tst_ext.scaled_copy_(out, source, factor)
         assert torch.equal(out, (source * factor).half()) and out[2] == 65504
+
+    def test_scaled_in_place(self):
+        gradient, factor = torch.randn(999, generator=generator()).bfloat16(), torch.tensor(0.3)
+        wanted = (gradient.float() * factor).bfloat16()  # of a factor in float32
+        torch.ops.tst_ext.scaled_copy_(gradient, gradient, factor)
+        assert torch.equal(gradient, wanted)
 
     def test_products_add_up(self):
         a, b = (torch.randn(9, 9, generator=torch.Generator().manual_seed(i)) for i in (0, 1))

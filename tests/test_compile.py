@@ -110,7 +110,9 @@ class TestOpcheck:
             opcheck(OPS.multi_hot_cross_entropy_rows_, rows, {**options, "gradient": True})
 
     def test_scaled_copy(self):
-        opcheck(OPS.scaled_copy_, (normal(5, 3, dtype=torch.bfloat16), normal(5, 3), torch.tensor(0.5)), {})
+        out = normal(5, 3, dtype=torch.bfloat16)
+        for source in (normal(5, 3), normal(5, 3, dtype=torch.bfloat16), out):
+            opcheck(OPS.scaled_copy_, (out, source, torch.tensor(0.5)), {})
 
 
 # ---- torch.compile and torch.export ----------------------------------------------------------------------------------

@@ -55,7 +55,8 @@ class TestRows:
         emulated.set_device(device)
         rows = 3 if vocabulary < 30_000 else 1
         check_loss(*loss_case(rows, 2, vocabulary, 3, dtype, "cpu", ignored=0))
-        (launch,) = emulated.launches()
+        launch, *scaled = emulated.launches()
+        assert len(scaled) == (2 if dtype == torch.bfloat16 else 0)  # the gradients, in place
         assert launch.grid == (rows * launch.cluster, 1) and (launch.cluster > 1) == clusters
         slice_bytes = vocabulary * dtype.itemsize // launch.cluster
         assert (slice_bytes <= launch.shared_bytes) == cached
@@ -115,11 +116,14 @@ class TestChunks:
     @pytest.mark.parametrize("bias", [False, True])
     def test_launches(self, chunk_size, chunks, dtype, bias):
         case = loss_case(10, 8, 101, 3, dtype, "cpu", bias=bias)  # rows of 101 columns, in 128 without a bias
-        check_loss(*case, chunk_size=chunk_size)
-        assert [launch.grid for launch in emulated.launches()] == [(rows, 1) for rows in chunks]
+        passes, half = [(rows, 1) for rows in chunks], dtype == torch.bfloat16
+        rounded = (half and len(chunks) > 1) * [(1, 1)]  # the sum of the weight's gradient
+        check_loss(*case, 0.37, chunk_size=chunk_size)
+        scaled = half * (2 + bias) * [(1, 1)]
+        assert [launch.grid for launch in emulated.launches()] == passes + rounded + scaled
         upstream = torch.randn(10, generator=torch.Generator().manual_seed(0))
         check_loss(*case, upstream, chunk_size=chunk_size, reduction="none", z_loss=0.1, logit_softcap=3.0)
-        assert [launch.grid for launch in emulated.launches()] == 2 * [(rows, 1) for rows in chunks]
+        assert [launch.grid for launch in emulated.launches()] == 2 * passes + rounded
 
 
 class TestBags:
@@ -184,11 +188,47 @@ class TestScaledCopy:
             assert torch.equal(out, (source * factor).to(dtype))
             assert (behind == 7).all() and (memory[:out_offset] == 7).all()
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("offset", [0, 1])
+    def test_in_place(self, dtype, offset):
+        for count in (0, 1, 7, 8, 9, 2048, 2059):
+            memory = torch.randn(count + 9).to(dtype)
+            out, before = memory[offset : count + offset], memory.clone()
+            wanted = (out * torch.tensor([0.3])).to(dtype)
+            op_for_cuda("scaled_copy_", out, out, torch.tensor(0.3))
+            assert torch.equal(out, wanted)
+            out.copy_(before[offset : count + offset])
+            assert torch.equal(memory, before)  # around it as well
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("offset", [0, 1])
+    def test_factor_one_writes_nothing_in_place(self, dtype, offset):
+        bits = torch.arange(-(2**15), 2**15).to(torch.int16)  # all NaNs too, whose bits a product would change
+        out = bits.clone()[offset:].view(dtype)
+        op_for_cuda("scaled_copy_", out, out, torch.tensor(1.0))
+        assert torch.equal(out.view(torch.int16), bits[offset:])
+        apart = torch.zeros_like(out)
+        op_for_cuda("scaled_copy_", apart, out, torch.tensor(1.0))
+        assert torch.equal(apart[out.isfinite()], out[out.isfinite()]) and torch.equal(apart.isnan(), out.isnan())
+
+    @pytest.mark.parametrize("source_dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(("offset", "numbers"), [(0, 8), (1, 1)])  # a thread and pass
+    def test_more_than_one_pass_of_the_grid(self, source_dtype, offset, numbers):
+        grid = 8 * 2 * 256 * numbers  # 8 blocks on each of 2 multiprocessors
+        for count, blocks in ((grid // 16, 1), (grid - 1, 16), (grid, 16), (grid + 1, 16), (2 * grid + 300, 16)):
+            source = torch.randn(count + 1).to(source_dtype)[offset : count + offset]
+            out = torch.full((count + 8,), 7, dtype=torch.bfloat16)
+            op_for_cuda("scaled_copy_", out[:count], source, torch.tensor(0.3))
+            assert emulated.launches() == [((blocks, 1), 256, 1, 0)]
+            assert torch.equal(out[:count], (source * torch.tensor([0.3])).bfloat16()) and (out[count:] == 7).all()
+
     @pytest.mark.parametrize(
         ("out", "source", "factor", "message"),
         [
             (torch.empty(3), torch.ones(3), torch.ones(()), "out: expected bfloat16 or float16"),
             (torch.empty(3).bfloat16(), torch.ones(3).double(), torch.ones(()), "source, factor: expected float32"),
+            (torch.empty(3).bfloat16(), torch.ones(3).half(), torch.ones(()), "or a source of out's dtype"),
+            (torch.empty(3).bfloat16(), torch.ones(3), torch.ones(()).double(), "source, factor: expected float32"),
             (torch.empty(3).bfloat16(), torch.ones(4), torch.ones(()), "out, source, factor: expected contiguous"),
             (torch.empty(3).bfloat16(), torch.ones(6)[::2], torch.ones(()), "out, source, factor: expected contiguous"),
             (torch.empty(3).bfloat16(), torch.ones(3), torch.ones(3), "and a scalar"),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tst_ext.ops import IN_PYTHON
+from tst_ext.ops import IN_PYTHON, chunked
 
 LIBRARY = os.environ.get("TST_CUDA_HOST", "")
 if LIBRARY:
@@ -59,7 +59,7 @@ def launches() -> list[Launch]:
 
 @contextlib.contextmanager
 def ops_for_cuda() -> Iterator[None]:
-    """The ops on CPU tensors as on CUDA tensors, new memory full of NaN."""
+    """The ops on CPU tensors as on CUDA tensors, gradients in CUDA's dtypes, new memory full of NaN."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     library = torch.library.Library("tst_ext", "IMPL")
 
@@ -77,10 +77,13 @@ def ops_for_cuda() -> Iterator[None]:
             redirect(op.__name__)
     set_device("sm_90")
     launches()
+    rule = chunked.gradient_dtype
+    chunked.gradient_dtype = lambda dtype, _: rule(dtype, torch.device("cuda"))
     before = torch.are_deterministic_algorithms_enabled()
     torch._C._set_deterministic_algorithms(True)  # the public function imports inductor, which takes seconds
     try:
         yield
     finally:
+        chunked.gradient_dtype = rule
         torch._C._set_deterministic_algorithms(before)
         library._destroy()

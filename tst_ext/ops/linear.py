@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._checks import FLOATING, check_integer, check_same_device, check_tensor
 from .._load import _C
-from . import vocab_parallel
+from . import chunked, vocab_parallel
 from .loss import LossOptions, check_reduction, checked_bags, checked_options, position_scale_of, results
 from .second_derivative import first_derivative, link
 
@@ -65,9 +65,9 @@ def linear_multi_hot_cross_entropy(
             over the entries above -inf.
         return_lse: also return `lse` `[...]` (float32, float64 for float64), with its gradient.
         return_z_loss: also return the share of `z_loss` in the loss, in the shape of the loss, with its gradient.
-        chunk_size: the most rows whose logits exist at a time. The default on CUDA is 2048 to 8192, as many as fit 1/32
-            of the device's memory. Elsewhere they fit an eighth of the full logits or 64 MiB, whichever is more, with
-            at most 512 beyond 64 MiB; without gradients 512. On the CPU fewer than about 256 rows cost time.
+        chunk_size: the most rows whose logits exist at a time. The default on CUDA is as many as fit 1/32 of the
+            device's memory, and at least 2048. Elsewhere they fit an eighth of the full logits or 64 MiB, whichever is
+            more, with at most 512 beyond 64 MiB; without gradients 512. On the CPU fewer than about 256 rows cost time.
         tp_group: the processes that divide the vocabulary. `weight` and `bias` are this process's rows of the head,
             contiguous, in the order of the ranks, any number in each. All else is the same in all processes, and labels
             number the whole vocabulary. Every process gets the whole loss, the whole gradient of hidden, and the
@@ -221,16 +221,16 @@ def _graph_is_kept() -> bool:
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `gradient * factor` rounded once to dtype, if possible without a second gradient in float32."""
+    """Return `gradient * factor`, rounded to dtype once, if possible without a second gradient."""
     # Not in place in a graph that is kept: a second backward would find the gradient changed.
     if torch.compiler.is_compiling() or _graph_is_kept():
-        return (gradient * factor).to(dtype)
+        return (gradient * factor.reshape(1)).to(dtype)  # [1]: a scalar would be rounded to a bfloat16 gradient's dtype
     on_cpu = gradient.device.type == "cpu"
-    if gradient.dtype != dtype and not on_cpu:
+    if gradient.dtype == torch.bfloat16 or (gradient.dtype != dtype and not on_cpu):
         gradient = gradient.contiguous()  # as it is, unless a hook of saved tensors has changed its strides
-        rounded = torch.empty_like(gradient, dtype=dtype)
-        torch.ops.tst_ext.scaled_copy_(rounded, gradient, factor)
-        return rounded
+        scaled = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+        torch.ops.tst_ext.scaled_copy_(scaled, gradient, factor)
+        return scaled
     if not on_cpu or factor != 1:  # 1 is the usual loss.backward(); reading it is free on the CPU alone
         gradient.mul_(factor)
     if gradient.dtype == dtype:
@@ -259,11 +259,12 @@ def _(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(hidden.dtype, torch.float32)
+    gradients = chunked.gradient_dtype(hidden.dtype, hidden.device)
     rows = math.prod(hidden.shape[:-1])
     return (
         hidden.new_empty((rows,) if reduction == "none" else (), dtype=dtype),
         hidden.new_empty(rows, dtype=dtype),
-        hidden.new_empty(hidden.shape if grad_hidden else (0,), dtype=dtype),
-        weight.new_empty(weight.shape if grad_weight else (0,), dtype=dtype),
-        weight.new_empty(weight.shape[0] if grad_bias else 0, dtype=dtype),
+        hidden.new_empty(hidden.shape if grad_hidden else (0,), dtype=gradients),
+        weight.new_empty(weight.shape if grad_weight else (0,), dtype=gradients),
+        weight.new_empty(weight.shape[0] if grad_bias else 0, dtype=gradients),
     )

@@ -200,7 +200,7 @@ def multi_hot_cross_entropy(
 
 
 def scaled_copy_(out: Tensor, source: Tensor, factor: Tensor) -> None:
-    torch.mul(source, factor, out=out)
+    torch.mul(source, factor.reshape(1), out=out)  # [1]: a scalar would be rounded to a 16-bit source's dtype first
 
 
 OPS = (bag_embedding, bag_embedding_backward, multi_hot_cross_entropy, multi_hot_cross_entropy_rows_, scaled_copy_)
