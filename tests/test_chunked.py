@@ -135,20 +135,22 @@ class TestBfloat16Gradients:
 
     @pytest.mark.parametrize("upstream", [1.0, 0.37])
     def test_the_gradients_are_the_memory_that_the_op_returned(self, cuda_dtypes, upstream):
-        returned = []
+        returned, scaled = [], []
 
         class Returned(TorchDispatchMode):
             def __torch_dispatch__(self, func, types, args=(), kwargs=None):
                 result = func(*args, **(kwargs or {}))
                 if func is OP.default:
                     returned.extend(t.data_ptr() for t in result[2:])
+                if func is torch.ops.tst_ext.scaled_copy_.default:
+                    scaled.append(args[0].data_ptr() if args[0] is args[1] else None)
                 return result
 
         leaves = [t.requires_grad_() for t in loss_case(6, **self.CASE)[:3]]
         labels = loss_case(6, **self.CASE)[3]
         with Returned():
             (upstream * fused(*leaves, labels)).backward()
-        assert [t.grad.data_ptr() for t in leaves] == returned
+        assert [t.grad.data_ptr() for t in leaves] == returned == scaled
 
     def test_kept_graphs_hooks_and_compiled_graphs_have_the_same_gradients(self, cuda_dtypes):
         case = loss_case(30, **self.CASE)

@@ -221,6 +221,10 @@ class TestScaledCopy:
             op_for_cuda("scaled_copy_", out[:count], source, torch.tensor(0.3))
             assert emulated.launches() == [((blocks, 1), 256, 1, 0)]
             assert torch.equal(out[:count], (source * torch.tensor([0.3])).bfloat16()) and (out[count:] == 7).all()
+            wanted = (out[:count] * torch.tensor([0.3])).bfloat16()
+            op_for_cuda("scaled_copy_", out[:count], out[:count], torch.tensor(0.3))
+            assert torch.equal(out[:count], wanted) and (out[count:] == 7).all()
+            emulated.launches()
 
     @pytest.mark.parametrize(
         ("out", "source", "factor", "message"),

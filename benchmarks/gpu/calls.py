@@ -43,6 +43,13 @@ def bag(count: int, s: int, vocabulary: int, dim: int, dtype: torch.dtype, **opt
     assert torch.isfinite(gradient).all()
 
 
+def scaled_copies(out: Tensor, source: Tensor) -> None:
+    half, one = (torch.tensor(factor, device=DEVICE) for factor in (0.5, 1.0))
+    ops.scaled_copy_(out, source, one)  # the sum of several chunks
+    ops.scaled_copy_(out, out, half)
+    ops.scaled_copy_(out, out, one)  # returns at once
+
+
 def small() -> None:
     # Columns: a warp's row; 256 threads; a cluster of 2 to 8; slices of more than 66 KB; more than shared memory holds.
     lengths = {HALF: (33, 5000, 25000, 50257, 128256, 600_000, 1_000_003), SINGLE: (33, 25000, 128256, 300_000)}
@@ -63,7 +70,8 @@ def small() -> None:
     bag(5, 40, 500, 64, torch.float64)
     for dtype, offset in itertools.product((HALF, torch.float16), (0, 1)):
         source = torch.randn(5001, device=DEVICE)[offset:]
-        ops.scaled_copy_(torch.empty(5001 - offset, device=DEVICE).to(dtype), source, torch.tensor(0.5, device=DEVICE))
+        out = torch.empty(5001, dtype=dtype, device=DEVICE)[offset:]
+        scaled_copies(out, source)
 
 
 def large() -> None:
@@ -72,7 +80,7 @@ def large() -> None:
             row_pass(padded(min(rows, 1024), vocabulary), s, gradient)
         bag(rows, s, vocabulary, dim, HALF)
         source = torch.randn(vocabulary, dim, device=DEVICE)
-        ops.scaled_copy_(source.to(HALF), source, torch.tensor(0.5, device=DEVICE))
+        scaled_copies(torch.empty_like(source, dtype=HALF), source)
 
 
 def planted() -> None:
