@@ -21,8 +21,8 @@ STABLE_TORCH_LIBRARY(tst_ext, m) {
   // a valid label of each position weighs in the loss, normalisation included. reduction "sum" or "none": a scalar or
   // [N]. grad_loss (a scalar or [N]) and grad_lse [N] are upstream gradients; without them that of the loss is 1, that
   // of lse 0. Returns the loss, lse [N], and the gradients asked for (else empty); those of 16-bit inputs are float32,
-  // so that an upstream gradient can still multiply them before the last rounding, but those of bfloat16 ones stay so
-  // elsewhere than on the CPU, where the float32 ones would cost memory and time.
+  // so that an upstream gradient can still multiply them before the last rounding. But bfloat16 gradients of hidden and
+  // weight are bfloat16 except on the CPU: float32 would cost memory and time.
   m.def(
       "linear_multi_hot_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor position_scale, *, "
       "Tensor? bias=None, Tensor? grad_loss=None, Tensor? grad_lse=None, " TST_LOSS_SCHEMA

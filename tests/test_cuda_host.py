@@ -57,7 +57,8 @@ class TestRows:
         check_loss(*loss_case(rows, 2, vocabulary, 3, dtype, "cpu", ignored=0))
         launch, *scaled = emulated.launches()
         assert len(scaled) == (2 if dtype == torch.bfloat16 else 0)  # the gradients, in place
-        assert launch.grid == (rows * launch.cluster, 1) and (launch.cluster > 1) == clusters
+        assert launch.grid == (min(rows, 2) * launch.cluster, 1)  # of three rows one cluster has two
+        assert (launch.cluster > 1) == clusters
         slice_bytes = vocabulary * dtype.itemsize // launch.cluster
         assert (slice_bytes <= launch.shared_bytes) == cached
         assert launch.shared_bytes <= min(emulated.DEVICES[device].shared_memory << 10, slice_bytes + 4096)
@@ -116,10 +117,10 @@ class TestChunks:
     @pytest.mark.parametrize("bias", [False, True])
     def test_launches(self, chunk_size, chunks, dtype, bias):
         case = loss_case(10, 8, 101, 3, dtype, "cpu", bias=bias)  # rows of 101 columns, in 128 without a bias
-        passes, half = [(rows, 1) for rows in chunks], dtype == torch.bfloat16
+        passes, half = [(min(rows, 2), 1) for rows in chunks], dtype == torch.bfloat16
         rounded = (half and len(chunks) > 1) * [(1, 1)]  # the sum of the weight's gradient
         check_loss(*case, 0.37, chunk_size=chunk_size)
-        scaled = half * (2 + bias) * [(1, 1)]
+        scaled = half * 2 * [(1, 1)]  # the bias's is float32, and here on the CPU
         assert [launch.grid for launch in emulated.launches()] == passes + rounded + scaled
         upstream = torch.randn(10, generator=torch.Generator().manual_seed(0))
         check_loss(*case, upstream, chunk_size=chunk_size, reduction="none", z_loss=0.1, logit_softcap=3.0)

@@ -266,5 +266,5 @@ def _(
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(hidden.shape if grad_hidden else (0,), dtype=gradients),
         weight.new_empty(weight.shape if grad_weight else (0,), dtype=gradients),
-        weight.new_empty(weight.shape[0] if grad_bias else 0, dtype=gradients),
+        weight.new_empty(weight.shape[0] if grad_bias else 0, dtype=dtype),
     )
