@@ -1,6 +1,6 @@
 """Build, test and measure on this machine's GPU, in three stages: `make gpu-check STAGE=1`, 2 or 3.
 
-1 "correct": floors of this GPU while the extension builds, the times of our kernels, the CUDA tests. About 4 minutes.
+1 "correct": floors of this GPU while the extension builds, the times of our kernels, the CUDA tests. About 3 minutes.
 2 "measured": our loss next to its peers, Nsight Compute's counters, compute-sanitizer. About 5 minutes.
 3 "in training": the trainer's throughput in both phases, the tests of torch.compile. About 2 minutes.
 
@@ -63,17 +63,19 @@ def stages(rehearse: bool) -> dict[int, list[list[Step]]]:
     return {
         1: [
             [build, script("floors", "floors", limit=100)],
-            [Step("info", ["-m", "tst_ext", "info", "--check"], 60)],
             [script("kernels", "kernels", limit=60)],
-            [tests("test_cuda", "-n", "2" if rehearse else "4", "tests/test_cuda.py", limit=150, **here)],
-            [tests("test_ops", "-n", workers, *chosen, *(f"tests/test_{t}.py" for t in TESTS), limit=150, **here)],
+            [
+                Step("info", ["-m", "tst_ext", "info", "--check"], 60),
+                tests("test_cuda", "-n", "2" if rehearse else "4", "tests/test_cuda.py", limit=150, **here),
+                tests("test_ops", "-n", workers, *chosen, *(f"tests/test_{t}.py" for t in TESTS), limit=150, **here),
+            ],
         ],
         2: [
             [build],
             [script("ours", "race", "ours", limit=40)],
             [script(name, "nsight", name, limit=60) for name in TOOLS],  # nothing is timed there
             [script("ncu", "nsight", "ncu", limit=60)],
-            *([script(name, "race", name, limit=60)] for name in PEERS),
+            *([script(name, "race", name, limit=40)] for name in PEERS),
             *([script(name, "race", name, limit=50)] for name in COMPILED),
         ],
         3: [

@@ -141,9 +141,8 @@ Tensor bag_embedding_backward(const Tensor& grad, const Tensor& input_ids, int64
   current.launch(bag_offsets_kernel, {blocks_for(num_embeddings + 1, kThreads), kThreads}, data<uint32_t>(sorted_keys),
                  static_cast<int>(count), num_embeddings, mutable_data<int>(offsets));
 
-  const int64_t windows = (count + kWindow - 1) / kWindow;
-  const Tensor pieces =
-      torch::stable::new_empty(grad, {count > kWindow ? 2 * windows : 0, dim}, accumulation_type(grad));
+  const int64_t windows = (count + kWindow - 1) / kWindow, piece_count = count > kWindow ? 2 * windows : 0;
+  const Tensor pieces = torch::stable::new_empty(grad, {piece_count, dim}, accumulation_type(grad));
   with_variant(rows, out, dim, c.weighted, [&](auto type, auto n, auto weighted) {
     using T = decltype(type);
     const BagBackward<T> a{data<T>(rows),
@@ -153,13 +152,13 @@ Tensor bag_embedding_backward(const Tensor& grad, const Tensor& input_ids, int64
                            data<double>(scales),
                            mutable_data<T>(out),
                            mutable_data<Acc<T>>(pieces),
+                           piece_count,
                            num_embeddings,
                            dim,
                            static_cast<int>(count),
                            c.pooling};
-    current.launch(bag_rows_kernel<T, n(), weighted()>, {grid<n()>(num_embeddings, dim), kThreads}, a);
-    if (count <= kWindow) return;  // no row can be long
-    current.launch(bag_pieces_kernel<T, n(), weighted()>, {grid<n()>(2 * windows, dim), kThreads}, a);
+    current.launch(bag_rows_kernel<T, n(), weighted()>, {grid<n()>(piece_count + num_embeddings, dim), kThreads}, a);
+    if (piece_count == 0) return;
     current.launch(bag_join_kernel<T, n(), weighted()>, {grid<n()>(windows, dim), kThreads}, a);
   });
   return out;

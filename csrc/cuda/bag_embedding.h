@@ -13,7 +13,7 @@
 namespace tst::cuda {
 
 constexpr int kUnroll = 2;    // packs a lane holds: a warp's slab is 32 lanes x 2 packs, 512 columns of bfloat16
-constexpr int kInFlight = 2;  // rows whose packs are under way at a time; twice as many where few warps have long lists
+constexpr int kInFlight = 2;  // rows whose packs are under way at a time; more where few warps have long lists
 constexpr int kWindow = 64;   // hits
 
 template <int n>
@@ -197,7 +197,8 @@ struct BagBackward {
   const int* offsets;      // [rows + 1]
   const double* scales;    // [bags], only with `weighted`
   T* out;                  // [rows, dim]
-  Acc<T>* pieces;          // [2 * windows, dim]
+  Acc<T>* pieces;          // [piece_count, dim]
+  int64_t piece_count;     // two a window, or none where no row can be long
   int64_t rows, dim;
   int count;
   Pooling pooling;
@@ -220,32 +221,38 @@ __device__ inline void add_hits(const BagBackward<T>& a, int64_t column, int beg
   gather<T, n>(a.grad, a.dim, column, begin, end, term, sum);
 }
 
-// One warp per row of the table and slab, long rows left out.
-template <typename T, int n, bool weighted>
-__global__ void __launch_bounds__(128) bag_rows_kernel(const BagBackward<T> a) {
-  const int64_t v = warp_row(), column = lane_column<n>();
-  if (v >= a.rows) return;
-  const int begin = a.offsets[v], end = a.offsets[v + 1];
-  if (end - begin > kWindow) return;
-  Acc<T> sum[kUnroll][n] = {};
-  add_hits<T, n, weighted>(a, column, begin, end, sum);
-  put(a.out + v * a.dim, a.dim, column, weighted ? Acc<T>(1) : a.scale(), sum);
-}
-
-// One warp per piece and slab. A window of kWindow hits touches two long rows at most, with its first hit and with its
-// last.
-template <typename T, int n, bool weighted>
-__global__ void __launch_bounds__(128) bag_pieces_kernel(const BagBackward<T> a) {
-  const int64_t piece = warp_row(), column = lane_column<n>();
+// The hits of a piece: of the long row that a window's first hit belongs to, or its last. A window touches two at most.
+template <typename T>
+__device__ inline bool hits_of_piece(const BagBackward<T>& a, int64_t piece, int& begin, int& end) {
   const int64_t start = piece / 2 * kWindow;
-  if (start >= a.count) return;
   const int stop = static_cast<int>(min(start + kWindow, int64_t(a.count)));
   const uint32_t v = a.keys[piece % 2 ? stop - 1 : start];
-  if (v >= a.rows || (piece % 2 && v == a.keys[start])) return;
-  if (a.offsets[v + 1] - a.offsets[v] <= kWindow) return;
+  if (v >= a.rows || (piece % 2 && v == a.keys[start])) return false;
+  begin = a.offsets[v], end = a.offsets[v + 1];
+  if (end - begin <= kWindow) return false;
+  begin = max(begin, static_cast<int>(start)), end = min(end, stop);
+  return true;
+}
+
+// One warp per piece and slab, then one per row of the table and slab, long rows left out. In one launch: alone, the
+// pieces are too few to keep a device busy.
+template <typename T, int n, bool weighted>
+__global__ void __launch_bounds__(128) bag_rows_kernel(const BagBackward<T> a) {
+  const int64_t piece = warp_row(), v = piece - a.piece_count, column = lane_column<n>();
+  if (v >= a.rows) return;
+  int begin, end;
+  if (v < 0) {
+    if (!hits_of_piece(a, piece, begin, end)) return;
+  } else {
+    begin = a.offsets[v], end = a.offsets[v + 1];
+    if (end - begin > kWindow) return;
+  }
   Acc<T> sum[kUnroll][n] = {};
-  add_hits<T, n, weighted>(a, column, max(a.offsets[v], static_cast<int>(start)), min(a.offsets[v + 1], stop), sum);
-  put(a.pieces + piece * a.dim, a.dim, column, Acc<T>(1), sum);
+  add_hits<T, n, weighted>(a, column, begin, end, sum);
+  if (v < 0)
+    put(a.pieces + piece * a.dim, a.dim, column, Acc<T>(1), sum);
+  else
+    put(a.out + v * a.dim, a.dim, column, weighted ? Acc<T>(1) : a.scale(), sum);
 }
 
 // One warp per window and slab: joins the pieces of the long row that begins in the window, if one does.
@@ -262,7 +269,7 @@ __global__ void __launch_bounds__(128) bag_join_kernel(const BagBackward<T> a) {
   // Of its first window it has the second piece, unless it fills the window.
   const auto piece = [&](int64_t w) { return Term<A>{2 * w + (w == window && begin > start), 1}; };
   A sum[kUnroll][n] = {};
-  gather<A, n, 2 * kInFlight>(a.pieces, a.dim, column, window, (end - 1) / kWindow + 1, piece, sum);
+  gather<A, n, 4 * kInFlight>(a.pieces, a.dim, column, window, (end - 1) / kWindow + 1, piece, sum);
   A scale = weighted ? A(1) : a.scale();
   put(a.out + v * a.dim, a.dim, column, scale, sum);
 }

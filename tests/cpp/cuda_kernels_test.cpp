@@ -157,12 +157,13 @@ void backward(const BagCase& c, const Stored& grad, Stored& out) {
                                scales.data(),
                                reinterpret_cast<T*>(out.bytes.data()),
                                aligned,
+                               2 * windows,
                                c.rows,
                                c.dim,
                                static_cast<int>(count),
                                c.pooling()};
-  emulator::launch(grid_of<T, n>(c.rows, c.dim), 128, 1, 0, [&] { cuda::bag_rows_kernel<T, n, weighted>(a); });
-  emulator::launch(grid_of<T, n>(2 * windows, c.dim), 128, 1, 0, [&] { cuda::bag_pieces_kernel<T, n, weighted>(a); });
+  emulator::launch(grid_of<T, n>(2 * windows + c.rows, c.dim), 128, 1, 0,
+                   [&] { cuda::bag_rows_kernel<T, n, weighted>(a); });
   emulator::launch(grid_of<T, n>(windows, c.dim), 128, 1, 0, [&] { cuda::bag_join_kernel<T, n, weighted>(a); });
 }
 
