@@ -375,29 +375,13 @@ struct RowBlock {
     return {x.whole_packs() + mine.mine(), cache + threadIdx.x, mine.mine(), r < a.rows ? mine.end : 0, step};
   }
 
-  // The warps of the columns. Where a slice waits in shared memory, logits cross the memory bus once in each direction,
-  // and the next row's are on their way while this one's gradient is written.
-  __device__ void columns() const {
-    if constexpr (cached) copies_of(first).rest();
-    int turn = 0;
-    for (int64_t r = first; r < a.rows; r += clusters, turn ^= 1) {
-      const RowPacks<T> x = row(r);
-      const Slice mine(x, blocks, rank);
-      if constexpr (cached) copies_wait();
-      const RowSums<A> sums = sums_of_warp<T, plain>(sums_of_columns(x, mine));
-      if (lane() == 0) memory.warps[turn][threadIdx.x / kWarp] = sums;
-      __syncthreads();  // publishes the sums
-      if constexpr (gradient) {
-        __syncthreads();  // for the result
-        write_gradient(x, mine, memory.result, r + clusters);
-      }
-    }
-    if constexpr (gradient) __syncthreads();  // publishes the last row's gradient
-  }
-
-  __device__ RowSums<A> sums_of_columns(const RowPacks<T>& x, const Slice& mine) const {
+  // The warps of the columns: the sums of a row's slice. Where it waits in shared memory, logits cross the memory bus
+  // once in each direction.
+  __device__ void sum_up(int64_t r, int turn) const {
     constexpr int kPacks = gradient ? std::min(4, kBatch<T, plain>) : kBatch<T, plain>;
     static_assert(plain || kPacks == 1, "capped, -inf would add exp(-cap)");
+    const RowPacks<T> x = row(r);
+    const Slice mine(x, blocks, rank);
     RowSums<A> sums{-static_cast<A>(INFINITY), 0, 0, 0};
     int p = mine.mine();
     const Words4* from = cached ? cache + threadIdx.x : x.whole_packs() + p;
@@ -409,23 +393,27 @@ struct RowBlock {
       }
       add_packs<T, plain>(sums, batch, cap);
     };
+    if constexpr (cached) copies_wait();
     for (; p + (kPacks - 1) * step < mine.end; p += kPacks * step, from += kPacks * step) take(std::true_type{});
     if (p < mine.end) take(std::false_type{});
     mine.edges([&](int edge) {
       const P batch[1] = {x.load_edge(edge)};
       add_packs<T, plain>(sums, batch, cap, [&](int, int i) { return x.inside(edge, i); });
     });
-    return sums;
+    sums = sums_of_warp<T, plain>(sums);
+    if (lane() == 0) memory.warps[turn][threadIdx.x / kWarp] = sums;
   }
 
-  // Over the logits, but for the columns of labels. As a pack has been read for the last time, one of row `next` takes
-  // its place.
-  __device__ void write_gradient(const RowPacks<T>& x, const Slice& mine, const RowResult<A> result,
-                                 int64_t next) const {
-    constexpr int kPacks = cached ? 1 : std::min(4, kBatch<T, plain>);  // shared memory is quick
+  // The warps of the columns: the gradient over the logits, but for the columns of labels. As a pack has been read for
+  // the last time, one of the cluster's next row takes its place.
+  __device__ void write_gradient(int64_t r) const {
+    constexpr int kPacks = cached ? 1 : std::min(2, kBatch<T, plain>);  // shared memory is quick
+    const RowPacks<T> x = row(r);
+    const Slice mine(x, blocks, rank);
+    const RowResult<A> result = memory.result;
     Words4* to = x.whole_packs() + mine.mine();
     const Words4* from = cached ? cache + threadIdx.x : to;
-    Copies copies = copies_of(next);
+    Copies copies = copies_of(r + clusters);
     if (result.terms.nothing) {
       for (int p = mine.mine(); p < mine.end; p += step, to += step) store_global(to, Words4{0, 0, 0, 0});
     } else {
@@ -450,48 +438,44 @@ struct RowBlock {
     });
   }
 
-  // The warp of the labels.
-  __device__ void labels() const {
-    RowResult<A> result{};
-    int k = 0;
-    for (int64_t r = first; r < a.rows; r += clusters, ++k) {
-      const int turn = k % 2;
-      Target<A>* const mine = targets + turn * a.bag_size;
-      Mailbox* const box = &memory.boxes[turn];
-      if (blocks > 1 && lane() == 0) mailbox_expect(box, blocks * static_cast<int>(sizeof(RowSums<A>)));
-      read_targets(a, r, row(r).x, mine);
-      __syncthreads();  // for the sums of this row's columns, and the gradient of the row before
-      RowSums<A> sums = sums_of<T, plain>(memory.warps[turn], step / kWarp);
-      // From now on another block may overwrite the logits that read_targets has read.
-      if (blocks > 1 && lane() < blocks) {
-        const A values[4] = {sums.maximum, sums.exps, sums.logits, sums.columns};  // in their order in memory
-        mail(narrowed<A>(values).words, &memory.blocks[turn][rank], box, static_cast<unsigned>(lane()));
-      }
-      if (gradient && k > 0) write_labels(r - clusters, result, targets + (1 - turn) * a.bag_size);
-      if (blocks > 1) {  // all blocks wait, so that none mails two rows ahead
-        mailbox_wait(box, k / 2);
-        sums = sums_of<T, plain>(memory.blocks[turn], blocks);
-      }
-      if (gradient || rank == 0) result = finish_row(a, r, sums, mine, rank == 0);
-      if constexpr (gradient) {
-        if (lane() == 0) memory.result = result;
-        __syncthreads();  // publishes the result
+  // The warp of the labels: the labels of a row and their logits.
+  __device__ void read_labels(int64_t r, int turn) const {
+    if (blocks > 1 && lane() == 0) mailbox_expect(&memory.boxes[turn], blocks * static_cast<int>(sizeof(RowSums<A>)));
+    read_targets(a, r, row(r).x, targets + turn * a.bag_size);
+  }
+
+  // The warp of the labels: the end of the cluster's k-th row, from the sums of its columns.
+  __device__ void finish(int64_t r, int k) const {
+    const int turn = k % 2;
+    RowSums<A> sums = sums_of<T, plain>(memory.warps[turn], step / kWarp);
+    if (blocks > 1) {
+      // From now on another block may overwrite the logits that read_labels has read.
+      const A values[4] = {sums.maximum, sums.exps, sums.logits, sums.columns};  // in their order in memory
+      if (lane() < blocks) {
+        mail(narrowed<A>(values).words, &memory.blocks[turn][rank], &memory.boxes[turn], static_cast<unsigned>(lane()));
       }
     }
-    if constexpr (gradient) {
-      __syncthreads();  // for the last row's gradient
-      write_labels(first + (k - 1) * clusters, result, targets + (k - 1) % 2 * a.bag_size);
+    if (gradient && k > 0) write_labels(r - clusters, 1 - turn);
+    if (blocks > 1) {  // all blocks wait, so that none mails two rows ahead
+      mailbox_wait(&memory.boxes[turn], k / 2);
+      sums = sums_of<T, plain>(memory.blocks[turn], blocks);
+    }
+    if (gradient || rank == 0) {
+      const RowResult<A> result = finish_row(a, r, sums, targets + turn * a.bag_size, rank == 0);
+      warp_barrier();  // all lanes have read the result of the row before
+      if (lane() == 0) memory.result = result;
     }
   }
 
-  // The columns of labels in this block's slice. From the saved logit and rounded once: subtracting from a probability
-  // already rounded to bfloat16 turns p = 0.999 into a zero gradient.
-  __device__ void write_labels(int64_t r, const RowResult<A>& result, const Target<A>* targets_of_row) const {
+  // The warp of the labels: their columns in this block's slice. From the saved logit and rounded once: subtracting from
+  // a probability already rounded to bfloat16 turns p = 0.999 into a zero gradient.
+  __device__ void write_labels(int64_t r, int turn) const {
+    const RowResult<A> result = memory.result;
     if (result.terms.nothing) return;
     const RowPacks<T> x = row(r);
     const Slice mine(x, blocks, rank);
     for (int i = lane(); i < a.bag_size; i += kWarp) {
-      const Target<A>& t = targets_of_row[i];
+      const Target<A>& t = targets[turn * a.bag_size + i];
       if (!t.leads || x.pack_of(t.label) < mine.first || x.pack_of(t.label) >= mine.last) continue;
       A d = result.terms.factor * power<T>(t.logit - result.maximum) - result.terms.pull * t.pull;
       if (t.logit > -static_cast<A>(INFINITY)) d -= result.terms.uniform;
@@ -505,14 +489,29 @@ template <typename T, bool plain, Pass pass>
 __global__ void __launch_bounds__(kMaxThreads) loss_rows_kernel(const LossRows<T> a) {
   TST_SHARED_MEMORY(shared);
   const RowBlock<T, plain, pass> block(a, shared);
+  const bool has_columns = threadIdx.x < blockDim.x - kWarp;
   if (block.blocks > 1) {
     if (threadIdx.x == 0) mailbox_open(&block.memory.boxes[0]), mailbox_open(&block.memory.boxes[1]);
     cluster_barrier();  // nobody mails before the boxes are open
   }
-  if (threadIdx.x < blockDim.x - kWarp)
-    block.columns();
-  else
-    block.labels();
+  if (block.cached && has_columns) block.copies_of(block.first).rest();
+  int k = 0;
+  for (int64_t r = block.first; r < a.rows; r += block.clusters, ++k) {
+    if (has_columns)
+      block.sum_up(r, k % 2);
+    else
+      block.read_labels(r, k % 2);
+    __syncthreads();  // publishes the sums, and the gradient of the row before
+    if (!has_columns) block.finish(r, k);
+    if constexpr (block.gradient) {
+      __syncthreads();  // publishes the result
+      if (has_columns) block.write_gradient(r);
+    }
+  }
+  if constexpr (block.gradient) {
+    __syncthreads();  // publishes the last row's gradient
+    if (!has_columns) block.write_labels(block.first + (k - 1) * block.clusters, (k - 1) % 2);
+  }
 }
 
 // Bytes of dynamic shared memory beside the cached slice.
