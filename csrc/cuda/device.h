@@ -132,10 +132,10 @@ __device__ inline void mail(const uint32_t (&words)[n], void* slot, Mailbox* box
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(box)), "r"(rank));
 #pragma unroll
   for (int i = 0; i < n; i += 4) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                     to + 4 * i),
-                 "r"(words[i]), "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3]), "r"(at)
-                 : "memory");
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to + 4 * i),
+        "r"(words[i]), "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3]), "r"(at)
+        : "memory");
   }
 }
 __device__ inline void mailbox_wait(Mailbox* box, int turn) {  // turns count from 0

@@ -11,7 +11,7 @@
 namespace tst::cuda {
 
 constexpr int kMaxThreads = 512;
-constexpr int kMaxBlocks = 8;     // of a cluster: more are not portable
+constexpr int kMaxBlocks = 8;  // of a cluster: more are not portable
 // The most packs a thread takes at a time: loads from global memory in flight. With a gradient 4, so that 64 registers
 // are enough. tanh and float64 take longer than the loads, and long to compile.
 template <typename T, bool plain>
@@ -337,7 +337,7 @@ struct RowBlock {
   const LossRows<T>& a;
   RowMemory<A>& memory;
   Words4* const cache;
-  Target<A>* const targets;  // [2, bag_size]
+  Target<A>* const targets;      // [2, bag_size]
   const int blocks, rank, step;  // step: from one pack of a thread to its next
   const int64_t first, clusters;
   const A cap;
@@ -467,8 +467,8 @@ struct RowBlock {
     }
   }
 
-  // The warp of the labels: their columns in this block's slice. From the saved logit and rounded once: subtracting from
-  // a probability already rounded to bfloat16 turns p = 0.999 into a zero gradient.
+  // The warp of the labels: their columns in this block's slice. From the saved logit and rounded once: subtracting
+  // from a probability already rounded to bfloat16 turns p = 0.999 into a zero gradient.
   __device__ void write_labels(int64_t r, int turn) const {
     const RowResult<A> result = memory.result;
     if (result.terms.nothing) return;

@@ -72,7 +72,8 @@ struct Current {
     template <typename Kernel>
     Launch(Kernel kernel, const Extent& extent, cudaStream_t stream) {
       constexpr size_t kUnasked = 48 << 10;  // bytes of shared memory that every kernel may have
-      if (extent.shared_bytes > kUnasked) {  // asks for all there is, so that no thread takes back what another asked for
+      // Asks for all there is, so that no thread takes back what another asked for.
+      if (extent.shared_bytes > kUnasked) {
         const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
         STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                             cudaFuncAttributeMaxDynamicSharedMemorySize, most));

@@ -86,7 +86,7 @@ struct Fiber {
   std::atomic<unsigned> since{0};
   std::atomic<bool> done{false};
   std::exception_ptr error;
-  bool turn = false;                              // of shuffles
+  bool turn = false;                                  // of shuffles
   std::vector<std::pair<void*, const void*>> copies;  // to shared memory, under way
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
