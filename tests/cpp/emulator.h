@@ -426,7 +426,10 @@ struct Mailbox {
     }
   }
 };
-inline void mailbox_open(Mailbox* box) { new (box) Mailbox; }
+inline void mailbox_open(Mailbox* box) {  // atomic, as the scheduler reads the turn
+  box->turns.generation.store(0, std::memory_order_relaxed);
+  box->missing.store(0, std::memory_order_relaxed);
+}
 inline void mailbox_expect(Mailbox* box, int bytes) { box->change(bytes); }
 inline void mailbox_wait(Mailbox* box, int turn) { emulator::wait(box->turns, static_cast<unsigned>(turn)); }
 template <int n>
