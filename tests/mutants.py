@@ -369,7 +369,8 @@ CUDA_HOST: dict[str, list[Mutant]] = {
         Mutant("scaled-grid", "blocks_for(out.numel(), kScaledThreads * n())",
                "blocks_for(out.numel(), kScaledThreads * 8)",
                "an eighth of the threads where nothing is aligned"),
-        Mutant("scaled-device", "std::min(most, ", "std::max(1u, ", "a grid that is larger than the device"),
+        Mutant("scaled-device", "std::min(static_cast", "std::max(static_cast",
+               "a grid that is larger than the device"),
     ],
 }
 

@@ -205,9 +205,10 @@ class TestCitizenship:
         for a, b in zip(mine, wanted, strict=True):
             assert torch.equal(a, b)
 
-    def test_graph_replay_with_other_labels(self):
-        hidden, weight, _, labels = loss_case(64, 64, 5000, 3, torch.bfloat16, "cuda", seed=0)
-        others = loss_case(64, 64, 5000, 3, torch.bfloat16, "cuda", seed=1)[3]
+    @pytest.mark.parametrize("vocabulary", [5000, 50257, 151936])  # one block a row, and clusters
+    def test_graph_replay_with_other_labels(self, vocabulary):
+        hidden, weight, _, labels = loss_case(200, 64, vocabulary, 3, torch.bfloat16, "cuda", seed=0)
+        others = loss_case(200, 64, vocabulary, 3, torch.bfloat16, "cuda", seed=1)[3]
         ids, table, _ = embedding_case((64, 3), 500, 64, torch.bfloat16, "cuda", seed=0)
         other_ids = embedding_case((64, 3), 500, 64, torch.bfloat16, "cuda", seed=1)[0]
 

@@ -215,8 +215,8 @@ class TestScaledCopy:
     @pytest.mark.parametrize("source_dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize(("offset", "numbers"), [(0, 8), (1, 1)])  # a thread and pass
     def test_more_than_one_pass_of_the_grid(self, source_dtype, offset, numbers):
-        grid = 8 * 2 * 256 * numbers  # 8 blocks on each of 2 multiprocessors
-        for count, blocks in ((grid // 16, 1), (grid - 1, 16), (grid, 16), (grid + 1, 16), (2 * grid + 300, 16)):
+        grid = 2 * 256 * numbers  # a block on each of 2 multiprocessors
+        for count, blocks in ((grid // 2, 1), (grid - 1, 2), (grid, 2), (grid + 1, 2), (2 * grid + 300, 2)):
             source = torch.randn(count + 1).to(source_dtype)[offset : count + offset]
             out = torch.full((count + 8,), 7, dtype=torch.bfloat16)
             op_for_cuda("scaled_copy_", out[:count], source, torch.tensor(0.3))

@@ -17,13 +17,14 @@ void scaled_copy_(Tensor out, const Tensor& source, const Tensor& factor) {
                   "out, source, factor: expected contiguous tensors of one size, and a scalar");
   if (out.numel() == 0) return;
   const Current current(out);
-  const unsigned most = kScaledBlocks * device_attribute(cudaDevAttrMultiProcessorCount);
   const auto launch = [&](auto from, auto to, auto n) {
     using S = decltype(from);
     using O = decltype(to);
-    const unsigned blocks = std::min(most, blocks_for(out.numel(), kScaledThreads * n()));
-    current.launch(scaled_copy_kernel<S, O, n()>, {blocks, kScaledThreads}, data<S>(source), data<float>(factor),
-                   mutable_data<O>(out), out.numel());
+    Extent extent{1, kScaledThreads};
+    extent.grid.x = std::min(static_cast<unsigned>(current.resident(scaled_copy_kernel<S, O, n()>, extent)),
+                             blocks_for(out.numel(), kScaledThreads * n()));
+    current.launch(scaled_copy_kernel<S, O, n()>, extent, data<S>(source), data<float>(factor), mutable_data<O>(out),
+                   out.numel());
   };
   const auto address = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()); };
   const bool aligned = address(out) % 16 == 0 && address(source) % 16 == 0;

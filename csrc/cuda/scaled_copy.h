@@ -7,7 +7,7 @@
 namespace tst::cuda {
 
 constexpr int kScaledThreads = 256;  // of a block
-constexpr int kScaledBlocks = 8;     // of a multiprocessor at a time: 2048 threads, all that it has
+constexpr int kScaledBlocks = 8;     // of a multiprocessor: 2048 threads, all that most have
 
 // n numbers a thread and pass; the last thread has what is left of them. In place a factor of 1, that of a plain
 // loss.backward(), leaves them unread. So the grid is no larger than the device: a block for every 2048 numbers, 304000

@@ -223,14 +223,16 @@ def _graph_is_kept() -> bool:
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `gradient * factor`, rounded to dtype once, if possible without a second gradient."""
     # Not in place in a graph that is kept: a second backward would find the gradient changed.
-    if torch.compiler.is_compiling() or _graph_is_kept():
-        return (gradient * factor.reshape(1)).to(dtype)  # [1]: a scalar would be rounded to a bfloat16 gradient's dtype
+    compiling = torch.compiler.is_compiling()
+    kept = compiling or _graph_is_kept()
     on_cpu = gradient.device.type == "cpu"
-    if gradient.dtype == torch.bfloat16 or (gradient.dtype != dtype and not on_cpu):
+    if not compiling and (gradient.dtype == torch.bfloat16 or (gradient.dtype != dtype and not on_cpu)):
         gradient = gradient.contiguous()  # as it is, unless a hook of saved tensors has changed its strides
-        scaled = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+        scaled = torch.empty_like(gradient, dtype=dtype) if kept or gradient.dtype != dtype else gradient
         torch.ops.tst_ext.scaled_copy_(scaled, gradient, factor)
         return scaled
+    if kept:
+        return (gradient * factor.reshape(1)).to(dtype)  # [1]: a scalar would be rounded to a bfloat16 gradient's dtype
     if not on_cpu or factor != 1:  # 1 is the usual loss.backward(); reading it is free on the CPU alone
         gradient.mul_(factor)
     if gradient.dtype == dtype:
