@@ -32,7 +32,9 @@ from .tokens import data_tokens
 
 
 @lru_cache(maxsize=16)  # the counts are the same in every step, unless bags end with documents
-def loss_options(options: SuperpositionConfig, counts: tuple[int, ...], world: int) -> dict[str, Any]:
+def loss_options(
+    options: SuperpositionConfig, counts: tuple[int, ...], world: int, device: torch.device | None = None
+) -> dict[str, Any]:
     """Return the options of the loss that make the parts of a batch add up to the loss of the whole, and its gradient.
 
     The loss is the mean over the rows of each position, then the weighted mean over positions (docs/ops.md).
@@ -40,14 +42,17 @@ def loss_options(options: SuperpositionConfig, counts: tuple[int, ...], world: i
     Args:
         counts: for each of the s bag positions how many of its labels count, of the whole batch.
         world: processes, over which DDP and FSDP2 average gradients instead of adding them.
+        device: of the weights of the positions, by default the CPU.
     """
     if len(counts) > 1 and options.objective == "mce_alt":
         return {"objective": "mce_alt", "normalizer": max(counts) / world}
     rows = torch.tensor(counts)
     weights = position_weights(options.position_weights, len(counts), fitted=options.fitted, dtype=torch.float64)
     weights = torch.where(rows > 0, weights, 0.0)
+    # CUDA takes so few bytes along with the call. A copy that blocks, as the op's own would in each part of each batch,
+    # waits for all the work before it, and the device is idle until the host has enqueued more.
     return {
-        "position_weights": (weights / rows.clamp(min=1)).float(),
+        "position_weights": (weights / rows.clamp(min=1)).float().to(device, non_blocking=True),
         "normalizer": weights.sum().item() / world,
     }
 
@@ -188,7 +193,7 @@ def _train(
             *counts, tokens, stop = processes.sum_numbers([*batch.counts, batch.tokens, len(signals)])
             if not any(counts):
                 raise UserError(f"step {step}: no bag has a label: documents are shorter than bags (--no-straddle)")
-            loss_arguments = loss_options(options, tuple(counts), processes.world)
+            loss_arguments = loss_options(options, tuple(counts), processes.world, processes.device)
             lr = learning_rate(config.optimizer, config.steps, step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
