@@ -151,7 +151,9 @@ class Processes:
         if self.world == 1:
             return model
         if config.run.parallel == "ddp":
-            return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+            devices = [self.device] if self.device.type == "cuda" else None
+            # The buffers, cos and sin, never change: nothing to broadcast in each forward pass.
+            return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
         # Inputs are not cast: activations have the parameters' dtype by themselves, cos and sin stay float32.
         half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
         policy = MixedPrecisionPolicy(**half) if config.dtype == "bfloat16" else MixedPrecisionPolicy()  # type: ignore[arg-type]

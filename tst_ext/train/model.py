@@ -53,7 +53,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, cos, sin, use_reentrant=False)
+            # Nothing in a block is random: to keep and restore the state of the generators would cost time for nothing.
+            return checkpoint(self._forward, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
         return self._forward(x, cos, sin)
 
     def _forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
