@@ -63,7 +63,7 @@ def cuda_dtypes(monkeypatch, without_kernels):
 
 
 class TestBfloat16Gradients:
-    """Those of the op itself, as on CUDA."""
+    """The gradients that the op itself returns, as on CUDA."""
 
     CASE = dict(dim=64, vocabulary=300, bag_size=4, dtype=torch.bfloat16, device="cpu", bias=True)
 
@@ -98,10 +98,10 @@ class TestBfloat16Gradients:
         # As test_no_less_exact_than_plain_torch, which explains the exception.
         case = loss_case(600, 64, 3000, 4, torch.bfloat16, "cpu", bias=True)
         mine = loss_and_gradients(fused, *case, upstream, objective=objective, chunk_size=600)
-        beside = loss_and_gradients(plain, *case, upstream, objective=objective)
+        others = loss_and_gradients(plain, *case, upstream, objective=objective)
         exact = loss_and_gradients(plain, *(t.double() for t in case[:3]), case[3], upstream, objective=objective)
         again = torch.finfo(torch.bfloat16).eps / 2 if upstream == 0.37 else 0
-        for actual, wanted, other in zip(mine, exact, beside, strict=True):
+        for actual, wanted, other in zip(mine, exact, others, strict=True):
             assert relative_error(actual, wanted) <= 1.1 * relative_error(other, wanted) + again
 
     def test_chunks_add_up_in_float32(self):

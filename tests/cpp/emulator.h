@@ -364,7 +364,7 @@ struct __attribute__((may_alias, aligned(16))) Words4 {
 };
 inline void store_global(Words4* to, Words4 four) { *to = four; }
 
-// What is under way is NaN, and comes at the last moment.
+// A copy is NaN until it is waited for, and is made then.
 inline void copy_to_shared(Words4* to, const Words4* from) {
   std::memset(static_cast<void*>(to), 0xff, sizeof(Words4));
   emulator::fiber().copies.emplace_back(to, from);

@@ -1,4 +1,4 @@
-"""What a GPU asks of the trainer, as far as a machine without one can tell."""
+"""The trainer on a GPU, as far as a machine without one can tell."""
 
 import dataclasses
 import json

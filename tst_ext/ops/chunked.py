@@ -38,7 +38,7 @@ def linear_multi_hot_cross_entropy(
 def gradient_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Return the dtype of the op's gradients of hidden states of `dtype`, and of the weight.
 
-    float32 gradients wait for the upstream gradient before their last rounding. Those of bfloat16 do only on the CPU:
+    float32 gradients wait for the upstream gradient before their last rounding. bfloat16 gradients do so only on the CPU:
     writing and rounding them took 0.9 of 46 ms on an H200 (8192 rows, d = 4096, V = 151936), and twice the memory.
     float16's would underflow before the scale of the loss multiplies them.
     """
@@ -108,7 +108,7 @@ def in_chunks(
         chunk = -(-rows // max(1, -(-rows // chunk_size)))  # equal parts
         gradients = gradients or dtype
         dh = hidden.new_empty((rows, dim) if grad_hidden else (0,), dtype=gradients)
-        # The GEMM of a single chunk rounds its sums itself; those of several chunks are added up before.
+        # The GEMM of a single chunk rounds its sums itself; the sums of several chunks are added up before.
         summed = dtype if chunk < rows else gradients
         dw = weight.new_empty((vocabulary, dim) if grad_weight else (0,), dtype=summed)
         db = weight.new_empty(vocabulary if grad_bias else 0, dtype=dtype)
