@@ -9,9 +9,9 @@ namespace tst::cuda {
 constexpr int kScaledThreads = 256;  // of a block
 constexpr int kScaledBlocks = 8;     // of a multiprocessor: 2048 threads, all that most have
 
-// n numbers a thread and pass; the last thread has the remaining ones. In place a factor of 1, as a plain loss.backward()
-// has it, leaves them unread. So the grid is no larger than the device: a block for every 2048 numbers, 304000 for the
-// gradient of a head of 151936 x 4096, would start only to return.
+// n numbers a thread and pass; the last thread has the remaining ones. In place a factor of 1, as a plain
+// loss.backward() has it, leaves them unread. So the grid is no larger than the device: a block for every 2048 numbers,
+// 304000 for the gradient of a head of 151936 x 4096, would start only to return.
 template <typename S, typename O, int n>
 __global__ void __launch_bounds__(kScaledThreads, kScaledBlocks)
     scaled_copy_kernel(const S* source, const float* factor, O* out, int64_t count) {

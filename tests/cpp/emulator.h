@@ -1,9 +1,10 @@
 // CUDA's execution model on the host, for the raw kernels of csrc/cuda: blocks and clusters of threads as fibres of one
 // thread, which change over at barriers and shuffles alone, in random order.
 //
-// What it is strict about: a barrier that some thread of the block never reaches is an error, shared memory is exactly
-// as large as was asked for and full of NaN before a block begins and after it has ended, and under ThreadSanitizer two
-// threads that touch the same memory without a barrier between them are a race.
+// What it is strict about: it is an error if some thread of a block never reaches a barrier, or ends with copies to
+// shared memory that it has not waited for. Shared memory is exactly as large as was asked for and full of NaN before a
+// block begins and after it has ended. Under ThreadSanitizer two threads that touch the same memory without a barrier
+// between them are a race.
 #pragma once
 
 #include <ucontext.h>
@@ -149,6 +150,7 @@ inline void entry() {
 #endif
   try {
     (*self.kernel)();
+    if (!self.copies.empty()) throw std::logic_error("a copy to shared memory that nobody waits for");
   } catch (...) {
     self.error = std::current_exception();
     machine.failed.store(true, std::memory_order_relaxed);
