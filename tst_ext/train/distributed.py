@@ -61,8 +61,8 @@ def choose_device(name: str) -> torch.device:
         if name != "auto" and torch.device(name).type not in ("cpu", "cuda"):
             raise RuntimeError("the trainer runs on these")
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        local_rank = _from_environment("LOCAL_RANK")
         if device.type == "cuda" and device.index is None:  # torch.cuda.set_device wants a certain one
-            local_rank = _from_environment("LOCAL_RANK")
             device = torch.device("cuda", torch.cuda.current_device() if local_rank is None else local_rank)
         torch.zeros(1, device=device)
     except (AssertionError, RuntimeError) as error:  # names or devices torch lacks
