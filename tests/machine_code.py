@@ -40,9 +40,9 @@ class Rule(NamedTuple):
     copies: int = 0  # of 16 bytes to shared memory in that loop, at least: the next row
 
 
-# Passes 0, 1 and 2 are kLoss, kGradient and kCachedGradient. Their narrow stores are loss and lse. A gradient has 38
-# more: a label's column in two places, two edges of at most 8 elements, as gradient or as zeros, and some that the
-# compiler cuts in two.
+# Passes 0, 1 and 2 are kLoss, kGradient and kCachedGradient. Their narrow stores are loss and lse. A gradient has up to
+# 38 more: the columns of labels, and the elements of two edges, as gradient or as zeros, which the compiler may write
+# out more than once.
 RULES = (
     Rule("loss_rows_kernel<{T}, true, (Pass)0>", flight=8, narrow=2, reads_row=True),
     Rule("loss_rows_kernel<{T}, true, (Pass)1>", flight=4, stores=2, narrow=40, reads_row=True, writes_row=True),

@@ -110,7 +110,7 @@ class TestBfloat16Gradients:
         for chunk_size in (1, 300):
             _, _, dh, dw, db = chunked.in_chunks(
                 lambda z, *_, **__: z.fill_(1), chunk_size, hidden, weight, torch.zeros(300, 1).long(), torch.ones(1),
-                grad_hidden=True, grad_weight=True, grad_bias=True, gradients=torch.bfloat16,
+                grad_hidden=True, grad_weight=True, grad_bias=True, grad_dtype=torch.bfloat16,
             )  # fmt: skip
             assert dh.dtype == dw.dtype == torch.bfloat16 and db.dtype == torch.float32
             assert (dh == 5).all() and (dw == 300).all() and (db == 300).all()
@@ -129,7 +129,7 @@ class TestBfloat16Gradients:
         with Allocations():
             chunked.in_chunks(
                 lambda z, *_, **__: storages.append(StorageWeakRef(z.untyped_storage())), chunk_size, hidden, weight,
-                labels, torch.ones(4), grad_weight=True, gradients=torch.bfloat16,
+                labels, torch.ones(4), grad_weight=True, grad_dtype=torch.bfloat16,
             )  # fmt: skip
         assert len(storages) == chunks and alive == (chunks > 1) * [False]
 

@@ -91,11 +91,11 @@ __device__ inline T shuffle_xor(T value, int mask) {
 }
 __device__ inline void warp_barrier() { __syncwarp(); }
 
-// 16 bytes on their way from global to shared memory, where this thread finds them after copies_wait(). Meanwhile they
-// take no register.
 __device__ inline uint32_t shared_address(const void* memory) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(memory));
 }
+// 16 bytes from global to shared memory, where this thread finds them after copies_wait(). Meanwhile they take no
+// register.
 __device__ inline void copy_to_shared(Words4* to, const Words4* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
@@ -107,14 +107,13 @@ __device__ inline void copies_wait() { asm volatile("cp.async.wait_all;" ::: "me
 // before a barrier of the cluster. Each turn one thread of the owner says how many bytes will come, any thread mails
 // some, and the owner's threads wait. Only those who wait are held up; a barrier would hold up all threads of all
 // blocks, and what they have stored would have to be visible first.
+struct Mailbox {
+  uint64_t barrier;
+};
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ inline unsigned cluster_size() { return cooperative_groups::this_cluster().num_blocks(); }
 __device__ inline unsigned cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
 __device__ inline void cluster_barrier() { cooperative_groups::this_cluster().sync(); }
-
-struct Mailbox {
-  uint64_t barrier;
-};
 __device__ inline void mailbox_open(Mailbox* box) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(box)) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -150,9 +149,6 @@ __device__ inline void mailbox_wait(Mailbox* box, int turn) {  // turns count fr
 __device__ inline unsigned cluster_size() { return 1; }
 __device__ inline unsigned cluster_rank() { return 0; }
 __device__ inline void cluster_barrier() { __syncthreads(); }
-struct Mailbox {
-  uint64_t barrier;
-};
 __device__ inline void mailbox_open(Mailbox*) {}
 __device__ inline void mailbox_expect(Mailbox*, int) {}
 template <int n>

@@ -7,7 +7,7 @@
 namespace tst::cuda {
 
 constexpr int kScaledThreads = 256;  // of a block
-constexpr int kScaledBlocks = 8;     // of a multiprocessor: 2048 threads, all that most have
+constexpr int kScaledBlocks = 8;     // that must fit a multiprocessor of 2048 threads: 32 registers each
 
 // n numbers a thread and pass; the last thread has the remaining ones. In place a factor of 1, as a plain
 // loss.backward() has it, leaves them unread. So the grid is no larger than the device: a block for every 2048 numbers,

@@ -1,10 +1,10 @@
 // CUDA's execution model on the host, for the raw kernels of csrc/cuda: blocks and clusters of threads as fibres of one
 // thread, which change over at barriers and shuffles alone, in random order.
 //
-// What it is strict about: it is an error if some thread of a block never reaches a barrier, or ends with copies to
-// shared memory that it has not waited for. Shared memory is exactly as large as was asked for and full of NaN before a
-// block begins and after it has ended. Under ThreadSanitizer two threads that touch the same memory without a barrier
-// between them are a race.
+// It is strict. A barrier that some thread of a block never reaches is an error, and so are copies to shared memory
+// that a thread has not waited for at its end. Shared memory is exactly as large as was asked for and full of NaN
+// before a block begins and after it has ended. Under ThreadSanitizer two threads that touch the same memory without a
+// barrier between them are a race.
 #pragma once
 
 #include <ucontext.h>

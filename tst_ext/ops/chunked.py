@@ -32,7 +32,7 @@ def linear_multi_hot_cross_entropy(
         element = 4 if hidden.dtype == torch.float16 else hidden.element_size()
         chunk_size = chunk_rows(math.prod(hidden.shape[:-1]), len(weight), element, hidden.device)
     dtype = gradient_dtype(hidden.dtype, hidden.device)
-    return in_chunks(row_pass, chunk_size, hidden, weight, labels, position_scale, gradients=dtype, **keywords)
+    return in_chunks(row_pass, chunk_size, hidden, weight, labels, position_scale, grad_dtype=dtype, **keywords)
 
 
 def gradient_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -86,12 +86,12 @@ def in_chunks(
     grad_hidden: bool = False,
     grad_weight: bool = False,
     grad_bias: bool = False,
-    gradients: torch.dtype | None = None,
+    grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the op by a row pass with the tensors and the gradient= of multi_hot_cross_entropy_rows_.
 
-    `gradients` is the dtype of hidden's and the weight's, float32 or their own; None: float32, or float64 for float64,
-    as the bias's is.
+    `grad_dtype` is float32 or the dtype of hidden, for the gradients of hidden and weight. Without it they are float32,
+    or float64 for float64, as the gradient of the bias always is.
     """
     device, gradient = hidden.device, grad_hidden or grad_weight or grad_bias
     # Autocast has cast the arguments, and must not cast what is computed in float32.
@@ -106,10 +106,10 @@ def in_chunks(
         y = labels.reshape(rows, len(position_scale))
         loss, lse = (h.new_empty(rows, dtype=dtype) for _ in range(2))
         chunk = -(-rows // max(1, -(-rows // chunk_size)))  # equal parts
-        gradients = gradients or dtype
-        dh = hidden.new_empty((rows, dim) if grad_hidden else (0,), dtype=gradients)
+        grad_dtype = grad_dtype or dtype
+        dh = hidden.new_empty((rows, dim) if grad_hidden else (0,), dtype=grad_dtype)
         # The GEMM of a single chunk rounds its sums itself; the sums of several chunks are added up before.
-        summed = dtype if chunk < rows else gradients
+        summed = dtype if chunk < rows else grad_dtype
         dw = weight.new_empty((vocabulary, dim) if grad_weight else (0,), dtype=summed)
         db = weight.new_empty(vocabulary if grad_bias else 0, dtype=dtype)
         if rows == 0:
@@ -141,9 +141,9 @@ def in_chunks(
             if grad_bias:
                 column_sums = z.sum(0, dtype=dtype)
                 db.copy_(column_sums if start == 0 else db + column_sums)
-        if summed != gradients:
+        if summed != grad_dtype:
             del padded, buffer, z  # the logits, whose memory the rounded gradient can take
-            rounded = torch.empty_like(dw, dtype=gradients)
+            rounded = torch.empty_like(dw, dtype=grad_dtype)
             torch.ops.tst_ext.scaled_copy_(rounded, dw, dw.new_ones(()))
             dw = rounded
         total = loss if reduction == "none" else loss.sum()
