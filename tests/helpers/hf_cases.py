@@ -31,10 +31,18 @@ FAMILIES = {
     "phi": transformers.PhiConfig(**{**SIZES, "num_key_value_heads": 4}),  # a head with a bias
 }
 
+ROUTED = dict(output_router_logits=True, router_aux_loss_coef=0.5, num_experts_per_tok=2)
+MIXTURES = {
+    "mixtral": transformers.MixtralConfig(**SIZES, num_local_experts=4, **ROUTED),
+    "qwen3_moe": transformers.Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=24, **ROUTED),
+    "olmoe": transformers.OlmoeConfig(**SIZES, num_experts=4, **ROUTED),
+}
+
 
 def build(family, seed=0, **changes):
     torch.manual_seed(seed)
-    config = FAMILIES[family].__class__(**{**FAMILIES[family].to_diff_dict(), **changes})
+    config = (FAMILIES | MIXTURES)[family]
+    config = config.__class__(**{**config.to_diff_dict(), **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():  # biases are 0 in a fresh model, and its logits too small for a softcap to matter
         for name, parameter in model.named_parameters():

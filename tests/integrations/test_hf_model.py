@@ -1,12 +1,20 @@
 """superpose and restore, on tiny models of each family of the installed transformers, on CPU."""
 
+import copy
+import io
+import os
+import pickle
+import types
+
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from helpers.hf_cases import FAMILIES, LENGTH, SIZES, VOCABULARY, build, tokens
+from helpers.hf_cases import FAMILIES, LENGTH, MIXTURES, SIZES, VOCABULARY, build, tokens
 from helpers.processes import in_processes, needs_gloo
 from tst_ext import reference
 from tst_ext.integrations.hf import fold_batch, restore, superpose
@@ -17,6 +25,26 @@ def build_gemma3n():
     return transformers.Gemma3nForCausalLM(
         transformers.Gemma3nTextConfig(**sizes, layer_types=["full_attention"] * 2, laurel_rank=4)
     )
+
+
+def bags(bag_size=3, rows=2, length=LENGTH, seed=0):
+    return fold_batch(dict(input_ids=tokens(rows, length, seed=seed), labels=tokens(rows, length, seed=seed)), bag_size)
+
+
+def loss_written_out(model, batch, embedding=None):
+    """In plain torch, by what the model itself makes of the mean of its tokens' embeddings: full logits."""
+    embedding = embedding or model.get_input_embeddings()
+    valid = (batch["input_ids"] != -100).unsqueeze(-1)
+    embedded = embedding(batch["input_ids"].clamp_min(0).flatten(1)).unflatten(1, batch["input_ids"].shape[1:])
+    logits = model(inputs_embeds=(embedded * valid).sum(2) / valid.sum(2)).logits
+    return reference.multi_hot_cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(0, 1))
+
+
+def assert_gradients(actual, expected):
+    """The same but for the order of sums, of some 40 terms."""
+    assert actual.keys() == expected.keys()
+    for name, g in expected.items():
+        assert (actual[name] - g).norm() <= 2e-6 * g.norm().clamp_min(1e-3), name
 
 
 def gradients(model, loss):
@@ -37,11 +65,7 @@ class TestSuperpose:
         superpose(model)
         loss = model(**fold_batch(dict(input_ids=ids, labels=labels), 1)).loss
         torch.testing.assert_close(loss, own, rtol=1e-6, atol=0)
-        actual = gradients(model, loss)
-        assert actual.keys() == expected.keys()
-        # The library gathers rows of the table and rounds elsewhere: sums in another order, of 40 terms or so.
-        for name, g in expected.items():
-            assert (actual[name] - g).norm() <= 2e-6 * g.norm().clamp_min(1e-3), name
+        assert_gradients(gradients(model, loss), expected)
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_bags(self, family):
@@ -121,6 +145,190 @@ class TestSuperpose:
         model.gradient_checkpointing_enable()
         assert torch.equal(model.train()(**batch).loss, loss)
 
+    def test_arguments_that_wrappers_pass(self):
+        """PEFT passes inputs_embeds=None, other loops use_cache=False: nothing changes by them."""
+        model = superpose(build("llama"))
+        batch = bags()
+        loss = model(**batch).loss
+        nothing = dict(use_cache=False, inputs_embeds=None, past_key_values=None, logits_to_keep=0, position_ids=None)
+        assert torch.equal(model(**batch, **nothing, output_attentions=None, return_dict=None).loss, loss)
+        as_tuple = model(**batch, return_dict=False)
+        assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], loss)
+        more = model(**batch, output_hidden_states=True, output_attentions=True)
+        embedded = model.get_input_embeddings()(batch["input_ids"]).mean(2)
+        own = model.model(inputs_embeds=embedded, output_hidden_states=True, output_attentions=True)
+        assert len(more.hidden_states) == 3 and len(more.attentions) == 2
+        for ours, theirs in zip(more.hidden_states + more.attentions, own.hidden_states + own.attentions, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("argument", "value"),
+        [
+            ("inputs_embeds", torch.ones(2, 4, 32)),
+            ("past_key_values", object()),
+            ("use_cache", True),
+            ("logits_to_keep", 2),
+        ],
+    )
+    def test_arguments_that_mean_something_else_are_named(self, argument, value):
+        model = superpose(build("llama"))
+        with pytest.raises(ValueError, match=f"^{argument}: expected nothing with bags"):
+            model(**bags(), **{argument: value})
+
+    @pytest.mark.parametrize("family", MIXTURES)
+    @pytest.mark.parametrize("by", ["config", "argument"])
+    def test_the_routers_loss(self, family, by):
+        """Bags of one: the library's own loss, with its router's. Bags: the router's loss of what the bags went to."""
+        model = build(family, output_router_logits=by == "config").eval()
+        given = {} if by == "config" else dict(output_router_logits=True)
+        ids, mask = tokens(3, LENGTH), torch.ones(3, LENGTH, dtype=torch.int64)
+        mask[0, 5:] = 0
+        batch = dict(input_ids=ids, labels=torch.where(mask == 1, ids, -100), attention_mask=mask)
+        own = model(**batch, **given)
+        expected = gradients(model, own.loss)
+        superpose(model)
+        ours = model(**fold_batch(batch, 1), **given)
+        torch.testing.assert_close(ours.loss, own.loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(ours.aux_loss, own.aux_loss, rtol=1e-6, atol=0)
+        assert_gradients(gradients(model, ours.loss), expected)
+
+        folded = bags(rows=3)
+        ours = model(**folded, **given)
+        embedded = model.get_input_embeddings()(folded["input_ids"]).mean(2)
+        aux = model(inputs_embeds=embedded, output_router_logits=True).aux_loss
+        torch.testing.assert_close(ours.aux_loss, aux, rtol=1e-6, atol=0)
+        assert len(ours.router_logits) == 2 and ours.router_logits[0].shape == (12, 4)
+        without = model(**folded, output_router_logits=False)
+        torch.testing.assert_close(ours.loss, without.loss + 0.5 * aux, rtol=1e-6, atol=0)
+        assert "aux_loss" not in without
+
+    def test_copies(self):
+        """Copies and pickles read bags too, by their own weights."""
+        model, batch = superpose(build("llama"), position_weights="power_law"), bags()
+        loss, file = model(**batch).loss, io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+            assert torch.equal(other(**batch).loss, loss)
+            with torch.no_grad():
+                other.lm_head.weight.zero_()
+            assert not torch.equal(other(**batch).loss, loss) and torch.equal(model(**batch).loss, loss)
+            restore(other)
+            assert "forward" not in vars(other)
+
+    def test_superposed_again(self):
+        """The last options hold, and one restore undoes both."""
+        model, batch = superpose(build("llama")), bags()
+        loss = model(**batch).loss
+        superpose(model, objective="mce_alt")
+        assert not torch.equal(model(**batch).loss, loss)
+        assert torch.equal(superpose(model)(**batch).loss, loss)
+        assert "forward" not in vars(restore(model))
+
+    def test_a_forward_that_another_library_has_patched(self):
+        """As Liger Kernel patches an instance: token ids go there, and restore leaves it as it was."""
+        model = build("llama")
+        model.forward = types.MethodType(_patched_forward, model)
+        ids = tokens(2, 4)
+        superpose(model)
+        assert model(ids).logits.eq(model(input_ids=ids).logits).all() and model.patched == 4  # two of them on trial
+        assert model(**bags()).loss.isfinite() and model.patched == 4
+        assert restore(model).forward.__func__ is _patched_forward
+
+    def test_bad_loss_options_are_named_at_once(self):
+        model = build("llama")
+        weights = torch.nn.Parameter(torch.ones(3))
+        for options, message in (
+            (dict(position_weights=weights), "^position_weights: expected a constant tensor.*requires_grad=True"),
+            (dict(position_weights="linear"), "^position weights: expected"),
+            (dict(objective="mcee"), "^objective: expected"),
+            (dict(z_loss=-1.0), "^z_loss: expected"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                superpose(model, **options)
+            assert "forward" not in vars(model)
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_hooks(self, tied):
+        """Those of embedding and head are run: they change the loss of bags as they do that of tokens."""
+        batch = bags()
+        model = superpose(build("llama_tied" if tied else "llama"))
+        embedding, head, calls = model.get_input_embeddings(), model.get_output_embeddings(), []
+        plain = model(**batch).loss
+        double = embedding.register_forward_hook(lambda module, inputs, output: 2 * output)
+        expected = loss_written_out(model, batch)
+        assert abs(expected - plain) > 1e-3
+        torch.testing.assert_close(model(**batch).loss, expected, rtol=1e-5, atol=0)
+        double.remove()
+        halve = head.register_forward_pre_hook(lambda module, inputs: (inputs[0] / 2,))
+        capture = head.register_forward_hook(lambda module, inputs, output: calls.append(output.shape))
+        torch.testing.assert_close(model(**batch).loss, loss_written_out(model, batch), rtol=1e-5, atol=0)
+        assert calls == [(2, 4, VOCABULARY)] * 2
+        halve.remove()
+        capture.remove()
+        embedding.register_full_backward_hook(lambda module, inputs, outputs: calls.append("backward"))
+        loss = model(**batch).loss
+        torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
+        loss.backward()
+        assert calls[2:] == ["backward"]
+
+    @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+    def test_another_head_is_called_as_it_is(self, before, caplog):
+        """A head that is not linear: logits are formed, and a warning says so."""
+        model, batch = build("llama"), bags()
+        model = model if before else superpose(model)
+        model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Softplus())
+        if before:
+            superpose(model)
+        torch.testing.assert_close(model(**batch).loss, loss_written_out(model, batch), rtol=1e-5, atol=0)
+
+    def test_float8(self):
+        """torchao exchanges every nn.Linear after superpose: the head computes in float8, and its loss stays TST's."""
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        batch = bags(4, rows=4, length=64)  # sizes that float8 takes: multiples of 16
+        for name in ("input_ids", "labels"):
+            batch[name] = torch.where(batch[name] < 0, -100, batch[name] % 96)
+        model = superpose(build("llama", vocab_size=96, num_hidden_layers=1))
+        loss = model(**batch).loss
+        convert_to_float8_training(model, config=Float8LinearConfig(emulate=True))
+        assert type(model.lm_head).__name__ == "Float8Linear"
+        low = model(**batch).loss
+        torch.testing.assert_close(low, loss_written_out(model, batch), rtol=1e-5, atol=0)
+        # Weights and activations are rounded to 3 bits of mantissa; independently, so that the mean errs far less.
+        assert 0 < abs(low - loss) < 2**-4 * loss
+        low.backward()
+        assert model.lm_head.weight.grad.norm() > 0 and model.model.embed_tokens.weight.grad.norm() > 0
+
+    @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+    @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+    @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_gradient_checkpointing(self, family, reentrant, frozen, before):
+        """Gradients of both phases are those without, also where the embedding is frozen."""
+        runs = []
+        for checkpointing in (False, True):
+            model = build(
+                family, **(dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0) if family == "gpt2" else {})
+            ).train()
+            if frozen:
+                model.get_input_embeddings().weight.requires_grad_(False)
+            if not before:
+                superpose(model)
+            if checkpointing:
+                model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
+            if before:
+                superpose(model)
+            counted = _count_checkpoints(model)
+            batch, ids = bags(), tokens(2, LENGTH)
+            of_bags = gradients(model, model(**batch).loss)
+            of_tokens = gradients(model, model(input_ids=ids, labels=ids).loss)
+            runs.append((of_bags, of_tokens, len(counted)))
+        assert runs[1][2] == 2 * 2 * 2 and runs[0][2] == 2 * 2  # layers are run again, in either phase
+        for k in (0, 1):
+            assert len(runs[0][k]) >= len(list(model.parameters())) - 2 * frozen
+            assert_gradients(runs[1][k], runs[0][k])
+
     @pytest.mark.parametrize(
         ("build_model", "message"),
         [
@@ -138,12 +346,15 @@ class TestSuperpose:
                 ),
                 "BertLMHeadModel.*does more than hidden @ weight.T",
             ),
-            (lambda: transformers.LlamaModel(FAMILIES["llama"]), "expected a decoder under a head.*LlamaModel"),
             (
-                lambda: transformers.MixtralForCausalLM(
-                    transformers.MixtralConfig(**SIZES, num_local_experts=2, output_router_logits=True)
+                lambda: transformers.LlamaModel(FAMILIES["llama"]),
+                "expected a decoder.*under an output head, got LlamaModel",
+            ),
+            (
+                lambda: transformers.JetMoeForCausalLM(
+                    transformers.JetMoeConfig(**SIZES, num_local_experts=2, output_router_logits=True)
                 ),
-                "router's loss of MixtralForCausalLM",
+                "router's loss of JetMoeForCausalLM",
             ),
             (
                 lambda: transformers.XLNetLMHeadModel(
@@ -172,14 +383,6 @@ class TestSuperpose:
 
     def test_other_heads_and_inputs_are_named(self):
         model = build("llama")
-        model.lm_head = torch.nn.Sequential(model.lm_head)
-        with pytest.raises(ValueError, match="^model: expected an output head of type nn.Linear, got Sequential"):
-            superpose(model)
-        model = build("llama")
-        hook = model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: 2 * output)
-        with pytest.raises(ValueError, match="expected no hooks on the embedding of LlamaForCausalLM"):
-            superpose(model)
-        hook.remove()
         model.model.register_forward_pre_hook(_double_embeddings, with_kwargs=True)
         with pytest.raises(ValueError, match="does not compute the same from inputs_embeds"):
             superpose(model)
@@ -211,6 +414,20 @@ class TestSuperpose:
         assert not any(m._forward_hooks for m in model.modules())
 
 
+def _patched_forward(self, *args, **kwargs):
+    self.patched = getattr(self, "patched", 0) + 1
+    return type(self).forward(self, *args, **kwargs)
+
+
+def _count_checkpoints(model):
+    """A list that grows with each run of a layer's MLP."""
+    counted = []
+    for name, module in model.named_modules():
+        if name.endswith(".mlp"):
+            module.register_forward_pre_hook(lambda *_: counted.append(1))
+    return counted
+
+
 def _double_embeddings(module, args, kwargs):
     if kwargs.get("inputs_embeds") is not None:
         kwargs["inputs_embeds"] = 2 * kwargs["inputs_embeds"]
@@ -223,14 +440,20 @@ def _capped(output):
 
 
 def check_fsdp(rank):
-    """FSDP2 with a unit a layer and one for the rest: each of two processes has its share of the batch."""
+    """FSDP2 with units of layers and one for the rest, also of embedding and head: two processes share the batch."""
     mesh = init_device_mesh("cpu", (2,))
+    for own_units in (False, True):
+        check_sharded(rank, mesh, own_units)
+
+
+def check_sharded(rank, mesh, own_units):
+    family = "llama" if own_units else "llama_tied"
     batch = fold_batch(dict(input_ids=tokens(4, LENGTH), labels=tokens(4, LENGTH)), 3)
     items = (batch["labels"] != -100).sum()
-    one = superpose(build("llama_tied"))
+    one = superpose(build(family))
     expected = gradients(one, one(**batch, num_items_in_batch=items).loss)
-    model = superpose(build("llama_tied"))
-    for module in (*model.model.layers, model):
+    model = superpose(build(family))
+    for module in (*model.model.layers, *([model.model.embed_tokens, model.lm_head] if own_units else []), model):
         fully_shard(module, mesh=mesh)
     share = {name: t[2 * rank : 2 * rank + 2] for name, t in batch.items()}
     model(**share, num_items_in_batch=items / 2).loss.backward()  # FSDP2 averages over the processes
@@ -243,3 +466,46 @@ def check_fsdp(rank):
 @needs_gloo
 def test_fsdp(tmp_path):
     in_processes(2, check_fsdp, tmp_path)
+
+
+def check_accelerate(rank):
+    """A loop of one's own under accelerate's DDP: gradients of the whole batch, whatever is superposed when."""
+    environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, ACCELERATE_USE_CPU="true")
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    batch = bags(rows=4)
+    share = {name: t[2 * rank : 2 * rank + 2] for name, t in batch.items()}
+    items = (batch["labels"] != -100).sum()
+    for precision in ("no", "bf16"):
+        for checkpointing in (False, True):
+            AcceleratorState._reset_state(reset_partial_state=True)
+            accelerator = Accelerator(mixed_precision=precision)
+            assert accelerator.num_processes == 2
+            one, model = superpose(build("llama")), superpose(build("llama")).train()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                loss = one(**batch, num_items_in_batch=items).loss
+            expected = gradients(one, loss)
+            if checkpointing:
+                model.gradient_checkpointing_enable()
+            prepared = accelerator.prepare(model)
+            accelerator.backward(prepared(**share, num_items_in_batch=items / 2).loss)
+            for name, p in accelerator.unwrap_model(prepared).named_parameters():
+                # In bfloat16 each half of the batch is rounded once more, to 8 bits.
+                tolerance = 2e-6 if precision == "no" else torch.finfo(torch.bfloat16).eps
+                assert (p.grad - expected[name]).norm() <= tolerance * expected[name].norm().clamp_min(1e-3), name
+            if precision == "bf16":
+                inner = accelerator.unwrap_model(prepared)
+                with pytest.raises(ValueError, match="accelerate has wrapped the forward.*before accelerator.prepare"):
+                    superpose(inner)
+                with pytest.raises(ValueError, match="nothing around its forward"):
+                    restore(inner)
+                inner = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # as the message says
+                assert torch.equal(
+                    inner(**batch, num_items_in_batch=items).loss, one(**batch, num_items_in_batch=items).loss
+                )
+                assert "forward" not in vars(restore(superpose(inner)))
+
+
+@pytest.mark.extended
+@needs_gloo
+def test_accelerate(tmp_path):
+    in_processes(2, check_accelerate, tmp_path)

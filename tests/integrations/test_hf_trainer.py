@@ -4,13 +4,16 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.utils.data import IterableDataset
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer
 
 from helpers.hf_cases import LENGTH, VOCABULARY, Rows, arguments, build, tokens
 from tst_ext import SuperpositionSchedule
@@ -29,7 +32,10 @@ class Recorder(SuperpositionTrainer):
     """Keeps what each micro-batch was."""
 
     def training_step(self, model, inputs, *args, **kwargs):
-        self.seen = [*getattr(self, "seen", []), {k: v.clone() for k, v in inputs.items()}]
+        self.seen = [
+            *getattr(self, "seen", []),
+            {k: (v.clone() if torch.is_tensor(v) else v) for k, v in inputs.items()},
+        ]
         return super().training_step(model, inputs, *args, **kwargs)
 
 
@@ -80,8 +86,206 @@ class TestTrainer:
         trainer = SuperpositionTrainer(
             build("llama"), arguments(tmp_path, remove_unused_columns=False), train_dataset=rows, bag_size=3, ratio=0.5
         )
-        with pytest.raises(TypeError, match=r"^train_dataset: expected a list or tensor as '(text|number)', got"):
+        with pytest.raises(ValueError, match=r"^batch: expected input_ids, labels.*'number'"):
             trainer.train()
+
+    def test_a_collator_of_text(self, tmp_path):
+        """Rows reach the user's collator as they are: it makes the same batches of text as of tokens."""
+        rows, seen = Rows(), []
+
+        def collate(texts):
+            ids = torch.tensor([[int(word) for word in row["text"].split()] for row in texts])
+            return dict(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids))
+
+        texts = [dict(text=" ".join(map(str, rows[i]["input_ids"]))) for i in range(len(rows))]
+        for data, options in (
+            (rows, {}),
+            (texts, dict(data_collator=collate)),
+            (datasets.Dataset.from_list(texts), dict(data_collator=collate)),
+        ):
+            changes = dict(remove_unused_columns=not options)
+            trainer = Recorder(
+                build("llama"), arguments(tmp_path, **changes), train_dataset=data, bag_size=3, ratio=0.5, **options
+            )
+            trainer.train()
+            seen.append([batch["input_ids"] for batch in trainer.seen])
+        assert len(seen[0]) == 10
+        for other in seen[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
+
+    def test_documents_of_unequal_length(self, tmp_path):
+        """No bag of DataCollatorWithFlattening holds two documents; what a collator pads counts nowhere."""
+        rows = [dict(input_ids=[3 + i] * (1 + i % 7)) for i in range(40)]
+        for row in rows:
+            row["labels"] = row["input_ids"]
+        flat = Recorder(
+            build("llama"), arguments(tmp_path), train_dataset=rows, bag_size=3, ratio=0.5,
+            data_collator=DataCollatorWithFlattening(),
+        )  # fmt: skip
+        flat.train()
+        for batch in flat.seen[:5]:
+            bags, labels = batch["input_ids"][0], batch["labels"][0]
+            read = [set(bag.tolist()) - {-100} for bag in bags]
+            assert all(len(document) == 1 for document in read)
+            assert all(set(y.tolist()) - {-100} <= document for y, document in zip(labels, read, strict=True))
+            assert (batch["position_ids"] == 0).sum() == 2 * 3  # documents of two samples
+        assert all(batch["input_ids"].shape[0] == 1 for batch in flat.seen[5:])
+        assert all((batch["position_ids"] == 0).sum() == 2 for batch in flat.seen[5:])
+
+        def pad(documents):
+            width = max(len(row["input_ids"]) for row in documents)
+            fill = lambda name, filler: torch.tensor([r[name] + [filler] * (width - len(r[name])) for r in documents])  # noqa: E731
+            ids = fill("input_ids", 0)
+            return dict(input_ids=ids, labels=fill("labels", -100), attention_mask=(ids > 0).long())
+
+        padded = Recorder(
+            build("llama"), arguments(tmp_path), train_dataset=rows, bag_size=3, ratio=0.5, data_collator=pad
+        )
+        padded.train()
+        for batch in padded.seen[:5]:
+            assert (batch["input_ids"] != 0).all() and batch["input_ids"].shape[0] == 2
+            assert torch.equal(batch["attention_mask"], (batch["input_ids"] != -100).any(-1).long())
+
+    def test_int32_rows(self, tmp_path):
+        """Both phases and the evaluation train as with int64."""
+        runs = []
+        for dtype in (torch.int64, torch.int32):
+            rows = [dict(input_ids=row, labels=row) for row in Rows().ids.to(dtype)]
+            options = dict(eval_strategy="steps", eval_steps=5)
+            trainer = SuperpositionTrainer(
+                build("llama"), arguments(tmp_path, **options), train_dataset=rows, eval_dataset=rows[:4],
+                bag_size=3, ratio=0.5,
+            )  # fmt: skip
+            trainer.train()
+            runs.append([{k: v for k, v in e.items() if k in ("loss", "eval_loss")} for e in trainer.state.log_history])
+        assert runs[0] == runs[1] and sum("eval_loss" in entry for entry in runs[0]) == 2
+
+    def test_stages(self, tmp_path):
+        trainer = Recorder(
+            build("llama"), arguments(tmp_path), train_dataset=Rows(), bag_size=4, ratio=0.3, stages=((0.2, 2),)
+        )
+        trainer.train()
+        assert [batch["input_ids"].shape[2:] for batch in trainer.seen] == [(4,)] * 3 + [(2,)] * 2 + [()] * 5
+        some = SuperpositionTrainer(
+            build("llama"),
+            arguments(tmp_path, logging_steps=100),
+            train_dataset=Rows(),
+            bag_size=4,
+            ratio=0.3,
+            stages=((0.2, 2),),
+        )
+        some.train()
+        by_step = dict(losses(trainer))
+        assert [step for step, _ in losses(some)] == [3, 5]  # no average of two bag sizes
+        assert losses(some)[1][1] == pytest.approx((by_step[4] + by_step[5]) / 2, abs=1e-4)
+        logged = [(entry["step"], entry["bag_size"]) for entry in trainer.state.log_history if "bag_size" in entry]
+        assert logged == list(enumerate([4] * 3 + [2] * 2 + [1] * 5, 1))
+        epoch = SuperpositionTrainer(
+            build("llama"),
+            arguments(tmp_path, max_steps=-1, num_train_epochs=1),
+            train_dataset=Rows(64),
+            bag_size=4,
+            ratio=0.3,
+            stages=((0.2, 2),),
+        )
+        # A step reads 2 samples of 0.3 * 4 + 0.2 * 2 + 0.5 = 2.1 rows on average.
+        assert epoch.schedule == SuperpositionSchedule(15, 0.3, 4, ((0.2, 2),))
+        with pytest.raises(ValueError, match=r"^stages\[0\], bag_size: expected"):
+            SuperpositionTrainer(
+                build("llama"), arguments(tmp_path), train_dataset=Rows(), bag_size=4, ratio=0.3, stages=((0.2, 0),)
+            )
+
+    @pytest.mark.parametrize("phases", [dict(bag_size=3, ratio=0), dict(bag_size=1, ratio=0.5)], ids=["r=0", "s=1"])
+    @pytest.mark.parametrize("options", [dict(max_steps=-1, num_train_epochs=3), dict(max_steps=10)])
+    def test_without_bags_it_is_trainers_own_run(self, tmp_path, phases, options):
+        """Steps, epochs, the order of the rows and all weights are those of Trainer."""
+        rows, strategies = Rows(13), dict(save_strategy="epoch", eval_strategy="epoch", logging_strategy="epoch")
+        own, ours = (
+            make(
+                build("llama"),
+                arguments(tmp_path / name, **options, **strategies),
+                train_dataset=rows,
+                eval_dataset=rows,
+            )
+            for name, make in (("own", Trainer), ("ours", partial(SuperpositionTrainer, **phases)))
+        )
+        for trainer in (own, ours):
+            trainer.train()
+        assert ours.state.max_steps == own.state.max_steps == (21 if options["max_steps"] < 0 else 10)
+        kept = [
+            [{k: v for k, v in e.items() if k in ("loss", "eval_loss", "epoch", "step")} for e in t.state.log_history]
+            for t in (own, ours)
+        ]
+        assert kept[0] == kept[1]
+        assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == sorted(
+            p.name for p in (tmp_path / "own").iterdir()
+        )
+        for a, b in zip(own.model.parameters(), ours.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("count", ["all", "non_padding"])
+    def test_tokens_are_counted(self, tmp_path, count):
+        """4 steps of 8 samples of 4 rows of 12 tokens, and 4 steps of 8 rows: 1,920 tokens in all."""
+        rows = [dict(Rows()[i], attention_mask=[1] * LENGTH) for i in range(64)]
+        options = dict(max_steps=8, per_device_train_batch_size=8, include_num_input_tokens_seen=count)
+        for data in (rows, Rows()):
+            trainer = SuperpositionTrainer(
+                build("llama"), arguments(tmp_path, **options), train_dataset=data, bag_size=4, ratio=0.5
+            )
+            trainer.train()
+            assert trainer.state.num_input_tokens_seen == 4 * 8 * 4 * 12 + 4 * 8 * 12 == 1920
+        # A model computes a position for each bag: as much as Trainer's own run of 8 steps.
+        own = Trainer(build("llama"), arguments(tmp_path, **options), train_dataset=rows)
+        own.train()
+        assert own.state.num_input_tokens_seen == 8 * 8 * 12
+        assert trainer.state.total_flos == own.state.total_flos > 0
+
+    def test_tokens_of_bags_with_empty_slots_are_counted(self, tmp_path):
+        """Rows of 10 tokens, of which 7 count; 3 rows are 21 tokens, in bags of 3 with empty slots behind them."""
+        rows = [dict(input_ids=row[:10], labels=row[:10], attention_mask=torch.arange(10) < 7) for row in Rows().ids]
+        options = dict(max_steps=2, include_num_input_tokens_seen="non_padding")
+        trainer = SuperpositionTrainer(
+            build("llama"), arguments(tmp_path, **options), train_dataset=rows, bag_size=3, ratio=0.5
+        )
+        trainer.train()
+        assert trainer.state.num_input_tokens_seen == 2 * 3 * 7 + 2 * 7
+
+    @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+    def test_gradient_checkpointing(self, tmp_path, reentrant):
+        """The same run with it as without, the embedding frozen."""
+        runs = []
+        for options in (
+            {},
+            dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=reentrant)),
+        ):
+            model = build("llama")
+            model.get_input_embeddings().weight.requires_grad_(False)
+            trainer = SuperpositionTrainer(
+                model, arguments(tmp_path, **options), train_dataset=Rows(), bag_size=3, ratio=0.5
+            )
+            trainer.train()
+            runs.append([(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e])
+        torch.testing.assert_close(*map(torch.tensor, runs), rtol=1e-4, atol=0)
+
+    def test_the_routers_loss(self, tmp_path):
+        """It is in the loss of both phases, with the model's coefficient."""
+        runs = []
+        for coefficient in (0.0, 0.5):
+            model = build("qwen3_moe", router_aux_loss_coef=coefficient)
+            trainer = SuperpositionTrainer(
+                model, arguments(tmp_path, learning_rate=0), train_dataset=Rows(), bag_size=3, ratio=0.5
+            )
+            trainer.train()
+            runs.append(torch.tensor([loss for _, loss in losses(trainer)]))
+        # Two chosen of four experts, nearly balanced: the router's loss is near 2.
+        torch.testing.assert_close(runs[1] - runs[0], torch.ones(10), rtol=0.05, atol=0)
+
+    def test_a_model_that_accelerate_has_prepared(self, tmp_path):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        model = Accelerator(cpu=True, mixed_precision="bf16").prepare(build("llama"))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(ValueError, match="^model: accelerate has wrapped the forward of LlamaForCausalLM"):
+            SuperpositionTrainer(model, arguments(tmp_path), train_dataset=Rows(), bag_size=3, ratio=0.5)
 
     def test_accumulation_and_bfloat16(self, tmp_path):
         """Micro-batches add up to the whole batch, in both phases, by the labels that count."""
@@ -95,8 +299,9 @@ class TestTrainer:
             runs.append((losses(trainer), torch.cat([s["input_ids"].flatten() for s in trainer.seen])))
         assert torch.equal(runs[0][1], runs[1][1])
         torch.testing.assert_close(*(torch.tensor(run) for run, _ in runs), rtol=1e-4, atol=0)
+        options |= dict(bf16=True)  # the last of the two above
         low = SuperpositionTrainer(
-            build("llama"), arguments(tmp_path, bf16=True), train_dataset=Rows(), bag_size=3, ratio=0.5
+            build("llama"), arguments(tmp_path, **options), train_dataset=Rows(), bag_size=3, ratio=0.5
         )
         low.train()
         first = (losses(low)[0][1], runs[0][0][0][1])
@@ -196,6 +401,8 @@ class TestTrainer:
             ({}, dict(model_init=lambda: build("llama"), model=None), "^model_init: "),
             ({}, dict(bag_size=0), "^bag_size: expected"),
             ({}, dict(ratio=1.5), "^ratio: expected"),
+            ({}, dict(loss_options=dict(position_weights=torch.ones(4))), r"^position_weights: expected .*\(3,\)"),
+            ({}, dict(loss_options=dict(z_loss=-1.0)), "^z_loss: expected"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )

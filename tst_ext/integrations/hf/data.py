@@ -1,6 +1,6 @@
 """Turn rows and batches of Transformers into bags."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count, islice
 from typing import Any
 
@@ -11,117 +11,227 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ... import fold_inputs, fold_labels
 
-__all__ = ["SampleStream", "Samples", "fold_batch"]
+__all__ = ["CollateGroups", "SampleStream", "Samples", "fold_batch", "join_rows"]
 
 PADDING = -100  # in empty slots of bags, of ids and labels alike
+ROWS = {"input_ids", "labels", "position_ids", "seq_idx"}  # [B, L]
+KNOWN = ROWS | {"attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 
 def fold_batch(batch: dict[str, Any], bag_size: int, objective: str = "mce") -> dict[str, Any]:
     """Fold a batch of a collator into bags, for a model after `superpose`.
 
+    Padding, on whichever side, is taken out first: bags begin at the first token of a row. Documents that are packed
+    into a row begin a bag each, and their last bag may be short. They begin where `position_ids` do not count on, where
+    `seq_idx` changes, and at `cu_seq_lens_q`. So packed documents have the loss that they have apart.
+
     Args:
-        batch: input_ids, labels (`labels[t]` is `input_ids[t]`, or -100) and perhaps attention_mask, each `[B, L]`. L
-            need not be a multiple of s.
+        batch: input_ids, labels (`labels[t]` is `input_ids[t]`, or -100) and perhaps attention_mask, each `[B, L]`; for
+            packed rows position_ids and seq_idx `[B, L]`, or for one row what `DataCollatorWithFlattening` adds for
+            FlashAttention. L need not be a multiple of s.
         bag_size: s.
         objective: the objective of the loss.
 
     Returns:
-        input_ids and labels `[B, ceil(L / s), s]`, with -100 in slots of padding; attention_mask `[B, ceil(L / s)]`;
+        input_ids and labels `[B, l, s]`, with -100 in empty slots; l is `ceil(L / s)`, or more where packed documents
+        need it. attention_mask, position_ids, seq_idx `[B, l]`, and FlashAttention's numbers, of bags, if given.
         shift_labels, in which Trainer counts `num_items_in_batch`: the labels, or for "mce_alt" one per bag.
 
     Raises:
-        ValueError: the batch has other tensors, or lacks one of these.
+        TypeError: labels that are not int64, which the model's own loss would refuse after the switch.
+        ValueError: the batch has other tensors, lacks one of these, or has one of another shape.
     """
-    unknown = batch.keys() - {"input_ids", "labels", "attention_mask"}
-    if unknown or not {"input_ids", "labels"} <= batch.keys():
-        raise ValueError(f"batch: expected input_ids, labels and perhaps attention_mask, got {sorted(batch)}")
+    batch = {name: value for name, value in batch.items() if value is not None}
+    if batch.keys() - KNOWN or not {"input_ids", "labels"} <= batch.keys():
+        wanted = "input_ids, labels and perhaps attention_mask, position_ids or others of packed rows"
+        raise ValueError(f"batch: expected {wanted}, got {sorted(batch)}")
     ids, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
-    short = -ids.shape[-1] % bag_size
+    for name in batch.keys() & (ROWS | {"attention_mask"}):
+        if batch[name].dim() != 2 or batch[name].shape != ids.shape:
+            raise ValueError(
+                f"{name}: expected [B, L] as input_ids, {tuple(ids.shape)}, got {tuple(batch[name].shape)}"
+            )
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels: expected int64, as the loss after the switch does, got {labels.dtype}; use .long()")
+    tokens = {name: batch[name] for name in batch.keys() & ROWS}
+    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
     if mask is not None:
-        ids = torch.where(mask == 0, PADDING, ids)
-    ids, labels = (F.pad(t, (0, short), value=PADDING) for t in (ids, labels))
-    labels = fold_labels(labels, bag_size, shifted=False, ignore_index=PADDING)
-    counted = labels.amax(-1) if objective == "mce_alt" else labels
-    folded = {"input_ids": fold_inputs(ids, bag_size), "labels": labels, "shift_labels": counted}
+        order = (~valid).to(torch.int8).argsort(dim=1, stable=True)  # padding moves to the end
+        valid, tokens = valid.gather(1, order), {name: t.gather(1, order) for name, t in tokens.items()}
+    starts = _document_starts(batch, tokens, valid)
+    number = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    position = number - torch.where(starts, number, 0).cummax(1).values if ids.numel() else number
+    bags = -(-ids.shape[1] // bag_size)
+    if ids.numel():
+        bags = max(bags, int((valid & (position % bag_size == 0)).sum(1).max()))
+    cu_seqlens = F.pad(starts.flatten().nonzero().squeeze(1), (0, 1), value=starts.numel())
+    options: dict[str, Any] = dict(cu_seqlens=cu_seqlens, num_bags=max(bags, 1))
+
+    def fold(values: Tensor) -> Tensor:
+        return fold_inputs(torch.where(valid, values, PADDING), bag_size, padding_idx=PADDING, **options)
+
+    labels = torch.where(valid, tokens["labels"], PADDING)
+    labels = fold_labels(labels, bag_size, shifted=False, ignore_index=PADDING, **options)
+    folded: dict[str, Any] = {"input_ids": fold(tokens["input_ids"]), "labels": labels}
+    folded["shift_labels"] = labels.amax(-1) if objective == "mce_alt" else labels
+    used = (folded["input_ids"] != PADDING).any(-1)
     if mask is not None:
-        folded["attention_mask"] = fold_inputs(F.pad(mask, (0, short)).long(), bag_size).amax(-1)
+        folded["attention_mask"] = used.long()
+    if "position_ids" in tokens:
+        first = tokens["position_ids"] - position  # that of the document's first token
+        folded["position_ids"] = torch.where(used, fold(first + position // bag_size)[..., 0], 0)
+    if "seq_idx" in tokens:
+        folded["seq_idx"] = torch.where(used, fold(tokens["seq_idx"])[..., 0], -1)
+    lengths = -(-cu_seqlens.diff() // bag_size)  # of the documents, in bags
+    for name in batch.keys() & {"cu_seq_lens_q", "cu_seq_lens_k"}:
+        folded[name] = F.pad(lengths.cumsum(0), (1, 0)).to(batch[name].dtype)
+    for name in batch.keys() & {"max_length_q", "max_length_k"}:
+        folded[name] = int(lengths.max())
     return folded
 
 
-def _join(rows: list[dict[str, Any]], columns: set[str] | None) -> dict[str, Any]:
-    """Join the lists or tensors of each column."""
-    joined: dict[str, Any] = {}
-    for name in rows[0].keys() if columns is None else rows[0].keys() & columns:
-        parts = [row[name] for row in rows]
-        if len(rows) == 1:
-            joined[name] = parts[0]
-        elif all(isinstance(part, list) for part in parts):
-            joined[name] = [t for part in parts for t in part]
-        else:
-            try:
-                joined[name] = torch.cat([torch.as_tensor(part) for part in parts])
-            except (TypeError, RuntimeError) as error:
-                raise TypeError(f"train_dataset: expected a list or tensor as {name!r}, got {parts[0]!r}") from error
-    return joined
+def _document_starts(batch: dict[str, Any], tokens: dict[str, Tensor], valid: Tensor) -> Tensor:
+    """Find the first token of each document, `[B, L]`; what is padding counts as a document of its own."""
+    starts = valid != F.pad(valid[:, :-1], (1, 0), value=True)
+    starts[:, :1] = True
+    for name, step in (("position_ids", 1), ("seq_idx", 0)):
+        if name in tokens:
+            starts[:, 1:] |= tokens[name].diff(dim=1) != step
+    for name in batch.keys() & {"cu_seq_lens_q", "cu_seq_lens_k"}:
+        offsets = batch[name].long()
+        if len(valid) != 1 or "attention_mask" in batch or offsets[[0, -1]].tolist() != [0, valid.shape[1]]:
+            raise ValueError(
+                f"{name}: expected offsets from 0 to L of one row without an attention_mask, got "
+                f"{offsets.tolist()[:20]} for input_ids {tuple(valid.shape)}"
+            )
+        starts[0, offsets[:-1]] = True
+    return starts
+
+
+def join_rows(batch: dict[str, Any], bag_size: int) -> dict[str, Any]:
+    """Join each `bag_size` rows of a batch into one; a batch of one row, of packed documents, stays as it is.
+
+    Raises:
+        ValueError: the collator has made another number of rows.
+    """
+    rows = len(batch["input_ids"])
+    if rows == 1:
+        return batch
+    if rows % bag_size:
+        raise ValueError(f"data_collator: expected bag_size = {bag_size} rows for each sample, or one, got {rows} rows")
+    return {name: t.reshape(rows // bag_size, -1) if isinstance(t, Tensor) else t for name, t in batch.items()}
+
+
+class Group(list):
+    """The rows of one sample."""
+
+
+class CollateGroups:
+    """Call a collator with the rows of all samples, and make ids and labels int64, as the model's own loss expects."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[Any]) -> Any:
+        rows = [row for sample in samples for row in (sample if isinstance(sample, Group) else [sample])]
+        batch = self.collate(rows)
+        for name in ("input_ids", "labels"):
+            if name in batch and isinstance(batch[name], Tensor) and not batch[name].is_floating_point():
+                batch[name] = batch[name].long()
+        return batch
+
+
+class Phases:
+    """Which rows each sample reads: in samples, the stages of the superposition phase and then one row each."""
+
+    def __init__(self, stage_ends: tuple[tuple[int, int], ...], samples_per_step: int) -> None:
+        self.ends = [(end * samples_per_step, size) for end, size in stage_ends] + [(2**62, 1)]
+
+    def size(self, i: int) -> int:
+        return next(size for end, size in self.ends if i < end)
+
+    def first_row(self, i: int) -> int:
+        row = begin = 0
+        for end, size in self.ends:
+            row, begin = row + size * max(0, min(i, end) - begin), max(begin, end)
+        return row
+
+    def cuts(self, first: int, last: int) -> Tensor:
+        """List the rows in `[first, last)` at which a sample begins."""
+        cuts, row, begin = [], 0, 0
+        for end, size in self.ends:
+            after = row + size * (end - begin)
+            low, high = row - (row - max(row, first)) // size * size, min(after, last)
+            if low < high:
+                cuts.append(torch.arange(low, high, size))
+            row, begin = after, end
+        return torch.cat(cuts) if cuts else torch.empty(0, dtype=torch.int64)
 
 
 class Samples(Dataset):
-    """Read a dataset in samples: `bag_size` rows each for i < `bagged`, one row each afterwards, pass after pass.
+    """Read a dataset in samples: neighbouring rows as many as its phase has, pass after pass, each row once a pass.
 
-    A sample depends on i alone, so skipping samples to resume a run costs nothing.
+    A sample depends on i alone, so skipping samples to resume a run costs nothing. At the end of a pass a sample may
+    take its last rows from the next one.
     """
 
-    def __init__(
-        self, rows: Any, columns: set[str] | None, bag_size: int, bagged: int, total: int, shuffle: int | None
-    ) -> None:
-        if len(rows) < bag_size:
-            raise ValueError(f"train_dataset: expected at least bag_size = {bag_size} rows, got {len(rows)}")
-        self.rows, self.columns, self.bag_size = rows, columns, bag_size
-        self.bagged, self.total, self.shuffle = bagged, total, shuffle
-        self.order: tuple[int, Tensor] = (-1, torch.empty(0))  # rows of the pass that was read last
+    def __init__(self, rows: Any, columns: set[str] | None, phases: Phases, total: int, shuffle: int | None) -> None:
+        most = max(size for _, size in phases.ends)
+        if len(rows) < most:
+            raise ValueError(f"train_dataset: expected at least bag_size = {most} rows, got {len(rows)}")
+        self.rows, self.columns, self.phases, self.total, self.shuffle = rows, columns, phases, total, shuffle
+        self.orders: dict[int, Tensor] = {}  # of the passes read last
 
     def __len__(self) -> int:
         return self.total
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        size = self.bag_size if i < self.bagged else 1
-        first = min(i, self.bagged) * self.bag_size + max(0, i - self.bagged)
-        number, place = divmod(first, len(self.rows) // self.bag_size * self.bag_size)
-        if self.order[0] != number:
-            self.order = (number, self._order(number))
-        return _join([self.rows[k] for k in self.order[1][place : place + size].tolist()], self.columns)
+    def __getitem__(self, i: int) -> Group:
+        first = self.phases.first_row(i)
+        sample = Group()
+        for row in range(first, first + self.phases.size(i)):
+            number, place = divmod(row, len(self.rows))
+            if number not in self.orders:
+                self.orders = {number - 1: self.orders.get(number - 1, torch.empty(0)), number: self._order(number)}
+            sample.append(_select(self.rows[int(self.orders[number][place])], self.columns))
+        return sample
 
     def _order(self, number: int) -> Tensor:
-        """Order the rows of pass `number`: groups at random as far as bags read them, then single rows at random."""
-        s = self.bag_size
-        groups = len(self.rows) // s
+        """Order the rows of pass `number`, so that those of a sample are neighbours wherever the sample lies."""
+        count = len(self.rows)
         if self.shuffle is None:
-            return torch.arange(groups * s)
-        generator = torch.Generator().manual_seed(self.shuffle + number)
-        order = (torch.randperm(groups, generator=generator).unsqueeze(1) * s + torch.arange(s)).flatten()
-        rest = order[min(max(0, self.bagged * s - number * len(order)), len(order)) :]
-        rest.copy_(rest[torch.randperm(len(rest), generator=generator)])
-        return order
+            return torch.arange(count)
+        # The dataset is cut into pieces, one for each sample of this pass, which follow one another at random.
+        first = number * count
+        begins = torch.cat((torch.zeros(1, dtype=torch.int64), self.phases.cuts(first, first + count) - first)).unique()
+        sizes = begins.diff(append=torch.tensor([count]))
+        layout = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(self.shuffle + number))
+        places = torch.empty_like(sizes)
+        places[layout] = sizes[layout].cumsum(0) - sizes[layout]
+        return torch.arange(count) + (places - begins).repeat_interleave(sizes)
 
 
 class SampleStream(IterableDataset):
     """Read an iterable dataset in samples, in its own order, and from its beginning again when it ends."""
 
-    def __init__(self, rows: Any, columns: set[str] | None, bag_size: int, bagged: int) -> None:
-        self.rows, self.columns, self.bag_size, self.bagged = rows, columns, bag_size, bagged
+    def __init__(self, rows: Any, columns: set[str] | None, phases: Phases) -> None:
+        self.rows, self.columns, self.phases = rows, columns, phases
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Group]:
         rows = self._endless()
         for i in count():
-            sample = list(islice(rows, self.bag_size if i < self.bagged else 1))
+            sample = Group(islice(rows, self.phases.size(i)))
             if not sample:
                 return
-            yield _join(sample, self.columns)
+            yield sample
 
-    def _endless(self) -> Iterator[dict[str, Any]]:
+    def _endless(self) -> Iterator[Any]:
         empty = False
         while not empty:
             empty = True
             for row in self.rows:
                 empty = False
-                yield row
+                yield _select(row, self.columns)
+
+
+def _select(row: Any, columns: set[str] | None) -> Any:
+    return {name: row[name] for name in row.keys() & columns} if columns is not None and isinstance(row, dict) else row

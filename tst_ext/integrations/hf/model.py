@@ -1,122 +1,252 @@
 """Teach a model of Transformers to read bags, after a trial that it is what TST needs."""
 
-from functools import wraps
+import inspect
+import sys
+from collections.abc import Callable
 from types import MethodType
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import CausalLMOutput, MoeCausalLMOutputWithPast
+from transformers.utils import logging
 
-from ... import bag_embedding, fold_labels, linear_multi_hot_cross_entropy, position_weights
+from ... import (
+    bag_embedding,
+    fold_labels,
+    linear_multi_hot_cross_entropy,
+    multi_hot_cross_entropy,
+    position_weights,
+)
 from ...nn import OPTIONS
 from .data import PADDING
 
 __all__ = ["restore", "superpose"]
 
+logger = logging.get_logger(__name__)
 LOSS_OPTIONS = OPTIONS - {
     "ignore_index", "reduction", "normalizer", "return_lse", "return_z_loss", "tp_group", "sequence_parallel"
 }  # fmt: skip
 
 
-def superpose(model: PreTrainedModel, **loss_options: Any) -> PreTrainedModel:
+def superpose(model: Any, **loss_options: Any) -> Any:
     """Let `model` read bags, and return it: `model(input_ids=bags, labels=bag_labels).loss` is then TST's.
 
-    `bags` and `bag_labels`, from `fold_labels`, are `[B, l, s]`. `num_items_in_batch` is the number of labels in the
+    `bags` and `bag_labels`, from `fold_batch`, are `[B, l, s]`. `num_items_in_batch` is the number of labels in the
     whole batch ("mce_alt": of bags with a label). It becomes the divisor of the loss, and position weights are scaled
-    to a mean of 1. Ids `[B, L]` still go the model's own way, and `save_pretrained` writes the same files.
+    to a mean of 1. With `output_router_logits` the loss includes the router's. Ids `[B, L]` still go the model's own
+    way, and `save_pretrained` writes the same files.
 
-    The head must be `softcap(hidden @ weight.T + bias)`. The model must be causal, and compute the same from
-    `inputs_embeds` as from ids. Three tokens are tried out here, unless the model is on the meta device.
+    The loss must be that of `softcap(head(hidden))`. Logits never exist as a whole if the head is an `nn.Linear`
+    without hooks. Another head, such as LoRA's, is called as it is. The embedding likewise: one that is not plain is
+    called for each token. The model must be causal, and compute the same from `inputs_embeds` as from ids. Three
+    tokens are tried out here, unless the model is on the meta device.
 
     Args:
-        model: an `AutoModelForCausalLM`, not wrapped yet by DDP, FSDP or PEFT.
+        model: an `AutoModelForCausalLM`, or a `PeftModel` of one; not wrapped yet by DDP, FSDP or accelerate.
         loss_options: position_weights, objective, z_loss, label_smoothing or chunk_size of
             `linear_multi_hot_cross_entropy`.
 
     Raises:
-        TypeError: not a `PreTrainedModel`, or an unknown option.
-        ValueError: TST does not fit the head or the input of the model; the message names its class.
+        TypeError: not such a model, or an unknown option.
+        ValueError: a bad option, or TST does not fit the head or the input of the model; the message names its class.
     """
     unknown = set(loss_options) - LOSS_OPTIONS
     if unknown:
         raise TypeError(f"superpose: expected loss options among {sorted(LOSS_OPTIONS)}, got {sorted(unknown)}")
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: expected a transformers PreTrainedModel, not wrapped, got {type(model).__name__}")
-    name, head = type(model).__name__, model.get_output_embeddings()
-    embedding = None if model.base_model is model else model.get_input_embeddings()
-    if not isinstance(embedding, nn.Embedding):
-        raise ValueError(f"model: expected a decoder under a head, with an nn.Embedding, got {name}")
-    if type(head) is not nn.Linear:
-        raise ValueError(f"model: expected an output head of type nn.Linear, got {type(head).__name__} in {name}")
-    config = model.config.get_text_config()
-    if getattr(config, "output_router_logits", False):
-        raise ValueError(f"model: the router's loss of {name} is not part of TST's: set output_router_logits=False")
+    check_loss_options(loss_options)
+    inner = _inner(model)
+    name, before = type(inner).__name__, _patched(inner)
+    embedding = None if inner.base_model is inner else inner.get_input_embeddings()
+    head = inner.get_output_embeddings()
+    if embedding is None or head is None:
+        raise ValueError(f"model: expected a decoder with an embedding, under an output head, got {name}")
+    config = inner.config.get_text_config()
     if getattr(config, "hidden_size_per_layer_input", 0):
         raise ValueError(f"model: {name} looks up token ids in every layer, but a bag has no single id")
-    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-        raise ValueError(f"model: expected {name} on one device, got hf_device_map {model.hf_device_map}")
-    if embedding._forward_hooks or embedding._forward_pre_hooks:
-        raise ValueError(f"model: expected no hooks on the embedding of {name}, which bags go past")
-    before = vars(model).get("forward")  # of an instance that something else has patched
-    if before is not None and not hasattr(before, "__func__"):
+    if len(set((getattr(inner, "hf_device_map", None) or {}).values())) > 1:
+        raise ValueError(f"model: expected {name} on one device, got hf_device_map {inner.hf_device_map}")
+    if "_original_forward" in vars(inner):
+        unwrap = "accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
+        raise ValueError(
+            f"model: accelerate has wrapped the forward of {name} for mixed precision, and bags would go past that: "
+            f"superpose the model before accelerator.prepare, or first call {unwrap}"
+        )
+    if isinstance(before, BagForward):  # superposed again, with other options
+        own = before.own
+    elif before is None or hasattr(before, "__func__"):  # a method: Liger Kernel patches instances so
+        own = None if before is None else before.__func__
+    else:
         raise ValueError(f"model: expected the forward of {name}, or a method for it, got {type(before).__name__}")
-    original = cast(MethodType, model.forward).__func__
-    logit_softcap = getattr(config, "final_logit_softcapping", None)
-    if not head.weight.is_meta:
-        _try_out(model, logit_softcap)
-    weights = loss_options.get("position_weights")
-    options = dict(loss_options, logit_softcap=logit_softcap, ignore_index=PADDING)
-
-    @wraps(original)  # Trainer looks at the signature
-    def forward(self: PreTrainedModel, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        if input_ids is None or input_ids.dim() != 3:
-            return original(self, input_ids, *args, **kwargs)
-        labels = kwargs.pop("labels", None)
-        kwargs.pop("shift_labels", None)  # what Trainer counts
-        if args:
-            raise TypeError("with bags the arguments after input_ids must be keywords")
-        if labels is None or labels.shape != input_ids.shape:
-            got = None if labels is None else tuple(labels.shape)
-            raise ValueError(f"labels: expected those of the bags, shape {tuple(input_ids.shape)}, got {got}")
-        items = kwargs.pop("num_items_in_batch", None)
-        if items is not None and weights is not None:
-            w = position_weights(weights, labels.shape[-1]) if isinstance(weights, str) else weights
-            items = items * w.to(labels.device).float().mean()
-        hidden = self.base_model(inputs_embeds=_embed(self, input_ids), use_cache=False, **kwargs)[0]
-        head = self.get_output_embeddings()
-        loss = linear_multi_hot_cross_entropy(hidden, head.weight, labels, bias=head.bias, normalizer=items, **options)
-        return CausalLMOutput(loss=loss)
-
-    forward.superposed = before  # type: ignore[attr-defined]
-    model.forward = MethodType(forward, model)
+    balance = getattr(sys.modules[type(inner).__module__], "load_balancing_loss_func", None)
+    options = dict(logit_softcap=getattr(config, "final_logit_softcapping", None), ignore_index=PADDING)
+    if inner.device.type != "meta":
+        _try_out(inner, BagForward(inner, own, balance, options))
+    inner.forward = BagForward(inner, own, balance, options | loss_options)
     return model
 
 
-def restore(model: PreTrainedModel) -> PreTrainedModel:
+def restore(model: Any) -> Any:
     """Undo `superpose` in place and return `model`.
 
     Raises:
         ValueError: `superpose` has not been applied, or the forward has been wrapped since.
     """
-    if not hasattr(model.forward, "superposed"):
+    inner = _inner(model)
+    forward = _patched(inner)
+    if not isinstance(forward, BagForward):
         raise ValueError("model: expected one that superpose has been applied to, with nothing around its forward")
-    before = model.forward.superposed
-    del model.forward
-    if before is not None:
-        model.forward = before
+    del inner.forward
+    if forward.own is not None:
+        inner.forward = MethodType(forward.own, inner)
     return model
 
 
+def check_loss_options(loss_options: dict[str, Any], bag_size: int | None = None) -> None:
+    """Raise the errors of the op for the options of `superpose`; for any bag size, if None is given."""
+    weights = loss_options.get("position_weights")
+    if bag_size is None:
+        bag_size = len(weights) if isinstance(weights, Tensor) and weights.dim() else 1
+    one = torch.zeros(1, 1)
+    linear_multi_hot_cross_entropy(one, one, torch.zeros(1, bag_size, dtype=torch.int64), **loss_options)
+
+
+class BagForward:
+    """The forward of a superposed model: TST's loss for bags, the model's own forward for token ids.
+
+    An object in place of a closure, so that the model can be pickled and copied.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, own: Callable | None, balance: Callable | None, options: dict[str, Any]
+    ) -> None:
+        self.model, self.balance, self.options = model, balance, options
+        self.own = own  # the function of the forward that the instance had; None: the class's
+
+    @property
+    def original(self) -> Callable:
+        return MethodType(type(self.model).forward if self.own is None else self.own, self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # Trainer and generate look at it
+        return inspect.signature(self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.model:  # accelerate's unwrap_model makes a method of this
+            args = args[1:]
+        return self._call(*args, **kwargs)
+
+    def _call(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if input_ids is None or input_ids.dim() != 3:
+            return self.original(input_ids, *args, **kwargs)
+        if args:
+            raise TypeError("with bags the arguments after input_ids must be keywords")
+        model, kwargs = self.model, {name: value for name, value in kwargs.items() if value is not None}
+        labels = kwargs.pop("labels", None)
+        if labels is None or labels.shape != input_ids.shape:
+            got = None if labels is None else tuple(labels.shape)
+            raise ValueError(f"labels: expected those of the bags, shape {tuple(input_ids.shape)}, got {got}")
+        for name in ("inputs_embeds", "past_key_values", "cache", "use_cache", "logits_to_keep"):
+            value = kwargs.pop(name, 0)
+            if not isinstance(value, int) or value:
+                raise ValueError(f"{name}: expected nothing with bags, which are not for generating, got {value!r:.60}")
+        kwargs.pop("shift_labels", None)  # what Trainer counts
+        items, as_tuple = kwargs.pop("num_items_in_batch", None), not kwargs.pop("return_dict", True)
+        routed = kwargs.setdefault(
+            "output_router_logits", bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+        )
+        if not routed:
+            del kwargs["output_router_logits"]
+        embedded = _embed(model, input_ids)
+        outputs = model.base_model(inputs_embeds=embedded, use_cache=False, return_dict=True, **kwargs)
+        result: Any = CausalLMOutput(loss=self._loss(outputs.last_hidden_state, labels, items))
+        if routed:
+            aux, coefficient = self._router_loss(outputs.router_logits, input_ids)
+            loss = result.loss + coefficient * aux
+            result = MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux, router_logits=outputs.router_logits)
+        result.hidden_states, result.attentions = outputs.get("hidden_states"), outputs.get("attentions")
+        return result.to_tuple() if as_tuple else result
+
+    def _loss(self, hidden: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
+        options = dict(self.options)
+        weights = options.get("position_weights")
+        if items is not None and weights is not None:
+            w = position_weights(weights, labels.shape[-1]) if isinstance(weights, str) else weights
+            items = items * w.to(labels.device).float().mean()
+        head = self.model.get_output_embeddings()
+        if type(head) is nn.Linear and not _hooks(head):
+            return linear_multi_hot_cross_entropy(
+                hidden, head.weight, labels, bias=head.bias, normalizer=items, **options
+            )
+        if not torch.compiler.is_compiling():
+            kind = f"{type(head).__module__}.{type(head).__qualname__}" + " with hooks" * bool(_hooks(head))
+            logger.warning_once(
+                f"{type(self.model).__name__}: the output head is a {kind}, so logits of all bags are formed at once. "
+                "To avoid that, exclude the head from LoRA, quantisation, float8 and hooks."
+            )
+        options.pop("chunk_size", None)
+        return multi_hot_cross_entropy(head(hidden), labels, normalizer=items, **options)
+
+    def _router_loss(self, router_logits: Any, bags: Tensor) -> tuple[Any, Any]:
+        """Return the router's loss of the bags, by the function that the model's own forward calls; its coefficient."""
+        model: Any = self.model
+        numbers = [getattr(model, n, None) for n in ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")]
+        if self.balance is None or None in numbers:
+            raise ValueError(
+                f"model: the router's loss of {type(model).__name__} is not known here: set output_router_logits=False"
+            )
+        experts, chosen, coefficient = numbers
+        return self.balance(router_logits, experts, chosen, (bags != PADDING).any(-1)), coefficient
+
+
+def _inner(model: Any) -> PreTrainedModel:
+    """Return the model inside PEFT's wrapper, if there is one."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(
+            "model: expected a transformers PreTrainedModel or a PeftModel of one, not wrapped by DDP, FSDP or "
+            f"torch.compile yet, got {type(model).__name__}"
+        )
+    return inner
+
+
+def _patched(model: PreTrainedModel) -> Any:
+    """Return what stands in for the forward of the model's class, or None."""
+    forward = vars(model).get("forward")
+    function = getattr(forward, "__func__", None)
+    return function if isinstance(function, BagForward) else forward
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """List what a call of the module runs beside its class's forward."""
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    patched = [module.forward] if "forward" in vars(module) else []  # as accelerate's hooks do
+    return patched + [hook for kind in kinds for hook in kind.values()]
+
+
 def _embed(model: PreTrainedModel, bags: Tensor) -> Tensor:
-    """Embed each bag, scaled as the model's own layer does (Gemma by sqrt(d))."""
-    module = model.get_input_embeddings()
-    assert isinstance(module, nn.Embedding)
+    """Embed each bag, as the mean of what the model's own embedding returns for its tokens: `[B, l, s] -> [B, l, d]`.
+
+    An embedding with hooks, or LoRA's, is called with all tokens. Gradient checkpointing's hook, which makes the output
+    require a gradient, is run on the bags: it alone would make the tokens' embeddings exist, s times as large.
+    """
+    module: Any = model.get_input_embeddings()
+    hooks = _hooks(module)
+    makes_grad = [hook for hook in hooks if getattr(hook, "__name__", "").startswith("make_inputs_require_grad")]
+    scale = getattr(module, "embed_scale", None)  # Gemma's sqrt(d)
+    plain = type(module).forward is nn.Embedding.forward or (isinstance(module, nn.Embedding) and scale is not None)
+    if not plain or len(hooks) > len(makes_grad):
+        valid = (bags != PADDING).unsqueeze(-1)
+        embedded = module(torch.where(bags == PADDING, 0, bags).flatten(1)).unflatten(1, bags.shape[1:])
+        total = torch.where(valid, embedded, 0).sum(2, dtype=torch.promote_types(embedded.dtype, torch.float32))
+        return (total / valid.sum(2).clamp_min(1)).to(embedded.dtype)
     embedded = bag_embedding(bags, module.weight, padding_idx=PADDING)
-    scale = getattr(module, "embed_scale", None)
-    return embedded if scale is None else embedded * torch.as_tensor(scale, device=embedded.device).to(embedded.dtype)
+    if scale is not None:
+        embedded = embedded * torch.as_tensor(scale, device=embedded.device).to(embedded.dtype)
+    for hook in makes_grad:
+        hook(module, (bags,), embedded)
+    return embedded
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
@@ -124,18 +254,20 @@ def _differ(a: Tensor, b: Tensor) -> bool:
     return a.shape != b.shape or bool((a - b).abs().max() > 8 * torch.finfo(a.dtype).eps * b.abs().max())
 
 
-def _try_out(model: PreTrainedModel, logit_softcap: float | None) -> None:
+def _try_out(model: PreTrainedModel, forward: BagForward) -> None:
     """Refuse a model whose head, input or loss is not what `superpose` takes it for."""
-    name, head = type(model).__name__, model.get_output_embeddings()
-    weight, bias = head.weight, head.bias
-    ids = torch.arange(3, device=weight.device).remainder(len(weight)).unsqueeze(0)
-    # Hidden states that make large logits: an unknown softcap or scale would not show at those of a fresh model.
-    probe = torch.randn(1, 3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-    probe *= 50 / (weight.float().std() * weight.shape[1] ** 0.5).clamp_min(1e-6)
-    reached: list[Tensor] = []
+    name, head = type(model).__name__, cast(nn.Module, model.get_output_embeddings())
+    logit_softcap = forward.options["logit_softcap"]
+    ids = torch.arange(3, device=model.device).remainder(model.config.get_text_config().vocab_size).unsqueeze(0)
+    reached: list[tuple[Tensor, Tensor]] = []
+    more = "does more than hidden @ weight.T + bias"
 
     def replace(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        reached.append(inputs[0])
+        # Hidden states that make large logits: an unknown softcap or scale would not show at those of a fresh model.
+        hidden = inputs[0]
+        random = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
+        probe = random * 50 / cast(Tensor, module.forward(random)).std().clamp_min(1e-6)
+        reached.append((hidden, probe))
         return (probe,)
 
     training = [module for module in model.modules() if module.training]
@@ -143,30 +275,28 @@ def _try_out(model: PreTrainedModel, logit_softcap: float | None) -> None:
     model.eval()
     try:
         with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits
+            logits = forward.original(input_ids=ids, use_cache=False).logits
             hook.remove()
             hidden = model.base_model(inputs_embeds=_embed(model, ids.unsqueeze(-1)), use_cache=False)[0]
             other = model.base_model(input_ids=ids[:, [0, 1, 1]], use_cache=False)[0]
             model.base_model(inputs_embeds=_embed(model, ids[:, :2].unsqueeze(1)), use_cache=False)  # a bag of two
-            own_loss = model(input_ids=ids, labels=ids).loss
-            labels = fold_labels(ids, 1, shifted=False)
-            loss = linear_multi_hot_cross_entropy(hidden, weight, labels, bias=bias, logit_softcap=logit_softcap)
+            own_loss = forward.original(input_ids=ids, labels=ids).loss
+            loss = forward(ids.unsqueeze(-1), labels=fold_labels(ids, 1, shifted=False)).loss
+            expected = head(reached[0][1]) if reached else logits
     except Exception as error:
         raise ValueError(f"model: {name} does not run on ids, or not on inputs_embeds: {error}") from error
     finally:
         hook.remove()
         for module in training:
             module.training = True
-    expected = F.linear(probe, weight, bias)
     if logit_softcap is not None:
         expected = logit_softcap * torch.tanh(expected / logit_softcap)
-    more = "does more than hidden @ weight.T + bias"
     if len(reached) != 1 or _differ(logits, expected):
         raise ValueError(f"model: the head of {name} {more} and final_logit_softcapping")
-    if _differ(reached[0], hidden):
+    if _differ(reached[0][0], hidden):
         unlike = "does not compute the same from inputs_embeds as from input_ids"
         raise ValueError(f"model: {name} {unlike}, or {more} after it")
     if _differ(other[:, :2], hidden[:, :2]):
         raise ValueError(f"model: {name} is not causal, so a bag would see its targets")
-    if abs(own_loss - loss) > 16 * torch.finfo(weight.dtype).eps * own_loss:
+    if abs(own_loss - loss) > 16 * torch.finfo(loss.dtype).eps * own_loss:
         raise ValueError(f"model: the loss of {name} is not that of the next token: {own_loss:.4f} against {loss:.4f}")

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import has_length
 
 from ... import SuperpositionSchedule
-from .data import Samples, SampleStream, fold_batch
-from .model import superpose
+from .data import PADDING, CollateGroups, Phases, Samples, SampleStream, fold_batch, join_rows
+from .model import check_loss_options, superpose
 
 __all__ = ["SuperpositionCallback", "SuperpositionTrainer"]
 
@@ -24,14 +24,18 @@ class SuperpositionTrainer(Trainer):
     A step of the superposition phase reads `bag_size` times as many tokens at the same cost. `train_dataset` has packed
     rows of L tokens. A sample is `bag_size` consecutive rows, and one row after the switch. Rows are shuffled in such
     groups; `train_sampling_strategy="sequential"` keeps their order. Without `max_steps` the run reads the rows
-    `num_train_epochs` times. To Trainer the run is one epoch, so "epoch" strategies act at its end. A run resumes from
-    a checkpoint in either phase. `log_history` has `bag_size` and the training loss of the phase. Evaluation is
-    next-token in both phases.
+    `num_train_epochs` times. To Trainer the run is one epoch, so "epoch" strategies act at its end; with `ratio` 0 or
+    `bag_size` 1 it is Trainer's own run. A run resumes from a checkpoint in either phase. `log_history` has `bag_size`
+    and the training loss of the phase. Evaluation is next-token in both phases.
+
+    A collator gets the rows of all samples. It may make as many rows, which are joined and folded by `fold_batch`, or
+    one, as `DataCollatorWithFlattening` does for documents.
 
     Args:
         args, kwargs: arguments of `Trainer`. It needs a `model`, to which `superpose` is applied.
         bag_size: s. The paper's range is 4 to 8.
         ratio: r, the share of the steps in the superposition phase. The paper's range is 0.2 to 0.4.
+        stages: further (ratio, bag size) stages of the superposition phase, see `SuperpositionSchedule`.
         loss_options: options of `superpose`, for the superposition phase.
 
     Raises:
@@ -43,15 +47,24 @@ class SuperpositionTrainer(Trainer):
     """
 
     def __init__(
-        self, *args: Any, bag_size: int, ratio: float, loss_options: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        bag_size: int,
+        ratio: float,
+        stages: tuple[tuple[float, int], ...] = (),
+        loss_options: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        SuperpositionSchedule(0, ratio, bag_size)  # refuses bad numbers before anything is built
+        # Bad numbers are refused before anything is built.
+        for _, size in SuperpositionSchedule(0, ratio, bag_size, stages).stage_ends:
+            if size > 1:
+                check_loss_options(loss_options or {}, size)
         if kwargs.get("model_init") is not None:
             raise ValueError("model_init: expected a model, which can be tried out before training")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: expected none, TST has its own loss; see loss_options")
         super().__init__(*args, **kwargs)
-        self.bag_size, self.ratio, self.loss_options = bag_size, ratio, loss_options or {}
+        self.bag_size, self.ratio, self.stages, self.loss_options = bag_size, ratio, stages, loss_options or {}
         self.max_steps = self.args.max_steps  # as asked for
         if self.args.label_smoothing_factor:
             raise ValueError("label_smoothing_factor: expected 0, because it forms the logits; see loss_options")
@@ -78,7 +91,7 @@ class SuperpositionTrainer(Trainer):
     @property
     def schedule(self) -> SuperpositionSchedule:
         """Return the phases, by the number of steps that `args` asks for."""
-        return SuperpositionSchedule(max(0, self._steps()), self.ratio, self.bag_size)
+        return SuperpositionSchedule(max(0, self._steps()), self.ratio, self.bag_size, self.stages)
 
     def _samples_per_step(self) -> int:
         return self.get_total_train_batch_size(self.args)
@@ -87,14 +100,16 @@ class SuperpositionTrainer(Trainer):
         if self.max_steps > 0 or not has_length(self.train_dataset):
             return self.max_steps
         rows = self.args.num_train_epochs * len(self.train_dataset)
-        return max(1, int(rows / (self._samples_per_step() * (1 + self.ratio * (self.bag_size - 1)))))
+        rows_per_sample = 1 + sum(r * (s - 1) for r, s in ((self.ratio, self.bag_size), *self.stages))
+        return max(1, int(rows / (self._samples_per_step() * rows_per_sample)))
 
     def get_train_dataloader(self) -> Any:
-        rows = self.train_dataset
-        if rows is None:
+        rows, schedule = self.train_dataset, self.schedule
+        if rows is None or not any(schedule.bag_size_at(end - 1) > 1 for end, _ in schedule.stage_ends if end):
+            self.args.max_steps = self.max_steps
             return super().get_train_dataloader()
-        self.args.max_steps = self._steps()  # Trainer derives the learning-rate schedule from it
-        bagged = self.schedule.switch_step * self._samples_per_step()
+        self.args.max_steps = schedule.total_steps  # Trainer derives the learning-rate schedule from it
+        phases = Phases(schedule.stage_ends, self._samples_per_step())
         columns = None  # all
         if self.args.remove_unused_columns:
             self._set_signature_columns_if_needed()
@@ -103,23 +118,50 @@ class SuperpositionTrainer(Trainer):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             shuffle = None if self.args.train_sampling_strategy == "sequential" else seed
             total = self.args.max_steps * self._samples_per_step()
-            self.train_dataset = Samples(rows, columns, self.bag_size, bagged, total, shuffle)
+            self.train_dataset = Samples(rows, columns, phases, total, shuffle)
         else:
-            self.train_dataset = SampleStream(rows, columns, self.bag_size, bagged)
+            self.train_dataset = SampleStream(rows, columns, phases)
         try:
             return super().get_train_dataloader()
         finally:
             self.train_dataset = rows
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        collate = self.data_collator
+        self.data_collator = CollateGroups(collate)
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collate
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        return SequentialSampler(train_dataset) if isinstance(train_dataset, Samples) else None
+        if isinstance(train_dataset, Samples):
+            return SequentialSampler(train_dataset)
+        return super()._get_train_sampler(train_dataset)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         bag_size = self.schedule.bag_size_at(self.state.global_step)
         if bag_size > 1:
             objective = self.loss_options.get("objective", "mce")
-            epoch_iterator = (fold_batch(batch, bag_size, objective) for batch in epoch_iterator)
+            epoch_iterator = (fold_batch(join_rows(b, bag_size), bag_size, objective) for b in epoch_iterator)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count the tokens in the bags, where Trainer would count bags or empty slots."""
+        ids = inputs.get("input_ids")
+        if ids is not None and ids.dim() == 3 and self.args.include_num_input_tokens_seen == "non_padding":
+            tokens = ids[ids != PADDING]
+            inputs = dict(input_ids=tokens) | (
+                dict(attention_mask=torch.ones_like(tokens)) if "attention_mask" in inputs else {}
+            )
+        super()._track_num_input_tokens(inputs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Estimate the operations of a step from its positions; bags are one each."""
+        ids = inputs.get("input_ids")
+        if ids is not None and ids.dim() == 3:
+            inputs = {**inputs, "input_ids": ids[..., 0]}
+        return super().floating_point_ops(inputs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -128,7 +170,7 @@ class SuperpositionTrainer(Trainer):
 
 
 class SuperpositionCallback(TrainerCallback):
-    """Write a log when the superposition phase ends, so that no average of the loss mixes both phases."""
+    """Write a log when a stage of the superposition phase ends, so that no average of the loss mixes bag sizes."""
 
     def __init__(self, trainer: SuperpositionTrainer) -> None:
         self.trainer = trainer
@@ -136,7 +178,9 @@ class SuperpositionCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if state.global_step == self.trainer.schedule.switch_step:
+        schedule, step = self.trainer.schedule, state.global_step
+        before, after = schedule.bag_size_at(step - 1), schedule.bag_size_at(step)
+        if before != after:
             control.should_log = True
-            logger.info("step %d: the superposition phase ends", state.global_step)
+            logger.info("step %d: bag size %d instead of %d", step, after, before)
         return control
