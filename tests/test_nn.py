@@ -56,11 +56,55 @@ class TestBagEmbedding:
         module = BagEmbedding(11, 5, padding_idx=-100, position_weights="power_law")
         assert repr(module) == "BagEmbedding(11, 5, mode='mean', padding_idx=-100, position_weights='power_law')"
 
+    def test_from_pretrained_shares_a_trained_parameter(self):
+        # Two Parameters over one table would have a gradient each, and a tied head would be tied no longer.
+        table = torch.nn.Parameter(torch.randn(11, 5))
+        assert BagEmbedding.from_pretrained(table, freeze=False).weight is table
+        frozen = BagEmbedding.from_pretrained(table).weight
+        assert table.requires_grad and not frozen.requires_grad and frozen.data_ptr() == table.data_ptr()
+        constant = torch.nn.Parameter(torch.randn(11, 5), requires_grad=False)
+        assert BagEmbedding.from_pretrained(constant, freeze=False).weight.requires_grad
+
+    @pytest.mark.parametrize("freeze", [False, True])
+    def test_from_pretrained_refuses_a_table_that_no_gradient_would_reach(self, freeze):
+        table = torch.randn(11, 5, requires_grad=True)
+        for computed in (table, table * 2):
+            with pytest.raises(ValueError, match="embeddings: expected a Parameter or a constant.*requires_grad=True"):
+                BagEmbedding.from_pretrained(computed, freeze=freeze)
+
     def test_errors(self):
         with pytest.raises(ValueError, match="mode"):
             BagEmbedding(11, 5, mode="max")
         with pytest.raises(ValueError, match=r"input_ids.*\(3,\)"):
             BagEmbedding(11, 5)(torch.tensor([1, 2, 3]))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [BagEmbedding, BagEmbedding.from_pretrained, LinearMultiHotCrossEntropy],
+    ids=["BagEmbedding", "from_pretrained", "LinearMultiHotCrossEntropy"],
+)
+class TestWeightsAreConstant:
+    """No op computes a gradient of position weights: a module that took trained ones would leave them untrained."""
+
+    def build(self, module, weights):
+        sizes = (torch.zeros(11, 5),) if module == BagEmbedding.from_pretrained else (11, 5)
+        return module(*sizes, position_weights=weights)
+
+    @pytest.mark.parametrize("trained", [torch.nn.Parameter, lambda w: w.requires_grad_() * 2])
+    def test_trained_weights(self, module, trained):
+        with pytest.raises(ValueError, match=r"position_weights: expected a constant.*\(4,\), requires_grad=True"):
+            self.build(module, trained(torch.ones(4)))
+
+    def test_another_rank_or_type(self, module):
+        with pytest.raises(ValueError, match=r"position_weights: .* shape \(s,\), got shape \(1, 4\)"):
+            self.build(module, torch.ones(1, 4))
+        with pytest.raises(TypeError, match="position_weights: expected a tensor, got list"):
+            self.build(module, [1.0, 0.5])
+
+    def test_constant_weights(self, module):
+        self.build(module, torch.nn.Parameter(torch.ones(4), requires_grad=False))
+        self.build(module, torch.ones(4, dtype=torch.int64))
 
 
 class TestLinearMultiHotCrossEntropy:

@@ -3,6 +3,8 @@
 Notation: B sequences of L tokens, bag size s, l = L / s bags per sequence.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -196,6 +198,17 @@ def position_weights(
     return weights.to(dtype)
 
 
+def check_constant_weights(given: Any, bag_size: int | None = None) -> None:
+    """Refuse a tensor of weights that has another shape than `[s]`, or wants a gradient, which no op computes."""
+    if given is None or isinstance(given, str):
+        return
+    check_tensor("position_weights", given, FLOATING + INTEGER)
+    if given.dim() != 1 or given.requires_grad or bag_size not in (None, given.shape[0]):
+        wanted = f"({'s' if bag_size is None else bag_size},)"
+        got = f"shape {tuple(given.shape)}, requires_grad={given.requires_grad}"
+        raise ValueError(f"position_weights: expected a constant tensor of shape {wanted}, got {got}")
+
+
 def resolved_position_weights(given: str | Tensor | None, bag_size: int, like: Tensor) -> Tensor | None:
     """Return the weights that an op is given, checked, on the device of `like`."""
     if given is None:
@@ -203,10 +216,7 @@ def resolved_position_weights(given: str | Tensor | None, bag_size: int, like: T
     if isinstance(given, str):
         dtype = torch.promote_types(like.dtype, torch.float32)
         return position_weights(given, bag_size, device=like.device, dtype=dtype)
-    check_tensor("position_weights", given, FLOATING + INTEGER)
-    if given.shape != (bag_size,) or given.requires_grad:
-        got = f"shape {tuple(given.shape)}, requires_grad={given.requires_grad}"
-        raise ValueError(f"position_weights: expected a constant tensor of shape ({bag_size},), got {got}")
+    check_constant_weights(given, bag_size)
     if given.is_meta and not like.is_meta:
         raise ValueError(f"position_weights: expected a tensor with values for {like.device}, got one on meta")
     for i, w in enumerate(values_of(given) or ()):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch import nn as torch_nn
 
+from .bags import check_constant_weights
 from .ops import bag_embedding, linear_multi_hot_cross_entropy
 
 __all__ = ["BagEmbedding", "LinearMultiHotCrossEntropy"]
@@ -31,7 +32,8 @@ class BagEmbedding(torch_nn.Embedding):
             `bag_padding_idx`, and a tensor of weights as a buffer outside the state dict.
 
     Raises:
-        ValueError: unknown mode, or ids of another rank.
+        TypeError: position_weights of another dtype.
+        ValueError: unknown mode, position_weights of another rank or with `requires_grad`, or ids of another rank.
         IndexError: an id outside `[0, V)` that is not `padding_idx`.
     """
 
@@ -48,6 +50,7 @@ class BagEmbedding(torch_nn.Embedding):
     ) -> None:
         if mode not in ("mean", "sum"):
             raise ValueError(f"mode: expected 'mean' or 'sum', got {mode!r}")
+        check_constant_weights(position_weights)
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
         self.mode = mode
         # nn.Embedding's own padding_idx stays None: that is a row, which nn.Embedding and libraries fill with zeros.
@@ -61,9 +64,19 @@ class BagEmbedding(torch_nn.Embedding):
     def from_pretrained(  # type: ignore[override]  # nn.Embedding's other options do not apply to bags
         cls, embeddings: Tensor, freeze: bool = True, **options: Any
     ) -> "BagEmbedding":
-        """Share the table `embeddings` `[V, d]`, trained only with `freeze=False`; options of the constructor."""
+        """Share the table `embeddings` `[V, d]`, trained only with `freeze=False`; options of the constructor.
+
+        With `freeze=False` a Parameter that is trained remains one Parameter, so a head that is tied to it stays tied.
+
+        Raises:
+            ValueError: a tensor with `requires_grad` that is no Parameter: no gradient would reach it.
+        """
+        trained = isinstance(embeddings, torch_nn.Parameter) and embeddings.requires_grad
+        if embeddings.requires_grad and not trained:
+            raise ValueError("embeddings: expected a Parameter or a constant tensor, got one with requires_grad=True")
         module = cls(*embeddings.shape, **options, device="meta")
-        module.weight = torch_nn.Parameter(embeddings, requires_grad=not freeze)
+        keep = trained and not freeze
+        module.weight = embeddings if keep else torch_nn.Parameter(embeddings, requires_grad=not freeze)
         return module
 
     def _options(self) -> dict[str, Any]:
@@ -97,7 +110,8 @@ class LinearMultiHotCrossEntropy(torch_nn.Linear):
             on the batch goes to the call: `head(hidden, labels, normalizer=tokens)`.
 
     Raises:
-        TypeError: an unknown option.
+        TypeError: an unknown option, or position_weights of another dtype.
+        ValueError: position_weights of another rank, or with `requires_grad`.
     """
 
     def __init__(
@@ -114,6 +128,7 @@ class LinearMultiHotCrossEntropy(torch_nn.Linear):
         unknown = set(options) - OPTIONS
         if unknown:
             raise TypeError(f"LinearMultiHotCrossEntropy: unknown option {', '.join(sorted(unknown))}")
+        check_constant_weights(options.get("position_weights"))
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.logit_softcap = logit_softcap
         self.options = options
