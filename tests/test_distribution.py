@@ -8,6 +8,7 @@ import sys
 import tarfile
 import tomllib
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,34 @@ class TestPins:
         if not path.exists():
             pytest.skip("needs the repository")
         assert re.findall(r"^ *- repo: *(\S+)", path.read_text(), re.MULTILINE) == ["local"]
+
+
+class TestStarImport:
+    """`import *` brings the names of the reference alone: a module would rebind a user's nn, torch or math."""
+
+    # The modules of docs/api, and those that tst_ext brings its functions from.
+    REFERENCE = "".join(path.read_text() for path in sorted((ROOT / "docs" / "api").glob("*.md")))
+    MODULES = {"tst_ext", "tst_ext.bags", "tst_ext.ops", "tst_ext.schedule"} | {
+        name for name in re.findall(r"^::: ([a-z_.]+)$", REFERENCE, re.MULTILINE) if find_spec(name)
+    }
+    INTEGRATIONS = {name for name in MODULES if name.startswith("tst_ext.integrations.")}  # 20 s of imports
+
+    @pytest.mark.parametrize("name", sorted(MODULES - INTEGRATIONS))
+    def test_names(self, name):
+        names = {}
+        exec(f"from {name} import *", names)
+        del names["__builtins__"]
+        assert names
+        foreign = [k for k, value in names.items() if not getattr(value, "__module__", "").startswith("tst_ext")]
+        assert foreign == []
+
+    @pytest.mark.parametrize("name", sorted(INTEGRATIONS))
+    def test_the_integrations_list_their_names(self, name):
+        assert re.search(r"^__all__ = \[", Path(find_spec(name).origin).read_text(), re.MULTILINE)
+
+    def test_the_modules_stay_attributes(self):
+        code = "from torch import nn\nfrom tst_ext import *\nimport tst_ext\nnn.Linear, tst_ext.nn.BagEmbedding"
+        run(sys.executable, "-c", code, cwd=ROOT)
 
 
 class TestDocumentation:

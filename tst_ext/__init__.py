@@ -5,7 +5,7 @@ operations, `tst_ext.bags` the folding of a batch into bags, `tst_ext.nn` the mo
 maths in plain torch.
 """
 
-from . import nn
+from . import nn as nn  # an attribute, but not of import *: it would rebind torch.nn, which users call nn
 from .bags import document_offsets, fold_inputs, fold_labels, position_weights
 from .ops import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 from .schedule import SuperpositionSchedule
@@ -20,6 +20,5 @@ __all__ = [
     "fold_labels",
     "linear_multi_hot_cross_entropy",
     "multi_hot_cross_entropy",
-    "nn",
     "position_weights",
 ]

@@ -12,6 +12,17 @@ from typing import Any, Literal
 from ..bags import FITTED
 from .files import UserError, check, write_text
 
+__all__ = [
+    "DataConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "SuperpositionConfig",
+    "TrainConfig",
+    "load_config",
+    "save_config",
+]
+
 
 def _check_integers(config: Any, low: int, *names: str) -> None:
     for name in names:

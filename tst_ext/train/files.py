@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+__all__ = ["UserError"]
+
 UNFINISHED = ".unfinished-"  # begins the name of what is being written; a process that is killed leaves it behind
 
 

@@ -30,6 +30,8 @@ from .run_folder import RunFolder
 from .signals import Stopped, stop_signals
 from .tokens import data_tokens
 
+__all__ = ["train"]
+
 
 @lru_cache(maxsize=16)  # the counts are the same in every step, unless bags end with documents
 def loss_options(
