@@ -108,6 +108,37 @@ class TestWeightsAreConstant:
 
 
 class TestLinearMultiHotCrossEntropy:
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_parameters_are_those_of_a_linear_layer(self, bias):
+        torch.manual_seed(0)
+        module = LinearMultiHotCrossEntropy(5, 11, bias=bias)
+        torch.manual_seed(0)
+        linear = torch.nn.Linear(5, 11, bias=bias)
+        assert list(module.state_dict()) == list(linear.state_dict())
+        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), linear.parameters(), strict=True))
+        assert len(list(module.named_parameters())) == 1 + bias and (module.bias is None) != bias
+
+    def test_tools_that_exchange_linear_layers_pass_it_by(self):
+        """torchao's float8, and LoRA: the body changes, the head keeps its loss or is refused by name."""
+        from peft import LoraConfig, inject_adapter_in_model
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        def build():
+            torch.manual_seed(0)
+            model = torch.nn.Module()
+            model.body, model.head = torch.nn.Linear(16, 16), LinearMultiHotCrossEntropy(16, 32)
+            return model
+
+        hidden, labels = torch.randn(16, 16), torch.randint(32, (16, 4))
+        model, low = build(), convert_to_float8_training(build(), config=Float8LinearConfig(emulate=True))
+        assert type(low.body).__name__ == "Float8Linear"
+        assert torch.equal(low.head(hidden, labels), model.head(hidden, labels))
+        model = inject_adapter_in_model(LoraConfig(target_modules="all-linear", init_lora_weights=False), build())
+        assert "lora" in type(model.body).__module__
+        assert torch.equal(model.head(hidden, labels), low.head(hidden, labels))
+        with pytest.raises(ValueError, match="LinearMultiHotCrossEntropy.*is not supported"):
+            inject_adapter_in_model(LoraConfig(target_modules=["head"]), build())
+
     def test_without_labels_it_is_the_head(self):
         module, hidden = LinearMultiHotCrossEntropy(5, 11), torch.randn(2, 3, 5)
         assert torch.equal(module(hidden), F.linear(hidden, module.weight))

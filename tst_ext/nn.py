@@ -95,11 +95,14 @@ class BagEmbedding(torch_nn.Embedding):
         return ", ".join([super().extra_repr(), *(f"{k}={v!r}" for k, v in self._options().items() if v is not None)])
 
 
-class LinearMultiHotCrossEntropy(torch_nn.Linear):
-    """An output head that computes its loss without the full logits; parameters are those of `nn.Linear`.
+class LinearMultiHotCrossEntropy(torch_nn.Module):
+    """An output head that computes its loss without the full logits; parameters are as those of `nn.Linear`.
 
     `head(hidden)` returns logits `[..., V]`, capped if there is a `logit_softcap`. `head(hidden, labels)` returns the
     loss of `linear_multi_hot_cross_entropy`. FSDP2 can wrap the head, and gathers its weight for the loss alone.
+
+    It is no `nn.Linear`. Tools that exchange every `nn.Linear` for one of their own (float8, quantisers) would exchange
+    the loss with it, so they pass it by. An initialiser that looks for `nn.Linear` passes it by too: name it there.
 
     Args:
         in_features: d.
@@ -129,18 +132,24 @@ class LinearMultiHotCrossEntropy(torch_nn.Linear):
         if unknown:
             raise TypeError(f"LinearMultiHotCrossEntropy: unknown option {', '.join(sorted(unknown))}")
         check_constant_weights(options.get("position_weights"))
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        super().__init__()
+        linear = torch_nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = linear.weight
+        self.bias: torch_nn.Parameter | None
+        self.register_parameter("bias", linear.bias)
         self.logit_softcap = logit_softcap
         self.options = options
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, **options: Any) -> Any:  # type: ignore[override]
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
         cap = self.logit_softcap
         if labels is None:
-            logits = super().forward(hidden)
+            logits = F.linear(hidden, self.weight, self.bias)
             return logits if cap is None else cap * torch.tanh(logits / cap)
         options = {**self.options, **options}
         return linear_multi_hot_cross_entropy(hidden, self.weight, labels, bias=self.bias, logit_softcap=cap, **options)
 
     def extra_repr(self) -> str:
+        sizes = dict(in_features=self.in_features, out_features=self.out_features, bias=self.bias is not None)
         cap = {} if self.logit_softcap is None else {"logit_softcap": self.logit_softcap}
-        return ", ".join([super().extra_repr(), *(f"{k}={v!r}" for k, v in (cap | self.options).items())])
+        return ", ".join(f"{k}={v!r}" for k, v in (sizes | cap | self.options).items())
