@@ -493,16 +493,22 @@ def check_accelerate(rank):
                 tolerance = 2e-6 if precision == "no" else torch.finfo(torch.bfloat16).eps
                 assert (p.grad - expected[name]).norm() <= tolerance * expected[name].norm().clamp_min(1e-3), name
             if precision == "bf16":
-                inner = accelerator.unwrap_model(prepared)
-                with pytest.raises(ValueError, match="accelerate has wrapped the forward.*before accelerator.prepare"):
-                    superpose(inner)
-                with pytest.raises(ValueError, match="nothing around its forward"):
-                    restore(inner)
-                inner = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # as the message says
-                assert torch.equal(
-                    inner(**batch, num_items_in_batch=items).loss, one(**batch, num_items_in_batch=items).loss
-                )
-                assert "forward" not in vars(restore(superpose(inner)))
+                check_wrapped(accelerator, accelerator.unwrap_model(prepared), batch)
+
+
+def check_wrapped(accelerator, model, batch):
+    """accelerate's autocast stays around bags when a model is superposed again; a model that never was is refused."""
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = superpose(build("llama"), objective="mce_alt")(**batch).loss
+    assert torch.equal(superpose(model, objective="mce_alt")(**batch).loss, expected)
+    with pytest.raises(ValueError, match="nothing around its forward"):
+        restore(model)
+    with pytest.raises(ValueError, match="^model: accelerate has wrapped the forward of LlamaForCausalLM.*before"):
+        superpose(accelerator.prepare(build("llama")).module)
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    exact = superpose(build("llama"), objective="mce_alt")(**batch).loss
+    torch.testing.assert_close(model(**batch).loss, exact, rtol=1e-6, atol=0)
+    assert "forward" not in vars(restore(superpose(model)))
 
 
 @pytest.mark.extended

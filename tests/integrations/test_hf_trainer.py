@@ -287,6 +287,26 @@ class TestTrainer:
         with pytest.raises(ValueError, match="^model: accelerate has wrapped the forward of LlamaForCausalLM"):
             SuperpositionTrainer(model, arguments(tmp_path), train_dataset=Rows(), bag_size=3, ratio=0.5)
 
+    def test_a_second_trainer_of_one_model(self, tmp_path):
+        """It goes on in bfloat16, with its own options of the loss."""
+        model = build("llama")
+        for loss_options, chance in ((dict(), VOCABULARY), (dict(objective="mce_alt"), VOCABULARY / 3)):
+            with torch.no_grad():
+                model.get_output_embeddings().weight.mul_(1e-3)
+            trainer = SuperpositionTrainer(
+                model,
+                arguments(tmp_path, bf16=True, max_steps=1),
+                train_dataset=Rows(),
+                bag_size=3,
+                ratio=1,
+                loss_options=loss_options,
+            )
+            dtypes = []
+            model.model.layers[0].mlp.register_forward_hook(lambda *args: dtypes.append(args[2].dtype))  # noqa: B023
+            trainer.train()
+            assert losses(trainer)[0][1] == pytest.approx(math.log(chance), abs=0.03)
+            assert dtypes[-1] == torch.bfloat16
+
     def test_accumulation_and_bfloat16(self, tmp_path):
         """Micro-batches add up to the whole batch, in both phases, by the labels that count."""
         runs = []

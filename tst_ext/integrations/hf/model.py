@@ -57,7 +57,7 @@ def superpose(model: Any, **loss_options: Any) -> Any:
         raise TypeError(f"superpose: expected loss options among {sorted(LOSS_OPTIONS)}, got {sorted(unknown)}")
     check_loss_options(loss_options)
     inner = _inner(model)
-    name, before = type(inner).__name__, _patched(inner)
+    name = type(inner).__name__
     embedding = None if inner.base_model is inner else inner.get_input_embeddings()
     head = inner.get_output_embeddings()
     if embedding is None or head is None:
@@ -67,23 +67,22 @@ def superpose(model: Any, **loss_options: Any) -> Any:
         raise ValueError(f"model: {name} looks up token ids in every layer, but a bag has no single id")
     if len(set((getattr(inner, "hf_device_map", None) or {}).values())) > 1:
         raise ValueError(f"model: expected {name} on one device, got hf_device_map {inner.hf_device_map}")
-    if "_original_forward" in vars(inner):
-        unwrap = "accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
-        raise ValueError(
-            f"model: accelerate has wrapped the forward of {name} for mixed precision, and bags would go past that: "
-            f"superpose the model before accelerator.prepare, or first call {unwrap}"
-        )
-    if isinstance(before, BagForward):  # superposed again, with other options
-        own = before.own
-    elif before is None or hasattr(before, "__func__"):  # a method: Liger Kernel patches instances so
-        own = None if before is None else before.__func__
-    else:
-        raise ValueError(f"model: expected the forward of {name}, or a method for it, got {type(before).__name__}")
-    balance = getattr(sys.modules[type(inner).__module__], "load_balancing_loss_func", None)
+    before = _function(vars(inner).get("_original_forward", vars(inner).get("forward")))
     options = dict(logit_softcap=getattr(config, "final_logit_softcapping", None), ignore_index=PADDING)
+    if not isinstance(before, BagForward):
+        if "_original_forward" in vars(inner):  # where accelerate keeps what it has wrapped in autocast
+            wrapped = f"accelerate has wrapped the forward of {name} for mixed precision, and bags would go past that"
+            raise ValueError(f"model: {wrapped}: call superpose, or make the trainer, before accelerator.prepare")
+        if before is not None and before is vars(inner)["forward"]:  # no method, as Liger Kernel patches instances with
+            got = type(before).__name__
+            raise ValueError(f"model: expected the forward of {name}, or a method for it, got {got}")
+        balance = getattr(sys.modules[type(inner).__module__], "load_balancing_loss_func", None)
+        before = BagForward(inner, before, balance, options)
     if inner.device.type != "meta":
-        _try_out(inner, BagForward(inner, own, balance, options))
-    inner.forward = BagForward(inner, own, balance, options | loss_options)
+        _try_out(inner, BagForward(inner, before.own, before.balance, options))
+    before.options = options | loss_options
+    if "_original_forward" not in vars(inner):
+        inner.forward = before
     return model
 
 
@@ -94,7 +93,7 @@ def restore(model: Any) -> Any:
         ValueError: `superpose` has not been applied, or the forward has been wrapped since.
     """
     inner = _inner(model)
-    forward = _patched(inner)
+    forward = _function(vars(inner).get("forward"))
     if not isinstance(forward, BagForward):
         raise ValueError("model: expected one that superpose has been applied to, with nothing around its forward")
     del inner.forward
@@ -211,11 +210,9 @@ def _inner(model: Any) -> PreTrainedModel:
     return inner
 
 
-def _patched(model: PreTrainedModel) -> Any:
-    """Return what stands in for the forward of the model's class, or None."""
-    forward = vars(model).get("forward")
-    function = getattr(forward, "__func__", None)
-    return function if isinstance(function, BagForward) else forward
+def _function(forward: Any) -> Any:
+    """Return the function of a method, and anything else as it is; unwrap_model makes methods of a BagForward too."""
+    return getattr(forward, "__func__", forward)
 
 
 def _hooks(module: nn.Module) -> list[Any]:
