@@ -55,23 +55,30 @@ def fold_batch(batch: dict[str, Any], bag_size: int, objective: str = "mce") -> 
         raise TypeError(f"labels: expected int64, as the loss after the switch does, got {labels.dtype}; use .long()")
     tokens = {name: batch[name] for name in batch.keys() & ROWS}
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
-    if mask is not None:
+    holes = not bool(valid.all())
+    if holes:
         order = (~valid).to(torch.int8).argsort(dim=1, stable=True)  # padding moves to the end
         valid, tokens = valid.gather(1, order), {name: t.gather(1, order) for name, t in tokens.items()}
     starts = _document_starts(batch, tokens, valid)
-    number = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-    position = number - torch.where(starts, number, 0).cummax(1).values if ids.numel() else number
-    bags = -(-ids.shape[1] // bag_size)
-    if ids.numel():
-        bags = max(bags, int((valid & (position % bag_size == 0)).sum(1).max()))
+    position, bags = (
+        torch.arange(ids.shape[1], device=ids.device).expand(ids.shape),
+        max(-(-ids.shape[1] // bag_size), 1),
+    )
     cu_seqlens = F.pad(starts.flatten().nonzero().squeeze(1), (0, 1), value=starts.numel())
-    options: dict[str, Any] = dict(cu_seqlens=cu_seqlens, num_bags=max(bags, 1))
+    options: dict[str, Any] = {}
+    if starts[:, 1:].any():  # else rows are folded as they are, without copies of each token
+        position = position - torch.where(starts, position, 0).cummax(1).values
+        bags = max(bags, int((valid & (position % bag_size == 0)).sum(1).max()))
+        options = dict(cu_seqlens=cu_seqlens, num_bags=bags)
+
+    def padded(values: Tensor) -> Tensor:
+        values = torch.where(valid, values, PADDING) if holes else values
+        return values if options else F.pad(values, (0, bags * bag_size - values.shape[1]), value=PADDING)
 
     def fold(values: Tensor) -> Tensor:
-        return fold_inputs(torch.where(valid, values, PADDING), bag_size, padding_idx=PADDING, **options)
+        return fold_inputs(padded(values), bag_size, padding_idx=PADDING, **options)
 
-    labels = torch.where(valid, tokens["labels"], PADDING)
-    labels = fold_labels(labels, bag_size, shifted=False, ignore_index=PADDING, **options)
+    labels = fold_labels(padded(tokens["labels"]), bag_size, shifted=False, ignore_index=PADDING, **options)
     folded: dict[str, Any] = {"input_ids": fold(tokens["input_ids"]), "labels": labels}
     folded["shift_labels"] = labels.amax(-1) if objective == "mce_alt" else labels
     used = (folded["input_ids"] != PADDING).any(-1)
