@@ -1,7 +1,7 @@
-"""TST in TorchTitan: its Llama 3 and Qwen3 models, its data, checkpoints, FSDP2 and tensor parallelism.
+"""TST in TorchTitan: Llama 3, Qwen3 and DeepSeek-V3, its data, checkpoints, FSDP2, tensor and expert parallelism.
 
-`superpose(config)` exchanges the embedding, the output head, the loss and the trainer in a config of TorchTitan.
-Parameters keep their names. Needs the extra `torchtitan`.
+`superpose(config)` exchanges the embedding, the output head, the loss and the trainer in a config of TorchTitan, and
+the model where it has multi-token prediction. Parameters keep their names. Needs the extra `torchtitan`.
 
     torchrun --nproc-per-node=8 -m torchtitan.train --module tst_ext.integrations.torchtitan --config llama3_8b \\
         --parallelism.spmd_backend partial_dtensor --superposition.bag_size 6 --superposition.ratio 0.3
@@ -10,7 +10,8 @@ Parameters keep their names. Needs the extra `torchtitan`.
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -22,6 +23,10 @@ from torchtitan.components.loss import IGNORE_INDEX, BaseLoss, ChunkedLossWrappe
 from torchtitan.config import CompileConfig
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.models.common import Embedding, Linear
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.deepseek_v3 import DeepSeekV3Model, MTPLoss
+from torchtitan.models.deepseek_v3 import config_registry as deepseek_v3
+from torchtitan.models.deepseek_v3.mtp import roll_mtp_sequence
 from torchtitan.models.llama3 import config_registry as llama3
 from torchtitan.models.qwen3 import config_registry as qwen3
 from torchtitan.trainer import Trainer
@@ -31,7 +36,7 @@ from .. import position_weights as named_position_weights
 from .._checks import check_integer
 from ..ops.loss import LossOptions, checked_options
 
-__all__ = ["BagEmbedding", "LossHead", "SuperpositionLoss", "SuperpositionTrainer", "superpose"]
+__all__ = ["BagEmbedding", "LossHead", "MultiTokenModel", "SuperpositionLoss", "SuperpositionTrainer", "superpose"]
 
 Batch: TypeAlias = tuple[dict[str, Tensor], Tensor]  # inputs and labels
 logger = logging.getLogger(__name__)
@@ -60,14 +65,23 @@ class LossHead(Linear):
     """TorchTitan's output head, which returns the loss if it is given labels, and else logits.
 
     `head(hidden, labels=..., **options)` calls `linear_multi_hot_cross_entropy` inside its forward, where FSDP2 has the
-    weight whole. The processes of tensor parallelism are the `tp_group`.
+    weight whole. The processes of tensor parallelism are the `tp_group`. `further` pairs of hidden states and labels
+    add `further_scale` times their losses.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Linear.Config):
         pass
 
-    def forward(self, input: Tensor, *, labels: Tensor | None = None, **options: Any) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        *,
+        labels: Tensor | None = None,
+        further: Sequence[tuple[Tensor, Tensor]] = (),
+        further_scale: float = 1.0,
+        **options: Any,
+    ) -> Tensor:
         if labels is None:
             return super().forward(input)
         weight, bias, group = self.weight, self.bias, None
@@ -76,11 +90,50 @@ class LossHead(Linear):
                 raise ValueError(f"lm_head.weight: expected it whole or [Shard(0)] over tp, got {weight.placements}")
             group = weight.device_mesh.get_group()
             weight, bias = (t if t is None else t.to_local() for t in (weight, bias))
-        if isinstance(input, DTensor):
-            if not all(placement.is_replicate() for placement in input.placements):
-                raise ValueError(f"lm_head: expected hidden states that are whole over tp, got {input.placements}")
-            input = input.to_local()
-        return linear_multi_hot_cross_entropy(input, weight, labels, bias=bias, tp_group=group, **options)
+        losses = []
+        for hidden, y in ((input, labels), *further):  # in one forward: FSDP2 gathers and reduces the weight once
+            if isinstance(hidden, DTensor):
+                if not all(placement.is_replicate() for placement in hidden.placements):
+                    raise ValueError(f"lm_head: expected hidden states that are whole over tp, got {hidden.placements}")
+                hidden = hidden.to_local()
+            losses.append(linear_multi_hot_cross_entropy(hidden, weight, y, bias=bias, tp_group=group, **options))
+        return losses[0] + further_scale * sum(losses[1:]) if further else losses[0]
+
+
+class MultiTokenModel(DeepSeekV3Model):
+    """DeepSeek-V3 with TorchTitan's multi-token prediction, whose depth k reads and predicts k bags further on.
+
+    In training it returns a list of hidden states `[B, l, d]`, those of the next bag first. In evaluation it is the
+    model without its `mtp_layers`. Ids `[B, l]` are bags of one.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(DeepSeekV3Model.Config):
+        pass
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, attention_masks: Any = None) -> Any:
+        if not self.training:
+            return Decoder.forward(self, tokens, positions, attention_masks)
+        hidden = self.tok_embeddings(tokens)
+        for layer in self.layers.values():
+            hidden = layer(hidden, attention_masks, positions)
+        outputs = [self.norm(hidden)]
+        for depth, layer in enumerate(self.mtp_layers, 1):
+            further, valid = shift_bags(tokens, depth, positions, 0)
+            hidden = layer(self.tok_embeddings(further), hidden, valid, attention_masks, positions)
+            outputs.append(hidden)
+        return outputs
+
+
+def shift_bags(bags: Tensor, depth: int, positions: Tensor | None, filler: int) -> tuple[Tensor, Tensor]:
+    """Move bags `[B, l, s]`, or `[B, l]`, `depth` places to the left; also return where there was one, `[B, l]` bool.
+
+    TorchTitan's rule: `filler` stands where a document or row ends before. Its own function has no third dimension.
+    """
+    if bags.dim() == 2:
+        return roll_mtp_sequence(bags, shift=depth, positions=positions, fill_value=filler, return_valid_mask=True)
+    slots = [shift_bags(slot, depth, positions, filler) for slot in bags.unbind(-1)]
+    return torch.stack([slot for slot, _ in slots], dim=-1), slots[0][1]
 
 
 class SuperpositionLoss(ChunkedLossWrapper):
@@ -103,6 +156,9 @@ class SuperpositionLoss(ChunkedLossWrapper):
         chunk_size: int | None = None
         """The most rows whose logits exist at a time."""
 
+        mtp_scale: float = 0.3
+        """Multi-token prediction: weight of the mean over its depths, beside the loss of the next bag."""
+
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
         weights = config.position_weights
         checked_options(LossOptions(config.objective, IGNORE_INDEX, None, config.z_loss), weights)
@@ -110,13 +166,24 @@ class SuperpositionLoss(ChunkedLossWrapper):
             named_position_weights(weights, 1)
         if config.chunk_size is not None:
             check_integer("chunk_size", config.chunk_size, 1)
+        if not 0 <= config.mtp_scale < math.inf:
+            raise ValueError(f"mtp_scale: expected a finite number >= 0, got {config.mtp_scale}")
         self.config = config
         self.lm_head: torch.nn.Module | None = None
 
     def __call__(
-        self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **kwargs: Any
+        self,
+        pred: Tensor | list[Tensor],
+        labels: Tensor,
+        global_valid_tokens: Tensor | None = None,
+        positions: Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum over labels `[B, l]` or `[B, l, s]` of hidden states `pred` `[B, l, d]`, over `global_valid_tokens`."""
+        """Sum over labels `[B, l]` or `[B, l, s]` of hidden states `pred` `[B, l, d]`, over `global_valid_tokens`.
+
+        A list, from a `MultiTokenModel`, adds `mtp_scale` times the mean loss of its depths, whose labels are those of
+        the bag as much further on. Without `global_valid_tokens`, in validation, it is the next token's loss alone.
+        """
         assert self.lm_head is not None
         config, validates = self.config, global_valid_tokens is None
         divisor: Any = 1 if validates else global_valid_tokens
@@ -128,9 +195,16 @@ class SuperpositionLoss(ChunkedLossWrapper):
             if config.objective == "mce_alt":
                 divisor = divisor / bag_size  # bags, but for those at the end of a row, which have fewer labels
             if config.position_weights is not None:
-                weights = named_position_weights(config.position_weights, bag_size, device=pred.device)
+                weights = named_position_weights(config.position_weights, bag_size, device=labels.device)
                 options["position_weights"] = weights / weights.mean()
-        return self.lm_head(pred, labels=labels, normalizer=divisor, **options), {}
+        hidden, *depths = pred if isinstance(pred, list) else [pred]
+        if depths and not validates:
+            options["further_scale"] = config.mtp_scale / len(depths)
+            options["further"] = [
+                (further, shift_bags(labels, depth, positions, IGNORE_INDEX)[0])
+                for depth, further in enumerate(depths, 1)
+            ]
+        return self.lm_head(hidden, labels=labels, normalizer=divisor, **options), {}
 
 
 class SuperpositionTrainer(Trainer):
@@ -173,6 +247,10 @@ class SuperpositionTrainer(Trainer):
         if not isinstance(config.loss, SuperpositionLoss.Config):
             got = type(config.loss).__qualname__
             raise ValueError(f"loss: expected SuperpositionLoss.Config, got {got}; use superpose")
+        model: Any = config.model_spec.model
+        if getattr(model, "mtp_layers", None) and not isinstance(model, MultiTokenModel.Config):
+            got = type(model).__qualname__
+            raise ValueError(f"model_spec.model: with mtp_layers, expected MultiTokenModel.Config, got {got}")
         if type(data) is not HuggingFaceTextDataLoader.Config or data.num_workers:  # whose row length can change
             got = f"{type(data).__qualname__} with num_workers={getattr(data, 'num_workers', 0)}"
             raise ValueError(f"dataloader: expected a HuggingFaceTextDataLoader with num_workers=0, got {got}")
@@ -223,12 +301,13 @@ def superpose(config: Trainer.Config, *, bag_size: int = 6, ratio: float = 0.3, 
 
     Args:
         config: from a config registry, of a model whose embedding and output head are TorchTitan's plain ones, tied or
-            not, such as Llama 3 and Qwen3.
+            not, such as Llama 3, Qwen3 and DeepSeek-V3. Multi-token prediction only of DeepSeek-V3.
         bag_size, ratio: s and r; also `--superposition.bag_size` and `--superposition.ratio`.
-        loss: fields of `SuperpositionLoss.Config`.
+        loss: fields of `SuperpositionLoss.Config`; mtp_scale is that of the config by default.
 
     Raises:
-        ValueError: a config of another trainer, or of a model whose embedding or head is not plain.
+        ValueError: a config of another trainer, or of a model whose embedding or head is not plain, or that is another
+            one with multi-token prediction.
     """
     if type(config) is not Trainer.Config or config.model_spec is None:
         raise ValueError(f"config: expected a Trainer.Config with a model_spec, got {type(config).__qualname__}")
@@ -242,7 +321,12 @@ def superpose(config: Trainer.Config, *, bag_size: int = 6, ratio: float = 0.3, 
             raise ValueError(f"config: expected {name} to be a {plain.__qualname__}, got {type(given).__qualname__}")
         setattr(model, name, ours(**_fields(given)))
     if getattr(model, "mtp_layers", None):
-        raise ValueError("config: expected a model without multi-token prediction, which reads single tokens")
+        if type(model) is not DeepSeekV3Model.Config:
+            got = type(model).__qualname__
+            raise ValueError(f"config: with mtp_layers, expected a DeepSeekV3Model.Config, got {got}")
+        model = MultiTokenModel.Config(**_fields(model))
+        if isinstance(config.loss, MTPLoss.Config):
+            loss = {"mtp_scale": config.loss.mtp_scale} | loss
     options = _fields(config) | {
         "model_spec": dataclasses.replace(config.model_spec, model=model),
         "loss": SuperpositionLoss.Config(**loss),
@@ -265,3 +349,9 @@ llama3_debugmodel = _superposed(llama3.llama3_debugmodel)
 llama3_8b = _superposed(llama3.llama3_8b)
 qwen3_debugmodel = _superposed(qwen3.qwen3_debugmodel)
 qwen3_0_6b = _superposed(qwen3.qwen3_0_6b)
+qwen3_moe_debug = _superposed(qwen3.qwen3_moe_debug)
+qwen3_30b_a3b = _superposed(qwen3.qwen3_30b_a3b)
+deepseek_v3_debugmodel = _superposed(deepseek_v3.deepseek_v3_debugmodel)
+deepseek_v3_debugmodel_mtp = _superposed(deepseek_v3.deepseek_v3_debugmodel_mtp)
+deepseek_v3_16b = _superposed(deepseek_v3.deepseek_v3_16b)
+deepseek_v3_671b = _superposed(deepseek_v3.deepseek_v3_671b)
