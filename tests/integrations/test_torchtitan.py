@@ -57,7 +57,7 @@ def run(count, which, folder):
 def test_trainer(folder):
     """One process, then two, which start from a checkpoint of the one."""
     assert sum(line.startswith("passed: ") for line in run(1, "one", folder)) == 7
-    assert sum(line.startswith("passed: ") for line in run(2, "two", folder)) == 2 * 2
+    assert sum(line.startswith("passed: ") for line in run(2, "two", folder)) == 2 * 3
 
 
 class TestSuperpose:
@@ -134,6 +134,7 @@ class TestSuperpose:
             (dict(objective="mce_alt", position_weights="first"), "^position_weights: objective 'mce_alt'"),
             (dict(z_loss=-1.0), "^z_loss: expected"),
             (dict(chunk_size=0), "^chunk_size: expected"),
+            (dict(mtp_scale=-0.1), "^mtp_scale: expected"),
         ],
     )
     def test_loss_options_are_checked_when_built(self, options, message):
@@ -155,15 +156,25 @@ class TestSuperpose:
         assert type(config.model_spec.model.lm_head) is not LossHead.Config  # what came is left as it was
         with pytest.raises(ValueError, match="^config: expected a Trainer.Config.*got SuperpositionTrainer.Config"):
             superpose(superposed)
-        from torchtitan.models.deepseek_v3 import config_registry as deepseek_v3
-
-        with pytest.raises(ValueError, match="^config: expected a model without multi-token prediction"):
-            superpose(deepseek_v3.deepseek_v3_debugmodel_mtp())
         config.model_spec.model.lm_head = LossHead.Config(in_features=1, out_features=1)
         with pytest.raises(ValueError, match="^config: expected lm_head to be a Linear.Config, got LossHead.Config"):
             superpose(config)
 
-    @pytest.mark.parametrize("name", ["llama3_debugmodel", "llama3_8b", "qwen3_debugmodel", "qwen3_0_6b"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "llama3_debugmodel",
+            "llama3_8b",
+            "qwen3_debugmodel",
+            "qwen3_0_6b",
+            "qwen3_moe_debug",
+            "qwen3_30b_a3b",
+            "deepseek_v3_debugmodel",
+            "deepseek_v3_debugmodel_mtp",
+            "deepseek_v3_16b",
+            "deepseek_v3_671b",
+        ],
+    )
     def test_configs_are_found_by_name_and_take_options(self, name):
         from torchtitan.config import ConfigManager
 
@@ -172,3 +183,93 @@ class TestSuperpose:
         config = ConfigManager().parse_args([*arguments, *options])
         assert (config.superposition.bag_size, config.superposition.ratio) == (3, 0.4)
         assert config.loss.position_weights == "first"
+
+
+class TestMultiTokenPrediction:
+    def test_shift_bags(self):
+        from tst_ext.integrations.torchtitan import shift_bags
+
+        bags = torch.arange(12).view(1, 6, 2)
+        positions = torch.tensor([[0, 1, 2, 3, 0, 1]])  # two documents
+        shifted, valid = shift_bags(bags, 1, positions, -100)
+        assert shifted[0].tolist() == [[2, 3], [4, 5], [6, 7], [-100, -100], [10, 11], [-100, -100]]
+        assert valid.tolist() == [[True, True, True, False, True, False]]
+        shifted, valid = shift_bags(bags, 2, positions, 0)
+        assert shifted[0].tolist() == [[4, 5], [6, 7], [0, 0], [0, 0], [0, 0], [0, 0]]
+        assert valid.tolist() == [[True, True, False, False, False, False]]
+        assert shift_bags(bags, 5, None, 0)[0][0].tolist() == [[10, 11]] + 5 * [[0, 0]]
+        assert shift_bags(bags[..., 0], 1, positions, 0)[0].tolist() == [[2, 4, 6, 0, 10, 0]]
+
+    def test_a_depth_reads_the_bag_before_the_one_it_predicts_and_no_later_one(self):
+        from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
+        from torchtitan.models.deepseek_v3 import config_registry, model_registry
+
+        from tst_ext.integrations.torchtitan import MultiTokenModel, fold_batch, shift_bags, superpose
+
+        plain = config_registry.deepseek_v3_debugmodel_mtp()
+        plain.model_spec = model_registry("debugmodel", num_mtp_layers=2)
+        config = superpose(plain)
+        model_config = config.model_spec.model
+        model_config.layers = model_config.layers[:1]
+        for _, _, parent, name in list(model_config.traverse(FlexAttention.Config)):
+            setattr(parent, name, ScaledDotProductAttention.Config())
+        config.training.seq_len = 8
+        model_config.update_from_config(config=config)
+        model = model_config.build()
+        assert type(model) is MultiTokenModel
+        torch.manual_seed(0)
+        model.init_states()
+
+        stream = torch.arange(1, 26)[None]
+        inputs, labels = fold_batch(dict(input=stream[:, :-1], positions=stream[:, :-1] - 1), stream[:, 1:], 3)
+        positions = inputs["positions"]
+        with torch.no_grad():
+            outputs = model(inputs["input"], positions)
+            assert [output.shape for output in outputs] == 3 * [(1, 8, 256)]
+            for depth in range(3):
+                predicted = shift_bags(labels, depth, positions, -100)[0] if depth else labels
+                for bag in range(8 - depth - 2):
+                    # It predicts the tokens of bag + depth + 1, and has those of bag + depth in sight.
+                    assert torch.equal(predicted[0, bag], inputs["input"][0, bag + depth + 1])
+                    for changed, sees in ((bag + depth + 1, False), (bag + depth, True)):
+                        other = inputs["input"].clone()
+                        other[0, changed] += 100
+                        moved = (model(other, positions)[depth] - outputs[depth])[0, bag].norm()
+                        moved /= outputs[depth][0, bag].norm()
+                        assert moved > 1e-2 if sees else moved < 1e-5, (depth, bag, moved)
+                assert (predicted[0, 8 - depth :] == -100).all()
+            model._skip_lm_head = True  # as the trainer sets it
+            torch.testing.assert_close(model.eval()(inputs["input"], positions), outputs[0])
+
+    def test_validation_is_of_the_next_token_alone(self):
+        from tst_ext.integrations.torchtitan import SuperpositionLoss
+
+        loss = SuperpositionLoss.Config(mtp_scale=0.5).build()
+        loss.lm_head = lambda hidden, **options: (hidden, options)
+        hidden, labels = [torch.zeros(1, 4, 2) + i for i in range(3)], torch.arange(4)[None]
+        (first, options), _ = loss(hidden, labels)
+        assert first is hidden[0] and "further" not in options
+        (first, options), _ = loss(hidden, labels, torch.tensor(4))
+        assert first is hidden[0] and options["further_scale"] == 0.25
+        assert [h is hidden[i] for i, (h, _) in enumerate(options["further"], 1)] == [True, True]
+        assert [y.tolist() for _, y in options["further"]] == [[[1, 2, 3, -100]], [[2, 3, -100, -100]]]
+
+    def test_other_models_are_refused(self):
+        from torchtitan.models.deepseek_v3 import MTPLoss, config_registry
+
+        from tst_ext.integrations import torchtitan
+
+        plain = config_registry.deepseek_v3_debugmodel_mtp()
+        plain.loss = MTPLoss.Config(mtp_scale=0.1)
+        config = torchtitan.superpose(plain)
+        assert config.loss.mtp_scale == 0.1 and torchtitan.superpose(plain, mtp_scale=0.2).loss.mtp_scale == 0.2
+        assert type(config.model_spec.model) is torchtitan.MultiTokenModel.Config
+        config.model_spec = plain.model_spec
+        with pytest.raises(ValueError, match="^model_spec.model: with mtp_layers, expected MultiTokenModel"):
+            torchtitan.SuperpositionTrainer(config)
+        fields = {name: getattr(plain.model_spec.model, name) for name in ("tok_embeddings", "lm_head", "mtp_layers")}
+        plain.model_spec.model = torchtitan.superpose(plain).model_spec.model
+        for name, value in fields.items():
+            setattr(plain.model_spec.model, name, value)
+        with pytest.raises(ValueError, match="^config: with mtp_layers, expected a DeepSeekV3Model.Config, got Multi"):
+            torchtitan.superpose(plain)

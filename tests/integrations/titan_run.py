@@ -1,7 +1,8 @@
 """Runs of TorchTitan's trainer on the CPU, for test_torchtitan.py: `torchrun ... titan_run.py CHECK FOLDER`.
 
 TorchTitan 0.3 takes a GPU for granted, and functions of torch later than 2.13. What it calls of both on the way is
-given here; FSDP2's reduction by a factor of 1, which gloo does not have, becomes a sum.
+given here; FSDP2's reduction by a factor of 1, which gloo does not have, becomes a sum. Its experts cast to bfloat16,
+whose rounding would hide errors below 1e-2; here they stay in float32.
 """
 
 import json
@@ -16,7 +17,7 @@ import torch
 import torch._utils
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.functional import cross_entropy, embedding
+from torch.nn.functional import embedding
 
 torch._utils._get_available_device_type = lambda: "cpu"
 torch.cpu.get_device_name = lambda *_: "cpu"
@@ -26,16 +27,19 @@ torch.cpu.reset_peak_memory_stats = torch.cpu.empty_cache = lambda *_: None
 torch.cpu.current_device = lambda: 0
 if not hasattr(dist, "set_timeout"):
     dist.set_timeout = lambda *_: None
-
+torch.Tensor.bfloat16 = lambda self: self
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torchtitan.distributed.fsdp  # noqa: E402
 import torchtitan.trainer  # noqa: E402
-from torchtitan.components.loss import IGNORE_INDEX  # noqa: E402
+from torchtitan.components.loss import IGNORE_INDEX, CrossEntropyLoss  # noqa: E402
 from torchtitan.components.optimizer import default_adamw  # noqa: E402
 from torchtitan.components.validate import Validator  # noqa: E402
 from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention  # noqa: E402
+from torchtitan.models.common.moe import GroupedExperts, MoE  # noqa: E402
+from torchtitan.models.deepseek_v3 import MTPLoss, model_registry  # noqa: E402
+from torchtitan.models.deepseek_v3 import config_registry as deepseek_v3  # noqa: E402
 from torchtitan.models.llama3 import config_registry as llama3  # noqa: E402
 from torchtitan.models.qwen3 import config_registry as qwen3  # noqa: E402
 
@@ -58,10 +62,28 @@ LENGTH, STEPS = 32, 6
 torchtitan.trainer.time.sleep = lambda seconds: None  # two seconds at the end of each run
 
 
-def config_of(family="llama3", backend="spmd_types", tp=1, folder=None, save=None, steps=STEPS, warmup=2):
-    config = dict(llama3=llama3.llama3_debugmodel, qwen3=qwen3.qwen3_debugmodel)[family]()
+def two_depths():
+    """TorchTitan's config has one depth, with which a second shift and the mean over depths would not be tested."""
+    config = deepseek_v3.deepseek_v3_debugmodel_mtp()
+    config.model_spec, config.loss = model_registry("debugmodel", num_mtp_layers=2), MTPLoss.Config(mtp_scale=0.5)
+    return config
+
+
+FAMILIES = dict(
+    llama3=llama3.llama3_debugmodel,
+    qwen3=qwen3.qwen3_debugmodel,
+    qwen3_moe=qwen3.qwen3_moe_debug,
+    deepseek_v3=deepseek_v3.deepseek_v3_debugmodel,
+    deepseek_v3_mtp=two_depths,
+)
+
+
+def config_of(family="llama3", backend="spmd_types", tp=1, ep=1, folder=None, save=None, steps=STEPS):
+    config = FAMILIES[family]()
     model = config.model_spec.model
-    model.layers = model.layers[:2]
+    model.layers = model.layers[:2]  # of DeepSeek-V3 the second has experts
+    for _, experts, _, _ in model.traverse(GroupedExperts.Config):
+        experts.hidden_dim = 64  # Qwen3's 64 experts have 38 million parameters in each layer
     for _, _, parent, name in list(model.traverse(FlexAttention.Config)):  # which trains on a GPU alone
         setattr(parent, name, ScaledDotProductAttention.Config())
     config.hf_assets_path, config.dataloader.dataset_path = str(FOLDER / "assets"), str(FOLDER / "data")
@@ -69,6 +91,7 @@ def config_of(family="llama3", backend="spmd_types", tp=1, folder=None, save=Non
     config.training.local_batch_size, config.training.seq_len, config.training.steps = 2, LENGTH, steps
     config.training.mixed_precision_param, config.training.disable_cuda_graphs = "float32", True
     config.parallelism.spmd_backend, config.parallelism.tensor_parallel_degree = backend, tp
+    config.parallelism.expert_parallel_degree = ep
     config.debug.seed = 0
     config.checkpoint.enable = save is not None
     if save is not None:
@@ -82,11 +105,16 @@ def tst(config, bag_size=4, ratio=0.5, **loss):
 
 def run(config):
     """Loss and gradient norm of each step, and the trainer."""
-    trainer, log = config.build(), []
+    trainer = config.build()
+    return train(trainer), trainer
+
+
+def train(trainer):
+    log = []
     trainer.metrics_processor.log = lambda step, loss, most, norm, **_: log.append((step, loss, norm))
     trainer.train()
     trainer.close()
-    return log, trainer
+    return log
 
 
 def close(a, b, tolerance=1e-5):
@@ -106,7 +134,7 @@ def parameters(trainer):
 
 def check_bags_of_one():
     """Without bags, TorchTitan's own numbers, the logits chunk by chunk and all at once."""
-    for family in ("llama3", "qwen3"):
+    for family in FAMILIES:
         own, plain = run(config_of(family, steps=3))
         ours, trainer = run(tst(config_of(family, steps=3), bag_size=1))
         close(ours, own)
@@ -118,23 +146,58 @@ def check_bags_of_one():
 
 def check_two_phases():
     """A run, the same from checkpoints of either phase, and from that of the switch by TorchTitan's own trainer."""
-    whole, trainer = run(tst(config_of(folder=FOLDER / "whole", save=1)))
-    assert [step for step, *_ in whole] == list(range(1, STEPS + 1))
-    # Logits of a fresh head have a variance of 1, and the text some 40 tokens: 0.5 more than log V, give or take 0.5.
-    assert abs(whole[0][1] - math.log(2048) - 0.5) < 1
-    assert whole[2][1] < whole[0][1] - 1 and whole[5][1] < whole[3][1] - 0.5
-    assert trainer.ntokens_seen == 2 * LENGTH * (3 * 4 + 3)
-    for name, last, make in (
-        ("superposition", 2, tst),
-        ("recovery", 4, tst),
-        ("switch", 3, lambda config: config),  # TorchTitan's own trainer and loss
-    ):
-        folder = FOLDER / name
-        shutil.copytree(FOLDER / "whole/checkpoint" / f"step-{last}", folder / "checkpoint" / f"step-{last}")
-        again, other = run(make(config_of(folder=folder, save=100)))
-        close(again, whole[last:], 1e-5 if make is tst else 1e-4)
-        assert type(other).__name__ == ("SuperpositionTrainer" if make is tst else "Trainer")
-        assert other.ntokens_seen == trainer.ntokens_seen
+    for family in ("llama3", "qwen3_moe", "deepseek_v3_mtp"):
+        whole, trainer = run(tst(config_of(family, folder=FOLDER / family, save=1)))
+        assert [step for step, *_ in whole] == list(range(1, STEPS + 1))
+        # Logits of a fresh head have a variance of at most 1, and the text some 40 tokens: up to 0.5 more than log V,
+        # give or take 0.5. Two depths at 0.5 add a half.
+        first = whole[0][1] / (1.5 if family == "deepseek_v3_mtp" else 1)
+        assert abs(first - math.log(2048) - 0.5) < 1
+        assert whole[2][1] < whole[0][1] - 1 and whole[5][1] < whole[3][1] - 0.3
+        assert trainer.ntokens_seen == 2 * LENGTH * (3 * 4 + 3)
+        for name, last, make in (
+            ("superposition", 2, tst),
+            ("recovery", 4, tst),
+            ("switch", 3, lambda config: config),  # TorchTitan's own trainer, model and loss
+        ):
+            folder = FOLDER / f"{family}-{name}"
+            copy_checkpoint(family, last, folder)
+            again, other = run(make(config_of(family, folder=folder, save=100)))
+            close(again, whole[last:], 1e-5 if make is tst else 1e-4)
+            assert type(other).__name__ == ("SuperpositionTrainer" if make is tst else "Trainer")
+            assert other.ntokens_seen == trainer.ntokens_seen
+        (FOLDER / f"{family}.json").write_text(json.dumps([entry[:2] for entry in whole]))  # for check_tensor_parallel
+
+
+def copy_checkpoint(family, step, folder):
+    shutil.copytree(FOLDER / family / "checkpoint" / f"step-{step}", folder / "checkpoint" / f"step-{step}")
+
+
+def check_routers():
+    """They count a bag once, as one row, and each step of both phases moves their biases by TorchTitan's rule."""
+    for family in ("qwen3_moe", "deepseek_v3"):
+        config = tst(config_of(family))
+        config.activation_checkpoint = None  # which runs the routers twice
+        trainer = config.build()
+        routers = [layer.moe for layer in trainer.model_parts[0].layers.values() if layer.moe_enabled]
+        assert len(routers) == (2 if family == "qwen3_moe" else 1)
+        step, steps = trainer.optimizers.step, []
+
+        def checked_step(routers=routers, step=step, steps=steps):
+            counts = [router.tokens_per_expert_E.clone() for router in routers]
+            biases = [router.expert_bias_E.clone() for router in routers]
+            step()
+            for router, count, bias in zip(routers, counts, biases, strict=True):
+                assert count.sum() == 2 * LENGTH * router.router.top_k
+                move = router.load_balance_coeff * torch.sign(count.mean() - count)
+                torch.testing.assert_close(router.expert_bias_E - bias, move - move.mean(), rtol=0, atol=1e-7)
+                assert move.any() and not router.tokens_per_expert_E.any()
+            steps.append(counts)
+
+        trainer.optimizers.step = checked_step
+        trainer.train()
+        trainer.close()
+        assert len(steps) == STEPS
 
 
 def check_qwen3():
@@ -150,6 +213,7 @@ def check_qwen3():
 def check_sums():
     """The trainer's gradients are those of the batch written out: mean of embeddings, full logits, s losses."""
     check_gradients("llama3", "spmd_types")
+    check_gradients("deepseek_v3_mtp", "spmd_types")
     alternatives, _ = run(
         tst(config_of(steps=1), ratio=1.0, objective="mce_alt")
     )  # one loss a bag, of four labels together
@@ -157,17 +221,23 @@ def check_sums():
 
 
 def check_validation():
-    """The next-token loss that TorchTitan's own trainer reports, in the superposition phase too, without z-loss."""
-    found = []
-    for make in (lambda config: config, lambda config: tst(config, z_loss=1e-2)):
-        config = config_of(steps=2)
-        config.optimizer = default_adamw(lr=0.0)
-        config.validator = Validator.Config(enable=True, freq=1, steps=2, dataloader=config.dataloader)
-        trainer = make(config).build()
-        trainer.metrics_processor.log_validation = lambda loss, step: found.append(loss)
-        trainer.train()
-        trainer.close()
-    assert len(found) == 4 and all(math.isclose(loss, found[0], rel_tol=1e-5) for loss in found), found
+    """The next-token loss that TorchTitan's own trainer reports, in the superposition phase too, without z-loss.
+
+    Without further depths too: TorchTitan's model without them has the same first weights.
+    """
+    for family, plain in (("llama3", "llama3"), ("deepseek_v3_mtp", "deepseek_v3")):
+        found = []
+        for name, make in ((plain, lambda config: config), (family, lambda config: tst(config, z_loss=1e-2))):
+            config = config_of(name, steps=2)
+            for _, experts, _, _ in config.model_spec.model.traverse(MoE.Config):
+                experts.load_balance_coeff = None  # moves biases without a learning rate
+            config.optimizer = default_adamw(lr=0.0)
+            config.validator = Validator.Config(enable=True, freq=1, steps=2, dataloader=config.dataloader)
+            trainer = make(config).build()
+            trainer.metrics_processor.log_validation = lambda loss, step, found=found: found.append(loss)
+            trainer.train()
+            trainer.close()
+        assert len(found) == 4 and all(math.isclose(loss, found[0], rel_tol=1e-5) for loss in found), found
 
 
 def check_models_without_our_modules():
@@ -186,8 +256,28 @@ def check_fsdp():
         check_gradients(family, "partial_dtensor")
 
 
-def check_gradients(family, backend, tp=1, sequence_parallel=True):
-    config = config_of(family, backend, tp)
+def check_expert_parallel():
+    """Experts divided over the processes of FSDP2: gradients beside one process, both phases beside whole experts.
+
+    Validations in between leave out the layers of further depths, for which TorchTitan gathers weights ahead.
+    """
+    for family in ("qwen3_moe", "deepseek_v3_mtp"):
+        check_gradients(family, "partial_dtensor", ep=2)
+        logs, validations = [], ([], [])
+        for ep, found in zip((1, 2), validations, strict=True):
+            config = config_of(family, "partial_dtensor", ep=ep, steps=2)
+            config.validator = Validator.Config(enable=True, freq=1, steps=1, dataloader=config.dataloader)
+            trainer = tst(config).build()
+            trainer.metrics_processor.log_validation = lambda loss, step, found=found: found.append((step, loss))
+            logs.append(train(trainer))
+            experts = trainer.model_parts[0].layers["1"].moe.routed_experts.inner_experts
+            assert ("ep" in experts.w1_EFD.device_mesh.mesh_dim_names) == (ep == 2)
+        close(*logs)
+        close(*validations)
+
+
+def check_gradients(family, backend, tp=1, ep=1, sequence_parallel=True):
+    config = config_of(family, backend, tp, ep)
     config.parallelism.enable_sequence_parallel = sequence_parallel
     trainer = tst(config).build()
     trainer.dataset.seq_len = 4 * LENGTH
@@ -206,14 +296,18 @@ def check_gradients(family, backend, tp=1, sequence_parallel=True):
     model = plain.build()
     model.init_states()
     missing, unknown = model.load_state_dict(parameters(trainer), strict=False)
-    assert not unknown and set(missing) <= {"lm_head.weight"}  # where tied, by its other name
+    missing = {name for name in missing if not name.endswith("expert_bias_E")}  # zeros
+    assert not unknown and missing <= {"lm_head.weight"}  # where tied, by its other name
+    loss_fn = config_of(family).loss.build() if "mtp" in family else CrossEntropyLoss.Config().build()
     total = 0
     for ids, positions, y in batches:
-        hidden = embedding(ids, model.tok_embeddings.weight).mean(2)
-        model.tok_embeddings.forward = lambda _, hidden=hidden: hidden
-        logits = model(ids, positions=positions)
+        # TorchTitan's model on numbers of bags, which it shifts for its further depths; it fills up with number 0.
+        bags = embedding(ids, model.tok_embeddings.weight).mean(2).flatten(0, 1)
+        table = torch.cat((model.tok_embeddings.weight[:1], bags))
+        model.tok_embeddings.forward = lambda number, table=table: table[number]
+        logits = model(1 + torch.arange(len(bags)).view_as(positions), positions=positions)
         for i in range(4):
-            total = total + cross_entropy(logits.flatten(0, 1), y[..., i].flatten(), reduction="sum")
+            total = total + loss_fn(logits, y[..., i], positions=positions)[0]
     (total / valid).backward()
     assert math.isclose(loss, total / valid, rel_tol=1e-5), (loss, total / valid)
     for (name, p), q in zip(model.named_parameters(), trainer.model_parts[0].parameters(), strict=True):
@@ -226,32 +320,34 @@ def check_tensor_parallel():
     """Vocabulary-parallel embedding, head and loss; then, from a checkpoint of one process, both phases beside it."""
     for sequence_parallel in (True, False):
         for family in ("llama3", "qwen3"):
-            check_gradients(family, "partial_dtensor", 2, sequence_parallel)
-        folder = FOLDER / f"tp-{sequence_parallel}"
-        config = tst(config_of(backend="partial_dtensor", tp=2, folder=folder, save=100))
+            check_gradients(family, "partial_dtensor", 2, sequence_parallel=sequence_parallel)
+    for family, ep, sequence_parallel in (
+        ("llama3", 1, True),
+        ("llama3", 1, False),
+        ("qwen3_moe", 2, True),  # TorchTitan's expert parallelism takes its sequences divided
+        ("deepseek_v3_mtp", 2, True),
+    ):
+        folder = FOLDER / f"{family}-tp-{sequence_parallel}"
+        if dist.get_rank() == 0:
+            copy_checkpoint(family, 1, folder)
+        dist.barrier()
+        config = tst(config_of(family, "partial_dtensor", 2, ep, folder=folder, save=100))
         config.parallelism.enable_sequence_parallel = sequence_parallel
         log, _ = run(config)
         # Not the norms: torch's of a long float32 tensor errs by 2e-4 on the CPU, by less on a shard of it.
-        close([entry[:2] for entry in log], json.loads((FOLDER / "one.json").read_text()))
-
-
-def write_one():
-    log, _ = run(tst(config_of(folder=FOLDER / "one", save=1)))
-    (FOLDER / "one.json").write_text(json.dumps([entry[:2] for entry in log[1:]]))
-    for name in ("tp-True", "tp-False"):
-        shutil.copytree(FOLDER / "one/checkpoint/step-1", FOLDER / name / "checkpoint/step-1")
+        close([entry[:2] for entry in log], json.loads((FOLDER / f"{family}.json").read_text())[1:])
 
 
 ONE = (
     check_bags_of_one,
     check_two_phases,
+    check_routers,
     check_qwen3,
     check_sums,
     check_validation,
     check_models_without_our_modules,
-    write_one,
 )
-TWO = (check_fsdp, check_tensor_parallel)
+TWO = (check_fsdp, check_expert_parallel, check_tensor_parallel)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
