@@ -60,10 +60,8 @@ def fold_batch(batch: dict[str, Any], bag_size: int, objective: str = "mce") -> 
         order = (~valid).to(torch.int8).argsort(dim=1, stable=True)  # padding moves to the end
         valid, tokens = valid.gather(1, order), {name: t.gather(1, order) for name, t in tokens.items()}
     starts = _document_starts(batch, tokens, valid)
-    position, bags = (
-        torch.arange(ids.shape[1], device=ids.device).expand(ids.shape),
-        max(-(-ids.shape[1] // bag_size), 1),
-    )
+    bags = max(-(-ids.shape[1] // bag_size), 1)
+    position = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)  # in its document
     cu_seqlens = F.pad(starts.flatten().nonzero().squeeze(1), (0, 1), value=starts.numel())
     options: dict[str, Any] = {}
     if starts[:, 1:].any():  # else rows are folded as they are, without copies of each token
