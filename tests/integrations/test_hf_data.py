@@ -64,9 +64,14 @@ class TestFoldBatch:
         assert batch["cu_seq_lens_q"].dtype == batch["seq_idx"].dtype == torch.int32
         ids_and_positions = {k: batch[k] for k in ("input_ids", "labels", "shift_labels", "position_ids")}
         torch.testing.assert_close(loss_of(model, ids_and_positions), expected, rtol=1e-6, atol=0)
-        for keyword in (dict(return_position_ids=False, return_flash_attn_kwargs=True), {}):  # either alone suffices
-            other = fold_batch(DataCollatorWithFlattening(**keyword)(documents()), bag_size)
+        without = dict(return_position_ids=False)
+        for keywords in ({}, dict(return_flash_attn_kwargs=True, **without), dict(return_seq_idx=True, **without)):
+            other = fold_batch(DataCollatorWithFlattening(**keywords)(documents()), bag_size)  # each suffices
             assert torch.equal(other["input_ids"], batch["input_ids"]) and torch.equal(other["labels"], batch["labels"])
+
+    def test_positions_begin_where_the_collator_begins(self):
+        batch = fold_batch(DataCollatorWithFlattening(position_ids_start=2)(documents()), 4)
+        assert batch["position_ids"].tolist() == [[2 + i for n in LENGTHS for i in range(-(-n // 4))]]
 
     @pytest.mark.parametrize("bag_size", [2, 4])
     def test_documents_packed_into_several_rows(self, bag_size):
