@@ -103,6 +103,10 @@ class TestSuperpose:
         assert folded["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
         other = fold_batch({**batch, "input_ids": torch.where(mask == 1, ids, 5)}, 3)
         assert torch.equal(model(**folded).loss, model(**other).loss)
+        hook = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.clone())
+        loss = model(**folded).loss  # with a hook the tokens are embedded one by one, and one bag is empty
+        hook.remove()
+        torch.testing.assert_close(model(**folded).loss, loss, rtol=1e-6, atol=0)
         mask[1] = torch.arange(LENGTH) >= 4  # on the left, where later bags read it
         left = dict(input_ids=ids, labels=torch.where(mask == 1, ids, -100), attention_mask=mask)
         loss = model(**fold_batch(left, 3)).loss
