@@ -452,6 +452,19 @@ class TestTrainer:
             steps.append(trainer.state.max_steps)
         assert steps == [4, 8]
 
+    def test_a_second_run_too_short_for_bags(self, tmp_path):
+        """10 steps, the first with bags; then 6 rows, of which 0.1 are no step: Trainer's own run of 3 steps."""
+        options = dict(max_steps=-1, num_train_epochs=1)
+        trainer = SuperpositionTrainer(
+            build("llama"), arguments(tmp_path, **options), train_dataset=Rows(24), bag_size=3, ratio=0.1
+        )
+        steps = []
+        for rows in (24, 6):
+            trainer.train_dataset = Rows(rows)
+            trainer.train()
+            steps.append((trainer.state.max_steps, [e["bag_size"] for e in trainer.state.log_history if "loss" in e]))
+        assert steps == [(10, [3] + [1] * 9), (3, [1] * 3)]
+
 
 @pytest.mark.extended
 def test_two_processes_are_one(tmp_path):
