@@ -19,11 +19,13 @@ from helpers.numerics import assert_accurate
 from helpers.processes import in_processes, needs_gloo
 from tst_ext import (
     SuperpositionSchedule,
+    check_setup,
     document_offsets,
     fold_inputs,
     fold_labels,
     linear_multi_hot_cross_entropy,
 )
+from tst_ext.nn import BagEmbedding
 
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -196,6 +198,49 @@ def test_documents():
         document = set(inputs) - {0, IGNORE}
         assert len(document) <= 1 and set(targets) - {0, IGNORE} <= document
     assert (recipe.bag_labels != IGNORE).any() and recipe.loss.isfinite()
+
+
+class TestCheckSetup:
+    TITLE = "Check a loop before you train"
+
+    def run(self, **names):
+        torch.manual_seed(0)
+        ids = torch.randint(64, (4, 25))
+        names = dict(ids=ids[:, :-1], labels=ids[:, 1:], s=4, fold_inputs=fold_inputs, fold_labels=fold_labels) | names
+        loop = load((TESTS / "recipes" / "nanogpt_style.py").read_text(encoding="utf-8"))
+
+        class Untied(torch.nn.Module):  # the loop's layers, with a head of its own
+            def __init__(self):
+                super().__init__()
+                self.wte = BagEmbedding(64, loop.n_embd)
+                self.block = loop.model.h.layers[0]
+                self.head = torch.nn.Linear(loop.n_embd, 64, bias=False)
+                torch.nn.init.normal_(self.wte.weight, std=0.02)
+                torch.nn.init.normal_(self.head.weight, std=0.02)
+
+            def forward(self, ids, labels):
+                x = self.wte(ids)
+                mask = torch.nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+                x = F.rms_norm(self.block(x, mask), x.shape[-1:])
+                return linear_multi_hot_cross_entropy(x, self.head.weight, labels)
+
+        return run_block(self.TITLE, check_setup=check_setup, model=Untied(), **names)
+
+    def test_the_code(self, capsys):
+        self.run()
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 9 and all(line.startswith("ok ") for line in lines)
+
+    def test_the_report_of_the_page(self):
+        def leak(labels, s, shifted):
+            return labels.unflatten(1, (-1, s))
+
+        with pytest.raises(ValueError) as error:
+            self.run(fold_labels=leak)
+        page = " ".join(block(self.TITLE, "text").split())
+        assert re.sub(r"\d\.\d{3}, expected", "0, expected", " ".join(str(error.value).split())) == re.sub(
+            r"\d\.\d{3}, expected", "0, expected", f"check_setup: {page}"
+        )
 
 
 def check_ranks(rank):

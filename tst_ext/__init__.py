@@ -9,12 +9,14 @@ from . import nn as nn  # an attribute, but not of import *: it would rebind tor
 from .bags import document_offsets, fold_inputs, fold_labels, position_weights
 from .ops import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 from .schedule import SuperpositionSchedule
+from .setup_check import check_setup
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SuperpositionSchedule",
     "bag_embedding",
+    "check_setup",
     "document_offsets",
     "fold_inputs",
     "fold_labels",
