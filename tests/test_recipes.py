@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from helpers.cases import IGNORE
+from helpers.cases import IGNORE, loss_and_gradients, magnitudes, plain
 from helpers.model import BAG, DIM, VOCABULARY, Model, batch, leaves, normal, tokens
 from helpers.numerics import assert_accurate
 from helpers.processes import in_processes, needs_gloo
@@ -24,6 +24,7 @@ from tst_ext import (
     fold_inputs,
     fold_labels,
     linear_multi_hot_cross_entropy,
+    reference,
 )
 from tst_ext.nn import BagEmbedding
 
@@ -60,16 +61,24 @@ def apply(diff, source):
 def load(source):
     module = types.ModuleType("loop")
     exec(source, module.__dict__)
-    module.all_optimizers = getattr(module, "optimizers", None) or [module.optimizer]
     return module
+
+
+def recipe(name):
+    """The loop before and after."""
+    source = (TESTS / "recipes" / f"{name}.py").read_text(encoding="utf-8")
+    return source, apply(block(LOOPS[name], "diff"), source)
+
+
+def in_float64(match):
+    return {"torch.bfloat16": "torch.float64", "float": "double"}[match[0]]
 
 
 @pytest.fixture(params=LOOPS)
 def sources(request):
     """The loop before and after. In float64, so that two ways of adding up are told from two losses."""
     torch.set_default_dtype(torch.float64)
-    source = (TESTS / "recipes" / f"{request.param}.py").read_text(encoding="utf-8")
-    yield source, apply(block(LOOPS[request.param], "diff"), source)
+    yield tuple(re.sub(r"torch\.bfloat16|(?<=\.)float(?=\(\))", in_float64, s) for s in recipe(request.param))
     torch.set_default_dtype(torch.float32)
 
 
@@ -93,7 +102,7 @@ class TestLoops:
             assert ids.shape[1:] == labels.shape[1:] == (16,)
             assert torch.equal(labels[:, :-1], ids[:, 1:])
         # The mistakes that are made here give log(V) / s and s log(V).
-        assert losses[0] == pytest.approx(math.log(64), rel=0.1)
+        assert losses[0] == pytest.approx(math.log(loop.vocab_size), rel=0.1)
         assert losses[-1] < losses[3]
 
     def test_bag_size_1_is_the_loop_as_it_was(self, sources):
@@ -111,15 +120,15 @@ class TestLoops:
         def save(*_):
             steps.append(None)
             if len(steps) == switch:
-                state = [part.state_dict() for part in (loop.model, *loop.all_optimizers)]
+                state = [part.state_dict() for part in (loop.model, loop.optimizer)]
                 saved.append((torch.get_rng_state(), copy.deepcopy(state)))
 
-        loop.all_optimizers[-1].register_step_post_hook(save)
+        loop.optimizer.register_step_post_hook(save)
         losses = loop.train()
 
         ((random, state),) = saved
         torch.set_rng_state(random)
-        for part, values in zip((before.model, *before.all_optimizers), state, strict=True):
+        for part, values in zip((before.model, before.optimizer), state, strict=True):
             if not reset or part is before.model:
                 part.load_state_dict(values)
         if hasattr(before, "data_loader"):
@@ -141,6 +150,73 @@ class TestLoops:
         assert losses[1] == equal(losses[0])
 
 
+class TestMasterWeights:
+    """nanochat's dtypes: bfloat16 hidden states meet a float32 head."""
+
+    @pytest.fixture
+    def loop(self):
+        return load(recipe("nanochat_style")[1])
+
+    @staticmethod
+    def as_nanochat(hidden, weight, bias, labels, **options):
+        return reference.multi_hot_cross_entropy(F.linear(hidden, weight).float(), labels, **options)
+
+    @pytest.mark.parametrize("s", [4, 1])
+    def test_loss_and_gradient(self, loop, s):
+        calls, op = [], loop.linear_multi_hot_cross_entropy
+
+        def record(hidden, weight, labels, **options):
+            calls.append(hidden.detach())
+            return op(hidden, weight, labels, **options)
+
+        loop.linear_multi_hot_cross_entropy = record
+        torch.nn.init.normal_(loop.model.lm_head.weight, std=0.5)  # logits that the softcap of 15 bends
+        ids, labels = batch_of_step(s, vocabulary=loop.vocab_size)
+        labels[:, -1] = -1
+        if s > 1:
+            ids, labels = fold_inputs(ids, s), fold_labels(labels, s, shifted=True, ignore_index=-1)
+        loss = loop.model(ids, labels)
+        loss.backward()
+        (hidden,) = calls
+        options = dict(logit_softcap=15, ignore_index=-1)
+        master = loop.model.lm_head.weight
+        assert hidden.dtype == torch.bfloat16 and master.dtype == master.grad.dtype == loss.dtype == torch.float32
+        assert not master.grad[loop.vocab_size :].any()
+
+        # The products are those of bfloat16 numbers, so the reference begins with the weight that was cast.
+        hidden, labels = hidden.flatten(0, 1), labels.reshape(-1, s)
+        weight = master[: loop.vocab_size].detach().bfloat16()
+        exact = loss_and_gradients(plain, hidden.double(), weight.double(), None, labels, **options)
+        beside = loss_and_gradients(self.as_nanochat, hidden, weight, None, labels, **options)
+        sizes = magnitudes(hidden.double(), weight.double(), None, labels, 1.0, options)
+        terms = max(*hidden.shape, *weight.shape)
+        assert_accurate(loss, exact[0], beside[0], terms, sizes[0])
+        assert_accurate(master.grad[: loop.vocab_size], exact[2], beside[2], terms, sizes[2])
+
+    def test_both_phases_learn(self, loop):
+        losses = loop.train()
+        assert losses[0] == pytest.approx(math.log(loop.vocab_size), rel=0.1)
+        assert losses[-1] < losses[3] and losses[2] < losses[0]
+        floats = {name: p.dtype for name, p in loop.model.named_parameters()}
+        assert {name for name, dtype in floats.items() if dtype == torch.bfloat16} == {
+            "wte.weight",
+            "value_embeds.1.weight",
+        }
+
+    def test_without_the_cast_the_op_refuses(self, loop):
+        source = recipe("nanochat_style")[1]
+        assert source.count("[:vocab_size].to(x.dtype)") == 1
+        model = load(source.replace("[:vocab_size].to(x.dtype)", "[:vocab_size]")).model
+        with pytest.raises(TypeError, match="weight: expected hidden's dtype torch.bfloat16, got torch.float32"):
+            model(*batch_of_step(1, vocabulary=60))
+
+    def test_check_setup(self, loop):
+        report = check_setup(
+            loop.model, next(loop.train_loader), ignore_index=-1, vocab_size=loop.vocab_size, tied=False
+        )
+        assert all(check.passed for check in report.checks)
+
+
 # ---- the other recipes ----------------------------------------------------------------------------------------------
 
 
@@ -148,9 +224,9 @@ def double_model():
     return Model(dtype=torch.float64)
 
 
-def batch_of_step(s, rows=slice(None)):
+def batch_of_step(s, rows=slice(None), vocabulary=VOCABULARY):
     """ids and labels `[4, 2 s]` of one step, the rows of one rank."""
-    ids = tokens(4, 2 * s + 1, seed=s)
+    ids = tokens(4, 2 * s + 1, seed=s) % vocabulary
     return ids[rows, :-1], ids[rows, 1:]
 
 
