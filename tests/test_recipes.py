@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.fsdp import fully_shard
 
 from helpers.cases import IGNORE, loss_and_gradients, magnitudes, plain
 from helpers.model import BAG, DIM, VOCABULARY, Model, batch, leaves, normal, tokens
@@ -347,6 +348,101 @@ def check_switch(rank):
         assert_same(mine - initial, expected - initial)
 
 
+class ModelWithMTP(Model):
+    def __init__(self):
+        super().__init__(dtype=torch.float64)
+        self.mtp = torch.nn.Linear(DIM, DIM, dtype=torch.float64)
+        torch.nn.init.eye_(self.mtp.weight)
+        torch.nn.init.zeros_(self.mtp.bias)
+
+    def forward(self, ids, labels, later=None):
+        x = torch.relu(self.body(self.embedding(ids)))
+        loss = self.head(x, labels)
+        return loss if later is None else loss + 0.3 * self.head(self.mtp(x), later)
+
+
+def run_mtp(source, wrap, rows):
+    """The parameters after training, those of the head at the switch too."""
+    names = dict(fold_inputs=fold_inputs, fold_labels=fold_labels, torch=torch)
+    names |= dict(DistributedDataParallel=torch.nn.parallel.DistributedDataParallel)
+    exec(source, names)
+    plain_model = ModelWithMTP()
+    model = (wrap or names["wrap"])(plain_model)
+    schedule, heads = SuperpositionSchedule(5, ratio=0.4, bag_size=BAG), []
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)  # decays what has a gradient, if only of zeros
+    optimizer.register_step_post_hook(lambda *_: heads.append(whole(plain_model.mtp.weight)))
+    names["train"](model, optimizer, schedule, partial(batch_of_step, rows=rows))
+    return [whole(p) for p in plain_model.parameters()], heads
+
+
+def whole(parameter):
+    full = getattr(parameter, "full_tensor", lambda: parameter)()
+    return full.detach().clone()
+
+
+def fully_shard_each(model):
+    fully_shard(model.mtp)
+    return fully_shard(model)
+
+
+def test_labels_of_a_head_for_the_bag_after_the_next():
+    names = dict(fold_inputs=fold_inputs, fold_labels=fold_labels, torch=torch)
+    exec(block("A head of one phase under DDP"), names)
+    calls = []
+
+    class Recorded(ModelWithMTP):
+        def forward(self, *inputs):
+            calls.append(inputs)
+            return super().forward(*inputs)
+
+    model = Recorded()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    numbers = torch.arange(4 * 4 * BAG + 1) % VOCABULARY  # four bags, so that there are bags after the next
+    next_batch = lambda s: (numbers[: 4 * s].view(1, -1), numbers[1 : 4 * s + 1].view(1, -1))  # noqa: E731
+    names["train"](model, optimizer, SuperpositionSchedule(2, ratio=0.5, bag_size=BAG), next_batch)
+    (ids, _, later), (*_, nothing) = calls
+    assert torch.equal(later[:, :2], ids[:, 2:]) and nothing is None
+    # The last bag but one is trained on the one token that is known beyond the sequence, the last on none.
+    assert later[0, 2:].tolist() == [[numbers[4 * BAG], *[IGNORE] * (BAG - 1)], [IGNORE] * BAG]
+
+
+def test_labels_of_that_head_stay_in_their_document():
+    line = "later[(labels == -100).all(-1)] = -100"
+    assert f"`{line}`" in SECTIONS["A head of one phase under DDP"]
+    lengths = torch.tensor([3, 7, 12, 2, 1, 9, 4, 10])
+    ids = torch.arange(1, 9).repeat_interleave(lengths).view(2, 24)  # the tokens of document k are k
+    folds = dict(cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)), num_bags=12)
+    bags, labels = fold_inputs(ids, 3, **folds), fold_labels(ids, 3, shifted=False, **folds)
+    later = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)), dim=1)
+    document = bags[..., :1].expand_as(later)
+    crosses = (later != IGNORE) & (later != document)
+    assert crosses.any()
+    exec(line, dict(later=later, labels=labels))
+    assert not ((later != IGNORE) & (later != document)).any()
+    assert (later != IGNORE).sum() == (lengths - 6).clamp_min(0).sum()  # all but two bags of each document
+
+
+def check_head_of_one_phase(rank):
+    source = block("A head of one phase under DDP")
+    mine, alone = slice(2 * rank, 2 * rank + 2), slice(None)
+    ddp = torch.nn.parallel.DistributedDataParallel
+    expected, heads = run_mtp(source, lambda model: model, alone)
+    assert not torch.equal(heads[0], heads[1]) and torch.equal(heads[1], heads[-1])  # trained in the first phase alone
+    for wrap in (None, fully_shard, fully_shard_each):
+        for p, q in zip(run_mtp(source, wrap, mine)[0], expected, strict=True):
+            assert_same(p, q)
+    for options in ({}, {"static_graph": True}):
+        with pytest.raises(RuntimeError, match="Expected to have finished reduction in the prior iteration"):
+            run_mtp(source, partial(ddp, **options), mine)
+    # The head in both phases.
+    both = re.sub(r"^    (        (?:end|later) = torch)", r"\1", source, flags=re.MULTILINE)
+    assert both != source
+    expected, heads = run_mtp(both, lambda model: model, alone)
+    assert not torch.equal(heads[1], heads[-1])
+    for p, q in zip(run_mtp(both, ddp, mine)[0], expected, strict=True):
+        assert_same(p, q)
+
+
 def check_divided_head(rank):
     head = torch.nn.Linear(DIM, VOCABULARY, bias=False, dtype=torch.float64)
     torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
@@ -364,6 +460,7 @@ def check_divided_head(rank):
 def check_all(rank):
     check_ranks(rank)
     check_switch(rank)
+    check_head_of_one_phase(rank)
     check_divided_head(rank)
 
 
