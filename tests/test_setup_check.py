@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 
 from helpers.cases import IGNORE, generator, zipf_ids
 from helpers.processes import needs_gloo
@@ -138,6 +139,14 @@ class TestRightLoopsPass:
         ids, labels = bags(4)
         batch = dict(input_ids=ids, labels=labels, shift_labels=labels)
         assert all(statuses(check_setup(Model(), batch, tied=False)).values())
+
+    def test_under_autocast(self):
+        """It keeps casts of the weights, which would hide the noise here and show it afterwards."""
+        model = GPT()
+        with torch.autocast("cpu", torch.bfloat16):
+            before = model(*bags(4))
+            assert all(statuses(check_setup(model, bags(4), tied=False)).values())
+            assert model(*bags(4)) == before
 
     def test_dropout_changes_nothing(self):
         assert all(statuses(check_setup(GPT(dropout=0.2), bags(4), tied=False)).values())
@@ -364,6 +373,17 @@ class TestModel:
         model.gate = nn.Parameter(torch.zeros(1))
         for self.value, words in ((0.0, "a gradient of zeros"), (math.inf, "a gradient that is not finite")):
             assert f"gate: {words}" in failures(model, bags(4))["gradients"]
+
+    def test_a_backward_pass_that_cannot_be_run_is_reported(self):
+        def result(m, ids, labels):
+            x = m.wte(ids) + m.wpe(torch.arange(BAGS))
+            mask = nn.Transformer.generate_square_subsequent_mask(BAGS)
+            x = checkpoint(m.block, x, mask, use_reentrant=True)  # refuses autograd.grad
+            return m.head(F.rms_norm(x, (DIM,)), labels)
+
+        report = check_setup(Returns(result), bags(4), tied=False)
+        assert statuses(report) == dict.fromkeys(LINES, True) | {"gradients": None}
+        assert report.checks[4].message.startswith("backward raised RuntimeError: When use_reentrant=True")
 
     def test_a_detached_body(self):
         model = Returns(lambda m, ids, labels: m.head(m.hidden(ids).detach(), labels))

@@ -72,7 +72,7 @@ def check_setup(
 
     From gradients on, parameters have noise of 0.02 added, because layers that begin as zeros hide what is behind them.
     Afterwards parameters, buffers, gradients, training flags and random state (CPU and CUDA) are what they were. It
-    takes about 2 s + 14 forward passes, one backward pass, and memory for a second copy of the parameters.
+    takes up to 2 s + 14 forward passes, one backward pass, and memory for a copy of the parameters and their gradients.
 
     Args:
         model: `model(*batch)`, or `model(**batch)` for a dict. It returns the loss: a 0-d tensor, a tuple with one (of
@@ -292,9 +292,11 @@ class _Setup:
     # ---- with noise in the parameters --------------------------------------------------------------------------------
 
     def check_noisy(self, tied: bool | None) -> list[Check]:
-        base, gradients = self._gradients()
-        checks = {
-            "gradients": lambda: self.check_gradients(gradients),
+        loss = self.loss()
+        base = loss.detach()
+        gradients: dict[str, Tensor | None] = {}
+        checks: dict[str, Callable[[], Result]] = {
+            "gradients": lambda: self.check_gradients(loss, gradients),  # fills them in
             "label positions": lambda: self.check_label_positions(base),
             "bag slots": lambda: self.check_bag_slots(base),
             "causal": self.check_causal,
@@ -302,30 +304,26 @@ class _Setup:
         }
         results = []
         for name, check in checks.items():
-            too_coarse = base.element_size() < 4 and name in ("label positions", "bag slots", "causal")
-            if too_coarse:
+            if base.element_size() < 4 and name in ("label positions", "bag slots", "causal"):
                 result: Result = None, f"a loss in {base.dtype} is too coarse: return it in float32"
             else:
                 try:
                     result = check()
                 except Exception as error:
-                    result = None, f"{self.call} with other ids or labels raised {type(error).__name__}: {error}"
+                    what = "backward" if name == "gradients" else f"{self.call} with other ids or labels"
+                    result = None, f"{what} raised {type(error).__name__}: {error}"
             results.append(Check(name, *result))
         return results
 
-    def _gradients(self) -> tuple[Tensor, dict[str, Tensor | None]]:
-        """Compute the loss, and the gradients without touching `.grad` or the hooks of optimisers on it."""
-        loss = self.loss()
-        named = {} if self.module is None else dict(self.module.named_parameters())
-        wanted = {name: p for name, p in named.items() if p.requires_grad}
-        if not wanted or not loss.requires_grad:
-            return loss.detach(), dict.fromkeys(wanted)
-        found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
-        return loss.detach(), dict(zip(wanted, found, strict=True))
-
-    def check_gradients(self, gradients: dict[str, Tensor | None]) -> Result:
+    def check_gradients(self, loss: Tensor, gradients: dict[str, Tensor | None]) -> Result:
         if self.module is None:
             return None, "expected an nn.Module, or a method of one"
+        wanted = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        gradients |= dict.fromkeys(wanted)
+        if wanted and loss.requires_grad:
+            # Not backward(): that would add to .grad, and run optimisers that wait for it.
+            found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+            gradients |= zip(wanted, found, strict=True)
         wrong = []
         for fault, names in {
             "no gradient (unused, or detached on the way)": [k for k, g in gradients.items() if g is None],
@@ -525,6 +523,7 @@ def _restored(module: torch_nn.Module | None) -> Iterator[None]:
             for t, value in zip(tensors, before, strict=True):
                 if not torch.equal(t, value):  # a buffer that is expanded cannot be written
                     t.copy_(value)
+        torch.clear_autocast_cache()
 
 
 @torch.no_grad()
@@ -536,3 +535,4 @@ def _add_noise(module: torch_nn.Module | None) -> None:
             generator = generators.setdefault(device, torch.Generator(device).manual_seed(0))
             noise = torch.empty_like(parameter, dtype=torch.float32).normal_(std=NOISE, generator=generator)
             parameter.add_(noise)
+    torch.clear_autocast_cache()  # of a caller's autocast, which holds the weights without the noise
