@@ -394,6 +394,22 @@ PYTHON: dict[str, list[Mutant]] = {
         Mutant("fold-slot", "slot = position % bag_size", "slot = t % bag_size", "documents do not begin a bag"),
         Mutant("fold-end", "ends[..., -1] = True", "pass", "a sequence does not end its document"),
     ],
+    "tst_ext/nn.py": [
+        Mutant("module-weights", "        check_constant_weights(position_weights)\n", "",
+               "an embedding detaches weights that are trained"),
+        Mutant("module-tied", "embeddings if keep else torch_nn", "torch_nn", "two Parameters over a tied table"),
+    ],
+    "tst_ext/setup_check.py": [
+        Mutant("setup-offset", "if equal[s] == 1:", "if equal[s] > 0.2:", "a leak passes where tokens repeat"),
+        Mutant("setup-least", "LEAST, MOST = 0.9,", "LEAST, MOST = 0.1,", "log(V) / s passes"),
+        Mutant("setup-noise", "                _add_noise(setup.module)\n", "", "layers of zeros hide what is behind"),
+        Mutant("setup-restore", "t.copy_(value)", "pass", "the noise stays in the model"),
+        Mutant("setup-random", ", torch.random.fork_rng(self.cuda):", ":", "dropout differs between two losses"),
+        Mutant("setup-slots", "ids[..., i] = other[..., i]", "ids = other", "one token of a bag is enough"),
+        Mutant("setup-balance", "(rest if math.isfinite(rest) else 0)", "0", "a router's loss is taken for a leak"),
+        Mutant("setup-hooks", "torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)",
+               "(loss.backward(), [p.grad for p in wanted.values()])[1]", "optimisers in the backward pass step"),
+    ],
     "tst_ext/ops/plain.py": [
         Mutant("plain-twice", "leads = valid & ~same.tril(-1).any(-1)", "leads = valid", "duplicate labels pull twice"),
         Mutant("plain-scaled-copy", "torch.mul(source, factor.reshape(1), out=out)", "out.copy_(source)",
