@@ -66,7 +66,7 @@ def load(source):
 
 
 def recipe(name):
-    """The loop before and after."""
+    """Return the loop before and after."""
     source = (TESTS / "recipes" / f"{name}.py").read_text(encoding="utf-8")
     return source, apply(block(LOOPS[name], "diff"), source)
 
@@ -362,7 +362,7 @@ class ModelWithMTP(Model):
 
 
 def run_mtp(source, wrap, rows):
-    """The parameters after training, those of the head at the switch too."""
+    """Return the parameters after training, and the head's weight after each step."""
     names = dict(fold_inputs=fold_inputs, fold_labels=fold_labels, torch=torch)
     names |= dict(DistributedDataParallel=torch.nn.parallel.DistributedDataParallel)
     exec(source, names)

@@ -27,9 +27,11 @@ NOISE = 0.02
 # among 256 bags, by 0.08 among 32.
 ROUNDING = 1e-3
 
+Result = tuple[bool | None, str]  # of a check: whether it passed, and why
+
 
 class Check(NamedTuple):
-    """One line of a report."""
+    """Hold one line of a report."""
 
     name: str
     passed: bool | None  # None: it could not be checked
@@ -37,7 +39,7 @@ class Check(NamedTuple):
 
 
 class SetupReport(NamedTuple):
-    """What `check_setup` returns; `str(report)` has a line per check."""
+    """Hold the checks that `check_setup` made; `str(report)` has a line for each."""
 
     checks: tuple[Check, ...]
 
@@ -96,7 +98,8 @@ def check_setup(
 
     It cannot tell: a divisor that is wrong by less than a factor of 1.4; which rows of a tied embedding the input
     reaches; a loss that reads later bags on purpose, as some multi-token prediction modules do, which fails "causal";
-    experts that the batch does not reach, which fail "gradients". Weights of 0 for a position fail "label positions".
+    experts that the batch does not reach, which fail "gradients". Weights of 0 for a position fail "label positions" in
+    the loss, "bag slots" in the embedding.
     """
     if objective not in ("mce", "mce_alt"):
         raise ValueError(f"objective: expected 'mce' or 'mce_alt', got {objective!r}")
@@ -123,11 +126,8 @@ def check_setup(
     return report
 
 
-Result = tuple[bool | None, str]
-
-
 class _Setup:
-    """The model and batch of a loop, and the checks on them."""
+    """Hold the model and the batch of a loop, and check them."""
 
     def __init__(self, model: Any, batch: Any, ignore_index: int, vocab_size: int | None) -> None:
         if isinstance(model, torch_nn.parallel.DistributedDataParallel):
@@ -178,10 +178,9 @@ class _Setup:
             return False, f"bags: expected [B, l, s], none of them 0, got shape {tuple(ids.shape)}{hint}"
         if labels.shape != ids.shape:
             got = f"got shape {tuple(labels.shape)}"
-            why = (
-                "they were never bagged: use fold_labels(labels, s, shifted=...)" if labels.dim() == 2 else "fold both"
-            )
-            return False, f"labels: expected the shape of the bags, {tuple(ids.shape)}, {got}; {why}"
+            why = "they were never bagged: use fold_labels(labels, s, shifted=...)"
+            hint = f"; {why}" if labels.dim() == 2 else ""
+            return False, f"labels: expected the shape of the bags, {tuple(ids.shape)}, {got}{hint}"
         self.valid = labels != self.ignore_index
         self.filled = ids >= 0
         for table in self.tables.values():
@@ -333,7 +332,7 @@ class _Setup:
             "a gradient of zeros": [k for k, g in gradients.items() if g is not None and g.numel() and not g.any()],
         }.items():
             if names:
-                wrong.append(f"{', '.join(names)}: {fault}")
+                wrong.append(f"{_some(names)}: {fault}")
         tokens = self.ids[self.filled & self.valid.any(-1, keepdim=True)].unique()
         for name, table in self.tables.items():
             gradient = self._gradient_of(table, gradients)
@@ -342,12 +341,11 @@ class _Setup:
             elif gradient is not None and gradient.any():
                 missed = tokens[~gradient[tokens].any(-1)]
                 if missed.numel():
-                    some = ", ".join(map(str, missed[:5].tolist()))
-                    wrong.append(f"{name}.weight: no gradient for {missed.numel()} of {len(tokens)} tokens: {some} ...")
+                    wrong.append(f"{name}.weight: no gradient for tokens {_some(missed.tolist())} of {len(tokens)}")
         if wrong:
             return False, f"expected a gradient in every parameter and token, got {'; '.join(wrong)}"
         frozen = [name for name, p in self.module.named_parameters() if not p.requires_grad]
-        note = f"; frozen: {', '.join(frozen)}" if frozen else ""
+        note = f"; frozen: {_some(frozen)}" if frozen else ""
         rows = f", {len(tokens)} tokens" if self.tables else "; no embedding found, so tokens are not checked"
         return True, f"{len(gradients)} parameters{rows}{note}"
 
@@ -388,7 +386,7 @@ class _Setup:
         if lost:
             return (
                 False,
-                f"expected bags that are read whole, but tokens at {_numbers(lost)} of {s} do not change the loss",
+                f"expected whole bags to be read, but tokens at {_numbers(lost)} of {s} do not change the loss",
             )
         return True, f"the tokens at all {s} positions change the loss"
 
@@ -491,6 +489,11 @@ def _memory(tensor: Tensor) -> tuple[torch.device, int]:
 
 def _kind(batch: Any) -> str:
     return f"a dict of {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+
+
+def _some(things: list[Any]) -> str:
+    more = f" and {len(things) - 5} more" if len(things) > 5 else ""
+    return ", ".join(map(str, things[:5])) + more
 
 
 def _numbers(positions: list[int]) -> str:
