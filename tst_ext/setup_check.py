@@ -11,9 +11,11 @@ from torch import Tensor
 from torch import nn as torch_nn
 
 from ._checks import INTEGER, check_integer
-from .nn import BagEmbedding
+from .nn import BagEmbedding, LinearMultiHotCrossEntropy
 
 __all__ = ["Check", "SetupReport", "check_setup"]
+
+LINEAR = (torch_nn.Linear, LinearMultiHotCrossEntropy)  # what a head may be
 
 # A mistake in the divisor is a factor of 2 or more, or of 1/2 or less. The loss of fresh weights is log V + var z / 2,
 # below log V (Jensen) by no more than the noise of its labels, std z / sqrt(labels), which is 3 % of log V = 4.2 for 32
@@ -429,7 +431,7 @@ class _Setup:
             return None, "no embedding found in the model"
         assert self.module is not None
         declared = getattr(self.config, "tie_word_embeddings", None) if tied is None else tied
-        parts = [(name, m.weight) for name, m in self.module.named_modules() if isinstance(m, torch_nn.Linear)]
+        parts = [(name, m.weight) for name, m in self.module.named_modules() if isinstance(m, LINEAR)]
         for name, table in self.tables.items():
             memory = [(n, w) for n, w in parts if _memory(w) == _memory(table.weight)]
             copies = [n for n, w in memory if w is not table.weight]
@@ -478,7 +480,7 @@ def _tables(module: torch_nn.Module | None) -> dict[str, torch_nn.Embedding]:
         found = {name: m for name, m in embeddings.items() if m is own}
     else:
         found = {name: m for name, m in embeddings.items() if isinstance(m, BagEmbedding)}
-        heads = {m.weight.shape for m in module.modules() if isinstance(m, torch_nn.Linear)}
+        heads = {m.weight.shape for m in module.modules() if isinstance(m, LINEAR)}
         found = found or {name: m for name, m in embeddings.items() if m.weight.shape in heads}
     return found or (embeddings if len(embeddings) == 1 else {})
 
