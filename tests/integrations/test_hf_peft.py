@@ -10,6 +10,8 @@ from helpers.hf_cases import LENGTH, Rows, arguments, build, tokens
 from tst_ext import reference
 from tst_ext.integrations.hf import SuperpositionTrainer, fold_batch, restore, superpose
 
+pytestmark = pytest.mark.extended
+
 TARGETS = {
     "blocks": dict(target_modules=["q_proj", "down_proj"]),
     "head": dict(target_modules=["lm_head"]),
