@@ -1,5 +1,8 @@
 """fold_batch: what a collator of transformers makes, in bags; and the rows that samples read."""
 
+from itertools import islice
+
+import datasets
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -34,8 +37,9 @@ def loss_of(model, batch):
 
 def rows_of(*pairs):
     """Documents, as indices, packed into rows of one length by hand: ids, labels and restarting positions."""
-    packed = [[t for i in pair for t in documents()[i]["input_ids"]] for pair in pairs]
-    positions = [[t for i in pair for t in range(LENGTHS[i])] for pair in pairs]
+    pad = lambda row: row + [0] * (12 - len(row))  # noqa: E731
+    packed = [pad([t for i in pair for t in documents()[i]["input_ids"]]) for pair in pairs]
+    positions = [pad([t for i in pair for t in range(LENGTHS[i])]) for pair in pairs]
     return dict(input_ids=torch.tensor(packed), labels=torch.tensor(packed), position_ids=torch.tensor(positions))
 
 
@@ -67,7 +71,7 @@ class TestFoldBatch:
         without = dict(return_position_ids=False)
         for keywords in ({}, dict(return_flash_attn_kwargs=True, **without), dict(return_seq_idx=True, **without)):
             other = fold_batch(DataCollatorWithFlattening(**keywords)(documents()), bag_size)  # each suffices
-            assert torch.equal(other["input_ids"], batch["input_ids"]) and torch.equal(other["labels"], batch["labels"])
+            assert all(torch.equal(other[k], batch[k]) for k in ("input_ids", "labels", "position_ids"))
 
     def test_positions_begin_where_the_collator_begins(self):
         batch = fold_batch(DataCollatorWithFlattening(position_ids_start=2)(documents()), 4)
@@ -84,6 +88,28 @@ class TestFoldBatch:
         counts = [(part["labels"] != -100).sum() for part in parts]
         expected = sum(n * loss_of(model, part) for n, part in zip(counts, parts, strict=True)) / sum(counts)
         torch.testing.assert_close(loss_of(model, folded), expected, rtol=1e-6, atol=0)
+
+    def test_documents_packed_into_padded_rows(self):
+        """With a mask too, whatever the positions of padding are; Transformers would look at the mask alone."""
+        model, rows = superpose(build("llama").eval()), rows_of((0, 4), (1, 3))
+        expected = [fold_batch({k: t[i : i + 1, :n] for k, t in rows.items()}, 3) for i, n in ((0, 12), (1, 4))]
+        counts = [(part["labels"] != -100).sum() for part in expected]
+        expected = sum(n * loss_of(model, part) for n, part in zip(counts, expected, strict=True)) / sum(counts)
+        mask = torch.ones(2, 12, dtype=torch.int64)
+        mask[1, 4:] = 0
+        for roll in (0, 8):  # padding on the right, on the left
+            shifted = {k: torch.stack((t[0], t[1].roll(roll))) for k, t in (rows | dict(attention_mask=mask)).items()}
+            folded = fold_batch(shifted, 3)
+            assert "attention_mask" not in folded
+            torch.testing.assert_close(loss_of(model, folded), expected, rtol=1e-6, atol=0)
+
+    def test_positions_that_jump_back(self):
+        """Transformers would take bags at 0 and 1 for one document."""
+        ids, positions = tokens(1, 8), torch.tensor([[0, 1, 2, 3, 1, 2, 3, 4]])
+        folded = fold_batch(dict(input_ids=ids, labels=ids, position_ids=positions), 4)
+        assert folded["position_ids"].tolist() == [[0, 0]] and (folded["labels"] == -100).all()
+        one = fold_batch(dict(input_ids=ids, labels=ids, position_ids=positions[:, :4].repeat(1, 2) + 9), 2)
+        assert one["position_ids"].tolist() == [[9, 10, 9, 10]]
 
     @pytest.mark.parametrize("side", ["left", "right", "both"])
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -123,8 +149,10 @@ class TestFoldBatch:
             fold_batch(dict(input_ids=ids, labels=ids, position_ids=torch.arange(4)[None]), 2)
         with pytest.raises(TypeError, match="^labels: expected int64.*torch.int32"):
             fold_batch(dict(input_ids=ids, labels=ids.int()), 2)
-        for offsets in ([0, 3], [1, 4]):
-            with pytest.raises(ValueError, match=r"^cu_seq_lens_q: expected offsets from 0 to L"):
+        empty = fold_batch(dict(input_ids=ids[:1], labels=ids[:1], cu_seq_lens_q=torch.tensor([0, 2, 2, 4, 4])), 2)
+        assert empty["cu_seq_lens_q"].tolist() == [0, 1, 2]  # documents without tokens are none
+        for offsets in ([0, 3], [1, 4], [0, 3, 1, 4]):
+            with pytest.raises(ValueError, match=r"^cu_seq_lens_q: expected offsets that rise from 0 to L"):
                 fold_batch(dict(input_ids=ids[:1], labels=ids[:1], cu_seq_lens_q=torch.tensor(offsets)), 2)
         with pytest.raises(ValueError, match=r"^cu_seq_lens_q: .*one row"):
             fold_batch(dict(input_ids=ids, labels=ids, cu_seq_lens_q=torch.tensor([0, 4])), 2)
@@ -180,6 +208,15 @@ class TestSamples:
         stream = iter(SampleStream(range(5), None, phases))
         assert [len(next(stream)) for _ in range(9)] == [3] * 4 + [2] * 2 + [1] * 3
         assert list(SampleStream([], None, phases)) == []
+
+    def test_a_stream_that_shuffles(self):
+        """As Trainer does, each pass has an epoch, by which datasets shuffles."""
+        rows = datasets.Dataset.from_dict(dict(a=list(range(12)))).to_iterable_dataset().shuffle(seed=1)
+        stream = SampleStream(rows, {"a"}, Phases(((2, 2),), 1))
+        read = [row["a"] for sample in islice(stream, 2 + 20) for row in sample]
+        assert sorted(read[:12]) == sorted(read[12:24]) == list(range(12)) and read[:12] != read[12:24]
+        again = [row["a"] for sample in islice(stream, 2 + 20) for row in sample]
+        assert again == read  # from the beginning
 
     def test_collators_get_rows(self):
         samples = Samples([dict(a=i, b="x") for i in range(9)], {"a"}, Phases(((1, 3),), 2), 4, None)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from helpers.hf_cases import LENGTH, Rows, arguments, build, tokens
 from tst_ext import reference
@@ -22,12 +22,13 @@ TARGETS = {
 }
 
 
-def adapted(target, order, **changes):
+def adapted(target, order, task_type=None):
     """A model with random adapters, superposed before or after it gets them."""
-    model = build("llama", **changes)
+    model = build("llama")
     model = superpose(model) if order == "superposed first" else model
     torch.manual_seed(1)
-    model = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **TARGETS[target]))
+    config = LoraConfig(r=4, init_lora_weights=False, task_type=task_type, **TARGETS[target])
+    model = get_peft_model(model, config)
     return superpose(model) if order == "adapted first" else model
 
 
@@ -40,9 +41,10 @@ def gradients(model, loss):
 @pytest.mark.parametrize("order", ["superposed first", "adapted first"])
 @pytest.mark.parametrize("target", TARGETS)
 class TestLora:
-    def test_loss_and_gradients(self, target, order):
+    @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+    def test_loss_and_gradients(self, target, order, task_type):
         """Beside the model's own logits of the mean of its own embeddings; the adapters' gradients too."""
-        model = adapted(target, order)
+        model = adapted(target, order, task_type)
         batch = fold_batch(dict(input_ids=tokens(2, LENGTH), labels=tokens(2, LENGTH)), 3)
         embedded = model.get_input_embeddings()(batch["input_ids"].flatten(1)).unflatten(1, (4, 3)).mean(2)
         logits = model(inputs_embeds=embedded).logits
@@ -68,11 +70,33 @@ class TestLora:
         """The base model is frozen, so nothing but the embedding's hook makes a reentrant checkpoint pass gradients."""
         batch = fold_batch(dict(input_ids=tokens(2, LENGTH), labels=tokens(2, LENGTH)), 3)
         model = adapted(target, order).train()
+        runs = []
+        model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
         expected = gradients(model, model(**batch).loss)
         model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
         actual = gradients(model, model(**batch).loss)
+        assert len(runs) == 1 + 2
         for name, g in expected.items():
             assert (actual[name] - g).norm() <= 1e-6 * g.norm().clamp_min(1e-3), name
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_a_prompt_is_refused(tmp_path, config):
+    """Its embeddings would stand before the bags; PEFT itself fails on bags, with a message about dimensions."""
+    for model in (build("llama"), superpose(build("llama"))):
+        model = get_peft_model(model, config(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+        with pytest.raises(
+            ValueError, match=f"^model: expected an adapter in the model's layers, got {config.__name__}"
+        ):
+            SuperpositionTrainer(model, arguments(tmp_path), train_dataset=Rows(), bag_size=3, ratio=0.5)
+
+
+def test_compile():
+    """In one graph, bags and tokens."""
+    model, ids = adapted("all", "superposed first", "CAUSAL_LM"), tokens(2, LENGTH)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for batch in (fold_batch(dict(input_ids=ids, labels=ids), 3), dict(input_ids=ids, labels=ids)):
+        torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("order", ["superposed first", "adapted first"])

@@ -76,13 +76,20 @@ class TestTrainer:
 
     def test_columns(self, tmp_path):
         """What the model does not take is left out, as by transformers' own Trainer; or refused by name."""
-        rows = [dict(Rows()[i], text="words", number=i) for i in range(40)]
-        for data in (rows, datasets.Dataset.from_list(rows)):
+        rows, trains = [dict(Rows()[i], text="words", number=i) for i in range(40)], []
+        for data in (Rows(40), rows, datasets.Dataset.from_list(rows)):
             trainer = SuperpositionTrainer(
                 build("llama"), arguments(tmp_path), train_dataset=data, bag_size=3, ratio=0.5
             )
             trainer.train()
-            assert len(losses(trainer)) == 10
+            trains.append(losses(trainer))
+        assert len(trains[0]) == 10 and trains[0] == trains[1] == trains[2]
+        with pytest.raises(
+            ValueError, match=r"^train_dataset: expected a column.*\['text'\].*remove_unused_columns=False"
+        ):
+            SuperpositionTrainer(
+                build("llama"), arguments(tmp_path), train_dataset=[dict(text="a")] * 9, bag_size=3, ratio=0.5
+            ).train()
         trainer = SuperpositionTrainer(
             build("llama"), arguments(tmp_path, remove_unused_columns=False), train_dataset=rows, bag_size=3, ratio=0.5
         )
@@ -189,7 +196,7 @@ class TestTrainer:
             stages=((0.2, 2),),
         )
         # A step reads 2 samples of 0.3 * 4 + 0.2 * 2 + 0.5 = 2.1 rows on average.
-        assert epoch.schedule == SuperpositionSchedule(15, 0.3, 4, ((0.2, 2),))
+        assert epoch.schedule == SuperpositionSchedule(16, 0.3, 4, ((0.2, 2),))
         with pytest.raises(ValueError, match=r"^stages\[0\], bag_size: expected"):
             SuperpositionTrainer(
                 build("llama"), arguments(tmp_path), train_dataset=Rows(), bag_size=4, ratio=0.3, stages=((0.2, 0),)
@@ -432,6 +439,20 @@ class TestTrainer:
             SuperpositionTrainer(args=arguments(tmp_path, **options), **given)
         assert given["model"] is None or "forward" not in vars(given["model"])
 
+    def test_arguments_by_position(self, tmp_path):
+        with pytest.raises(ValueError, match="^model_init: expected a model"):
+            SuperpositionTrainer(
+                None, arguments(tmp_path), None, Rows(), None, None, lambda: build("llama"), bag_size=3, ratio=0.5
+            )
+
+    def test_no_logs(self, tmp_path):
+        runs = []
+        for make in (Trainer, partial(SuperpositionTrainer, bag_size=3, ratio=0.5)):
+            trainer = make(build("llama"), arguments(tmp_path, logging_strategy="no"), train_dataset=Rows())
+            trainer.train()
+            runs.append([entry["step"] for entry in trainer.state.log_history])
+        assert runs[0] == runs[1] == [10]
+
     def test_too_few_rows(self, tmp_path):
         trainer = SuperpositionTrainer(
             build("llama"), arguments(tmp_path), train_dataset=Rows(2), bag_size=3, ratio=0.5
@@ -450,7 +471,50 @@ class TestTrainer:
             trainer.train_dataset = Rows(rows)
             trainer.train()
             steps.append(trainer.state.max_steps)
-        assert steps == [4, 8]
+        assert steps == [4, 8] and trainer.args.max_steps == -1  # which the user may give another trainer
+        trainer.args.max_steps = 3
+        trainer.train()
+        assert trainer.state.max_steps == 3
+
+    @pytest.mark.parametrize(
+        ("rows", "bag_size", "ratio", "batch"), [(100, 8, 0.4, 8), (13, 2, 0.5, 1), (40, 5, 0.3, 3)]
+    )
+    def test_an_epoch_reads_every_row(self, tmp_path, rows, bag_size, ratio, batch):
+        """With the least number of steps that does, as Trainer rounds up."""
+        options = dict(max_steps=-1, num_train_epochs=1, per_device_train_batch_size=batch)
+        trainer = Recorder(
+            build("llama"),
+            arguments(tmp_path, **options),
+            train_dataset=[dict(input_ids=[3 + i % 90] * 4, labels=[3 + i % 90] * 4) for i in range(rows)],
+            bag_size=bag_size,
+            ratio=ratio,
+        )
+        trainer.train()
+        read = torch.cat([seen["input_ids"].flatten() for seen in trainer.seen])
+        assert read.numel() >= 4 * rows and set(read.tolist()) == {3 + i % 90 for i in range(rows)}
+        fewer = SuperpositionSchedule(trainer.state.max_steps - 1, ratio, bag_size)
+        assert sum(batch * fewer.bag_size_at(i) for i in range(fewer.total_steps)) < rows
+
+    def test_two_trainers_of_one_model(self, tmp_path):
+        """Each has its own options of the loss, whichever was made last."""
+        model, chances = build("llama"), []
+        made = [
+            SuperpositionTrainer(
+                model,
+                arguments(tmp_path, max_steps=1, learning_rate=0),
+                train_dataset=Rows(),
+                bag_size=3,
+                ratio=1,
+                loss_options=options,
+            )
+            for options in (dict(objective="mce_alt"), {})
+        ]
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(1e-3)
+        for trainer in made:
+            trainer.train()
+            chances.append(losses(trainer)[0][1])
+        assert chances == pytest.approx([math.log(VOCABULARY / 3), math.log(VOCABULARY)], abs=0.03)
 
     def test_a_second_run_too_short_for_bags(self, tmp_path):
         """10 steps, the first with bags; then 6 rows, of which 0.1 are no step: Trainer's own run of 3 steps."""

@@ -34,7 +34,8 @@ def fold_batch(batch: dict[str, Any], bag_size: int, objective: str = "mce") -> 
 
     Returns:
         input_ids and labels `[B, l, s]`, with -100 in empty slots; l is `ceil(L / s)`, or more where packed documents
-        need it. attention_mask, position_ids, seq_idx `[B, l]`, and FlashAttention's numbers, of bags, if given.
+        need it. attention_mask, position_ids, seq_idx `[B, l]`, and FlashAttention's numbers, of bags, if given. With
+        several documents in a row there are position_ids and no attention_mask: so Transformers keeps them apart.
         shift_labels, in which Trainer counts `num_items_in_batch`: the labels, or for "mce_alt" one per bag.
 
     Raises:
@@ -80,10 +81,12 @@ def fold_batch(batch: dict[str, Any], bag_size: int, objective: str = "mce") -> 
     folded: dict[str, Any] = {"input_ids": fold(tokens["input_ids"]), "labels": labels}
     folded["shift_labels"] = labels.amax(-1) if objective == "mce_alt" else labels
     used = (folded["input_ids"] != PADDING).any(-1)
-    if mask is not None:
+    packed = bool((starts & valid)[:, 1:].any())
+    if mask is not None and not packed:
         folded["attention_mask"] = used.long()
-    if "position_ids" in tokens:
-        first = tokens["position_ids"] - position  # that of the document's first token
+    if packed or "position_ids" in tokens:  # by which Transformers keeps documents apart, if there is no mask
+        given = tokens.get("position_ids", position)
+        first = torch.where(valid, given, given.max()).amin(1, keepdim=True) if given.numel() else 0
         folded["position_ids"] = torch.where(used, fold(first + position // bag_size)[..., 0], 0)
     if "seq_idx" in tokens:
         folded["seq_idx"] = torch.where(used, fold(tokens["seq_idx"])[..., 0], -1)
@@ -104,12 +107,13 @@ def _document_starts(batch: dict[str, Any], tokens: dict[str, Tensor], valid: Te
             starts[:, 1:] |= tokens[name].diff(dim=1) != step
     for name in batch.keys() & {"cu_seq_lens_q", "cu_seq_lens_k"}:
         offsets = batch[name].long()
-        if len(valid) != 1 or "attention_mask" in batch or offsets[[0, -1]].tolist() != [0, valid.shape[1]]:
+        rise = offsets[[0, -1]].tolist() == [0, valid.shape[1]] and bool((offsets.diff() >= 0).all())
+        if len(valid) != 1 or "attention_mask" in batch or not rise:
             raise ValueError(
-                f"{name}: expected offsets from 0 to L of one row without an attention_mask, got "
+                f"{name}: expected offsets that rise from 0 to L, of one row without an attention_mask, got "
                 f"{offsets.tolist()[:20]} for input_ids {tuple(valid.shape)}"
             )
-        starts[0, offsets[:-1]] = True
+        starts[0, offsets[offsets < valid.shape[1]]] = True
     return starts
 
 
@@ -150,7 +154,12 @@ class Phases:
     """Which rows each sample reads: in samples, the stages of the superposition phase and then one row each."""
 
     def __init__(self, stage_ends: tuple[tuple[int, int], ...], samples_per_step: int) -> None:
-        self.ends = [(end * samples_per_step, size) for end, size in stage_ends] + [(2**62, 1)]
+        self.ends, before = [], 0
+        for end, size in stage_ends:
+            if end > before:
+                self.ends.append((end * samples_per_step, size))
+            before = end
+        self.ends.append((2**62, 1))
 
     def size(self, i: int) -> int:
         return next(size for end, size in self.ends if i < end)
@@ -231,12 +240,23 @@ class SampleStream(IterableDataset):
 
     def _endless(self) -> Iterator[Any]:
         empty = False
-        while not empty:
+        for epoch in count():
+            if empty:
+                return
             empty = True
+            if hasattr(self.rows, "set_epoch"):
+                self.rows.set_epoch(epoch)  # as Trainer does: datasets then shuffles in another order
             for row in self.rows:
                 empty = False
                 yield _select(row, self.columns)
 
 
 def _select(row: Any, columns: set[str] | None) -> Any:
-    return {name: row[name] for name in row.keys() & columns} if columns is not None and isinstance(row, dict) else row
+    if columns is None or not isinstance(row, dict):
+        return row
+    if not row.keys() & columns:
+        raise ValueError(
+            f"train_dataset: expected a column that the model takes, got {sorted(row)}; set "
+            "remove_unused_columns=False if the collator makes such columns"
+        )
+    return {name: row[name] for name in row.keys() & columns}

@@ -67,22 +67,22 @@ def superpose(model: Any, **loss_options: Any) -> Any:
         raise ValueError(f"model: {name} looks up token ids in every layer, but a bag has no single id")
     if len(set((getattr(inner, "hf_device_map", None) or {}).values())) > 1:
         raise ValueError(f"model: expected {name} on one device, got hf_device_map {inner.hf_device_map}")
-    before = _function(vars(inner).get("_original_forward", vars(inner).get("forward")))
-    options = dict(logit_softcap=getattr(config, "final_logit_softcapping", None), ignore_index=PADDING)
-    if not isinstance(before, BagForward):
+    forward = bag_forward(inner)
+    if forward is None:
         if "_original_forward" in vars(inner):  # where accelerate keeps what it has wrapped in autocast
             wrapped = f"accelerate has wrapped the forward of {name} for mixed precision, and bags would go past that"
             raise ValueError(f"model: {wrapped}: call superpose, or make the trainer, before accelerator.prepare")
-        if before is not None and before is vars(inner)["forward"]:  # no method, as Liger Kernel patches instances with
-            got = type(before).__name__
-            raise ValueError(f"model: expected the forward of {name}, or a method for it, got {got}")
-        balance = getattr(sys.modules[type(inner).__module__], "load_balancing_loss_func", None)
-        before = BagForward(inner, before, balance, options)
+        own = vars(inner).get("forward")
+        if own is not None and not hasattr(own, "__func__"):  # Liger Kernel patches instances with a method
+            raise ValueError(f"model: expected the forward of {name}, or a method for it, got {type(own).__name__}")
+        forward = BagForward(inner, getattr(own, "__func__", None))
+    if getattr(config, "output_router_logits", False) and forward.balance is not None:
+        forward.router_numbers()
     if inner.device.type != "meta":
-        _try_out(inner, BagForward(inner, before.own, before.balance, options))
-    before.options = options | loss_options
+        _try_out(inner, BagForward(inner, forward.own))
+    forward.set_options(loss_options)
     if "_original_forward" not in vars(inner):
-        inner.forward = before
+        inner.forward = forward
     return model
 
 
@@ -93,9 +93,10 @@ def restore(model: Any) -> Any:
         ValueError: `superpose` has not been applied, or the forward has been wrapped since.
     """
     inner = _inner(model)
-    forward = _function(vars(inner).get("forward"))
-    if not isinstance(forward, BagForward):
-        raise ValueError("model: expected one that superpose has been applied to, with nothing around its forward")
+    forward = bag_forward(inner)
+    if forward is None or "_original_forward" in vars(inner):
+        unwrap = "accelerator.unwrap_model(model, keep_fp32_wrapper=False) takes accelerate's autocast off"
+        raise ValueError(f"model: expected one that superpose has been applied to, with nothing around it: {unwrap}")
     del inner.forward
     if forward.own is not None:
         inner.forward = MethodType(forward.own, inner)
@@ -117,19 +118,23 @@ class BagForward:
     An object in place of a closure, so that the model can be pickled and copied.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, own: Callable | None, balance: Callable | None, options: dict[str, Any]
-    ) -> None:
-        self.model, self.balance, self.options = model, balance, options
+    def __init__(self, model: PreTrainedModel, own: Callable | None) -> None:
+        self.model = model
         self.own = own  # the function of the forward that the instance had; None: the class's
+        self.balance: Any = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+        self.set_options({})
 
-    @property
-    def original(self) -> Callable:
-        return MethodType(type(self.model).forward if self.own is None else self.own, self.model)
+    def set_options(self, loss_options: dict[str, Any]) -> None:
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        self.options = dict(loss_options, logit_softcap=cap, ignore_index=PADDING)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        return (type(self.model).forward if self.own is None else self.own)(self.model, *args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:  # Trainer and generate look at it
-        return inspect.signature(self.original)
+        function = type(self.model).forward if self.own is None else self.own
+        return inspect.signature(MethodType(function, self.model))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is self.model:  # accelerate's unwrap_model makes a method of this
@@ -152,16 +157,16 @@ class BagForward:
                 raise ValueError(f"{name}: expected nothing with bags, which are not for generating, got {value!r:.60}")
         kwargs.pop("shift_labels", None)  # what Trainer counts
         items, as_tuple = kwargs.pop("num_items_in_batch", None), not kwargs.pop("return_dict", True)
-        routed = kwargs.setdefault(
-            "output_router_logits", bool(getattr(model.config.get_text_config(), "output_router_logits", False))
-        )
-        if not routed:
-            del kwargs["output_router_logits"]
+        by_config = getattr(model.config.get_text_config(), "output_router_logits", False)
+        routed = kwargs.pop("output_router_logits", by_config and self.balance is not None)
+        if routed:
+            experts, chosen, coefficient = self.router_numbers()
+            kwargs["output_router_logits"] = True
         embedded = _embed(model, input_ids)
         outputs = model.base_model(inputs_embeds=embedded, use_cache=False, return_dict=True, **kwargs)
         result: Any = CausalLMOutput(loss=self._loss(outputs.last_hidden_state, labels, items))
         if routed:
-            aux, coefficient = self._router_loss(outputs.router_logits, input_ids)
+            aux = self.balance(outputs.router_logits, experts, chosen, (input_ids != PADDING).any(-1))
             loss = result.loss + coefficient * aux
             result = MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux, router_logits=outputs.router_logits)
         result.hidden_states, result.attentions = outputs.get("hidden_states"), outputs.get("attentions")
@@ -174,33 +179,43 @@ class BagForward:
             w = position_weights(weights, labels.shape[-1]) if isinstance(weights, str) else weights
             items = items * w.to(labels.device).float().mean()
         head = self.model.get_output_embeddings()
-        if type(head) is nn.Linear and not _hooks(head):
+        if type(head) is nn.Linear and _is_plain(head):
             return linear_multi_hot_cross_entropy(
                 hidden, head.weight, labels, bias=head.bias, normalizer=items, **options
             )
         if not torch.compiler.is_compiling():
-            kind = f"{type(head).__module__}.{type(head).__qualname__}" + " with hooks" * bool(_hooks(head))
+            kind = f"{type(head).__module__}.{type(head).__qualname__}"
             logger.warning_once(
-                f"{type(self.model).__name__}: the output head is a {kind}, so logits of all bags are formed at once. "
-                "To avoid that, exclude the head from LoRA, quantisation, float8 and hooks."
+                f"{type(self.model).__name__}: the output head is a {kind}, or has hooks or a quantised weight. So "
+                "logits of all bags are formed at once. To avoid that, exclude it from LoRA, quantisation and float8."
             )
         options.pop("chunk_size", None)
         return multi_hot_cross_entropy(head(hidden), labels, normalizer=items, **options)
 
-    def _router_loss(self, router_logits: Any, bags: Tensor) -> tuple[Any, Any]:
-        """Return the router's loss of the bags, by the function that the model's own forward calls; its coefficient."""
-        model: Any = self.model
-        numbers = [getattr(model, n, None) for n in ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")]
+    def router_numbers(self) -> tuple[Any, ...]:
+        """Return experts, experts per token and the coefficient, as the model's own forward reads them."""
+        numbers = [getattr(self.model, n, None) for n in ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")]
         if self.balance is None or None in numbers:
-            raise ValueError(
-                f"model: the router's loss of {type(model).__name__} is not known here: set output_router_logits=False"
-            )
-        experts, chosen, coefficient = numbers
-        return self.balance(router_logits, experts, chosen, (bags != PADDING).any(-1)), coefficient
+            name = type(self.model).__name__
+            raise ValueError(f"model: the router's loss of {name} is not known here: set output_router_logits=False")
+        return tuple(numbers)
+
+
+def bag_forward(model: Any) -> BagForward | None:
+    """Find the forward of a superposed model, also where accelerate has wrapped it, or made a method of it."""
+    attributes = vars(_inner(model))
+    forward = attributes.get("_original_forward", attributes.get("forward"))
+    forward = getattr(forward, "__func__", forward)
+    return forward if isinstance(forward, BagForward) else None
 
 
 def _inner(model: Any) -> PreTrainedModel:
     """Return the model inside PEFT's wrapper, if there is one."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        kind = type(model.active_peft_config).__name__
+        raise ValueError(
+            f"model: expected an adapter in the model's layers, got {kind}: bags have no prompt before them"
+        )
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(
@@ -210,16 +225,18 @@ def _inner(model: Any) -> PreTrainedModel:
     return inner
 
 
-def _function(forward: Any) -> Any:
-    """Return the function of a method, and anything else as it is; unwrap_model makes methods of a BagForward too."""
-    return getattr(forward, "__func__", forward)
-
-
 def _hooks(module: nn.Module) -> list[Any]:
     """List what a call of the module runs beside its class's forward."""
     kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     patched = [module.forward] if "forward" in vars(module) else []  # as accelerate's hooks do
     return patched + [hook for kind in kinds for hook in kind.values()]
+
+
+def _is_plain(module: Any, hooks: int = 0) -> bool:
+    """Tell whether a call of the module is what its class computes with its weight, but for a number of known hooks."""
+    weight = module.weight
+    known = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "placements")  # else quantised, say
+    return known and len(_hooks(module)) == hooks
 
 
 def _embed(model: PreTrainedModel, bags: Tensor) -> Tensor:
@@ -229,11 +246,14 @@ def _embed(model: PreTrainedModel, bags: Tensor) -> Tensor:
     require a gradient, is run on the bags: it alone would make the tokens' embeddings exist, s times as large.
     """
     module: Any = model.get_input_embeddings()
-    hooks = _hooks(module)
-    makes_grad = [hook for hook in hooks if getattr(hook, "__name__", "").startswith("make_inputs_require_grad")]
+    makes_grad = [
+        hook for hook in _hooks(module) if getattr(hook, "__name__", "").startswith("make_inputs_require_grad")
+    ]
     scale = getattr(module, "embed_scale", None)  # Gemma's sqrt(d)
     plain = type(module).forward is nn.Embedding.forward or (isinstance(module, nn.Embedding) and scale is not None)
-    if not plain or len(hooks) > len(makes_grad):
+    if plain:  # bags know none of these options
+        plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+    if not plain or not _is_plain(module, len(makes_grad)):
         valid = (bags != PADDING).unsqueeze(-1)
         embedded = module(torch.where(bags == PADDING, 0, bags).flatten(1)).unflatten(1, bags.shape[1:])
         total = torch.where(valid, embedded, 0).sum(2, dtype=torch.promote_types(embedded.dtype, torch.float32))

@@ -1,17 +1,19 @@
 """Train both phases with the Trainer of Transformers."""
 
+import inspect
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from ... import SuperpositionSchedule
 from .data import PADDING, CollateGroups, Phases, Samples, SampleStream, fold_batch, join_rows
-from .model import check_loss_options, superpose
+from .model import bag_forward, check_loss_options, superpose
 
 __all__ = ["SuperpositionCallback", "SuperpositionTrainer"]
 
@@ -59,13 +61,13 @@ class SuperpositionTrainer(Trainer):
         for _, size in SuperpositionSchedule(0, ratio, bag_size, stages).stage_ends:
             if size > 1:
                 check_loss_options(loss_options or {}, size)
-        if kwargs.get("model_init") is not None:
+        given = inspect.signature(Trainer).bind_partial(*args, **kwargs).arguments
+        if given.get("model_init") is not None:
             raise ValueError("model_init: expected a model, which can be tried out before training")
-        if kwargs.get("compute_loss_func") is not None:
+        if given.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: expected none, TST has its own loss; see loss_options")
         super().__init__(*args, **kwargs)
         self.bag_size, self.ratio, self.stages, self.loss_options = bag_size, ratio, stages, loss_options or {}
-        self.max_steps = self.args.max_steps  # as asked for
         if self.args.label_smoothing_factor:
             raise ValueError("label_smoothing_factor: expected 0, because it forms the logits; see loss_options")
         if self.args.n_gpu > 1:
@@ -85,7 +87,7 @@ class SuperpositionTrainer(Trainer):
         for name in ("ignore_data_skip", "neftune_noise_alpha"):
             if getattr(self.args, name):
                 raise ValueError(f"{name}: expected none, got {getattr(self.args, name)}")
-        superpose(cast(PreTrainedModel, self.model), **self.loss_options)
+        superpose(self.model, **self.loss_options)
         self.add_callback(SuperpositionCallback(self))
 
     @property
@@ -97,18 +99,47 @@ class SuperpositionTrainer(Trainer):
         return self.get_total_train_batch_size(self.args)
 
     def _steps(self) -> int:
-        if self.max_steps > 0 or not has_length(self.train_dataset):
-            return self.max_steps
-        rows = self.args.num_train_epochs * len(self.train_dataset)
-        rows_per_sample = 1 + sum(r * (s - 1) for r, s in ((self.ratio, self.bag_size), *self.stages))
-        return max(1, int(rows / (self._samples_per_step() * rows_per_sample)))
+        """Return max_steps, or else the least number of steps that read the rows `num_train_epochs` times."""
+        if self.args.max_steps > 0 or not has_length(self.train_dataset):
+            return self.args.max_steps
+        rows = math.ceil(self.args.num_train_epochs * len(self.train_dataset))
+        stages = ((self.ratio, self.bag_size), *self.stages)
+        mean = self._samples_per_step() * (1 + sum(r * (s - 1) for r, s in stages))
+        steps = max(1, int(rows / mean) - sum(s for _, s in stages))  # the ends of stages are rounded
+        while self._rows(steps) < rows:
+            steps += 1
+        return steps
+
+    def _rows(self, steps: int) -> int:
+        schedule, samples = (
+            SuperpositionSchedule(steps, self.ratio, self.bag_size, self.stages),
+            self._samples_per_step(),
+        )
+        return Phases(schedule.stage_ends, samples).first_row(steps * samples)
+
+    def _has_bags(self) -> bool:
+        schedule = self.schedule
+        return any(schedule.bag_size_at(end - 1) > 1 for end, _ in schedule.stage_ends if end)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
+        """Return Trainer's numbers for the steps of both phases, and leave `args` as the user has them."""
+        if not self._has_bags():
+            return super().set_initial_training_values(args, dataloader)
+        asked, args.max_steps = args.max_steps, self.schedule.total_steps
+        try:
+            return super().set_initial_training_values(args, dataloader)
+        finally:
+            args.max_steps = asked
 
     def get_train_dataloader(self) -> Any:
         rows, schedule = self.train_dataset, self.schedule
-        if rows is None or not any(schedule.bag_size_at(end - 1) > 1 for end, _ in schedule.stage_ends if end):
-            self.args.max_steps = self.max_steps
+        forward = bag_forward(self.model)
+        if forward is None:  # restored since
+            superpose(self.model, **self.loss_options)
+        else:  # another trainer of the model may have given it other options
+            forward.set_options(self.loss_options)
+        if rows is None or not self._has_bags():
             return super().get_train_dataloader()
-        self.args.max_steps = schedule.total_steps  # Trainer derives the learning-rate schedule from it
         phases = Phases(schedule.stage_ends, self._samples_per_step())
         columns = None  # all
         if self.args.remove_unused_columns:
@@ -117,7 +148,7 @@ class SuperpositionTrainer(Trainer):
         if has_length(rows):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             shuffle = None if self.args.train_sampling_strategy == "sequential" else seed
-            total = self.args.max_steps * self._samples_per_step()
+            total = schedule.total_steps * self._samples_per_step()
             self.train_dataset = Samples(rows, columns, phases, total, shuffle)
         else:
             self.train_dataset = SampleStream(rows, columns, phases)
@@ -180,7 +211,7 @@ class SuperpositionCallback(TrainerCallback):
     ) -> TrainerControl:
         schedule, step = self.trainer.schedule, state.global_step
         before, after = schedule.bag_size_at(step - 1), schedule.bag_size_at(step)
-        if before != after:
+        if before != after and args.logging_strategy != "no":
             control.should_log = True
             logger.info("step %d: bag size %d instead of %d", step, after, before)
         return control
