@@ -96,7 +96,7 @@ class BagEmbedding(torch_nn.Embedding):
 
 
 class LinearMultiHotCrossEntropy(torch_nn.Module):
-    """An output head that computes its loss without the full logits; parameters are as those of `nn.Linear`.
+    """An output head that computes its loss without the full logits; with the parameters of `nn.Linear`.
 
     `head(hidden)` returns logits `[..., V]`, capped if there is a `logit_softcap`. `head(hidden, labels)` returns the
     loss of `linear_multi_hot_cross_entropy`. FSDP2 can wrap the head, and gathers its weight for the loss alone.

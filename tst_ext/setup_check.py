@@ -15,7 +15,7 @@ from .nn import BagEmbedding, LinearMultiHotCrossEntropy
 
 __all__ = ["Check", "SetupReport", "check_setup"]
 
-LINEAR = (torch_nn.Linear, LinearMultiHotCrossEntropy)  # what a head may be
+LINEAR = (torch_nn.Linear, LinearMultiHotCrossEntropy)  # the types of a head
 
 # A mistake in the divisor is a factor of 2 or more, or of 1/2 or less. The loss of fresh weights is log V + var z / 2,
 # below log V (Jensen) by no more than the noise of its labels, std z / sqrt(labels), which is 3 % of log V = 4.2 for 32
@@ -24,8 +24,8 @@ LINEAR = (torch_nn.Linear, LinearMultiHotCrossEntropy)  # what a head may be
 LEAST, MOST = 0.9, 2**0.5
 # GPT-2's initialisation. Fresh models often have projections of zeros, through which no gradient and no token passes.
 NOISE = 0.02
-# Without a leak the two losses are equal bit by bit, unless additions change their order with other rows, as those of
-# routed experts may. A mask that lets one later bag through moves the loss of a bag by 0.006 of what its own tokens do
+# Without a leak the two losses are equal bit by bit, unless other rows change the order of additions, as with
+# routed experts. A mask that lets one later bag through moves the loss of a bag by 0.006 of what its own tokens do
 # among 256 bags, by 0.08 among 32.
 ROUNDING = 1e-3
 
@@ -67,7 +67,7 @@ def check_setup(
     - labels: each position of the bags has labels, not one label s times, and the last bag none made of filler;
     - next bag: the labels of bag j are the tokens of bag j + 1, found by comparing labels and tokens at every offset
       from 0 to 2 s over the whole batch, so that tokens which repeat by nature are no leak;
-    - loss: that of fresh weights, between 0.9 and 1.4 times log V ("mce_alt": the mean of log(V / distinct labels));
+    - loss: as of fresh weights, between 0.9 and 1.4 times log V ("mce_alt": the mean of log(V / distinct labels));
     - gradients: every parameter that requires one gets a finite gradient that is not 0, and so does the row of every
       token that occurs in a bag with labels;
     - label positions, bag slots: the labels and the tokens at each position of the bags change the loss;
@@ -281,7 +281,7 @@ class _Setup:
         count, bags = int(self.valid.sum()), len(distinct)
         guesses = [
             (1 / s, f"log(V) / s: the loss reads one label of {s}, or divides by s once too often"),
-            (other / wanted, f"that of {name!r}: pass objective={name!r} if the loop means it"),
+            (other / wanted, f"the loss of {name!r}: pass objective={name!r} if the loop means it"),
             (count / bags, f"{s} times as much: divide by the number of labels, not of bags"),
             (count / s if objective == "mce" else (distinct > 0).sum().item(), "a sum over bags: take the mean"),
             (count, "a sum over labels: divide by their number"),
@@ -471,7 +471,7 @@ def _module_of(model: Any) -> torch_nn.Module | None:
 
 
 def _tables(module: torch_nn.Module | None) -> dict[str, torch_nn.Embedding]:
-    """Find the embeddings of tokens: those of positions must not be taken for them."""
+    """Find the embeddings of tokens, and leave out embeddings of positions."""
     if module is None:
         return {}
     embeddings = {name: m for name, m in module.named_modules() if isinstance(m, torch_nn.Embedding)}

@@ -256,7 +256,7 @@ class TestSuperpose:
     @pytest.mark.filterwarnings("ignore:Full backward hook is firing when")  # ids have no gradient
     @pytest.mark.parametrize("tied", [False, True])
     def test_hooks(self, tied):
-        """Those of embedding and head are run: they change the loss of bags as they do that of tokens."""
+        """Hooks on embedding and head are run: they change the loss of bags as they change the loss of tokens."""
         batch = bags()
         model = superpose(build("llama_tied" if tied else "llama"))
         embedding, head, calls = model.get_input_embeddings(), model.get_output_embeddings(), []

@@ -1,4 +1,4 @@
-"""superpose with PEFT's adapters on blocks, head and embedding, before and after: beside plain torch, on CPU."""
+"""superpose with PEFT's adapters on blocks, head and embedding, before and after, compared with plain torch."""
 
 import copy
 
@@ -43,7 +43,7 @@ def gradients(model, loss):
 class TestLora:
     @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
     def test_loss_and_gradients(self, target, order, task_type):
-        """Beside the model's own logits of the mean of its own embeddings; the adapters' gradients too."""
+        """Compared with the model's own logits of the mean of its own embeddings; the adapters' gradients too."""
         model = adapted(target, order, task_type)
         batch = fold_batch(dict(input_ids=tokens(2, LENGTH), labels=tokens(2, LENGTH)), 3)
         embedded = model.get_input_embeddings()(batch["input_ids"].flatten(1)).unflatten(1, (4, 3)).mean(2)

@@ -205,7 +205,7 @@ class TestTrainer:
     @pytest.mark.parametrize("phases", [dict(bag_size=3, ratio=0), dict(bag_size=1, ratio=0.5)], ids=["r=0", "s=1"])
     @pytest.mark.parametrize("options", [dict(max_steps=-1, num_train_epochs=3), dict(max_steps=10)])
     def test_without_bags_it_is_trainers_own_run(self, tmp_path, phases, options):
-        """Steps, epochs, the order of the rows and all weights are those of Trainer."""
+        """Steps, epochs, the order of the rows and all weights equal Trainer's."""
         rows, strategies = Rows(13), dict(save_strategy="epoch", eval_strategy="epoch", logging_strategy="epoch")
         own, ours = (
             make(
@@ -295,7 +295,7 @@ class TestTrainer:
             SuperpositionTrainer(model, arguments(tmp_path), train_dataset=Rows(), bag_size=3, ratio=0.5)
 
     def test_a_second_trainer_of_one_model(self, tmp_path):
-        """It goes on in bfloat16, with its own options of the loss."""
+        """It still computes in bfloat16, with its own options of the loss."""
         model = build("llama")
         for loss_options, chance in ((dict(), VOCABULARY), (dict(objective="mce_alt"), VOCABULARY / 3)):
             with torch.no_grad():

@@ -257,7 +257,7 @@ def check_fsdp():
 
 
 def check_expert_parallel():
-    """Experts divided over the processes of FSDP2: gradients beside one process, both phases beside whole experts.
+    """Experts divided over the processes of FSDP2: gradients against one process, both phases against whole experts.
 
     Validations in between leave out the layers of further depths, for which TorchTitan gathers weights ahead.
     """

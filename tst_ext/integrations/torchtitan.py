@@ -103,7 +103,7 @@ class LossHead(Linear):
 class MultiTokenModel(DeepSeekV3Model):
     """DeepSeek-V3 with TorchTitan's multi-token prediction, whose depth k reads and predicts k bags further on.
 
-    In training it returns a list of hidden states `[B, l, d]`, those of the next bag first. In evaluation it is the
+    In training it returns a list of hidden states `[B, l, d]`, first for the next bag. In evaluation it is the
     model without its `mtp_layers`. Ids `[B, l]` are bags of one.
     """
 
@@ -157,7 +157,7 @@ class SuperpositionLoss(ChunkedLossWrapper):
         """The most rows whose logits exist at a time."""
 
         mtp_scale: float = 0.3
-        """Multi-token prediction: weight of the mean over its depths, beside the loss of the next bag."""
+        """Multi-token prediction: weight of the mean over its depths; the loss of the next bag has 1."""
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
         weights = config.position_weights
@@ -181,8 +181,8 @@ class SuperpositionLoss(ChunkedLossWrapper):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum over labels `[B, l]` or `[B, l, s]` of hidden states `pred` `[B, l, d]`, over `global_valid_tokens`.
 
-        A list, from a `MultiTokenModel`, adds `mtp_scale` times the mean loss of its depths, whose labels are those of
-        the bag as much further on. Without `global_valid_tokens`, in validation, it is the next token's loss alone.
+        A list, from a `MultiTokenModel`, adds `mtp_scale` times the mean loss of its depths, which predict
+        later bags. Without `global_valid_tokens`, in validation, it is the next token's loss alone.
         """
         assert self.lm_head is not None
         config, validates = self.config, global_valid_tokens is None
@@ -303,7 +303,7 @@ def superpose(config: Trainer.Config, *, bag_size: int = 6, ratio: float = 0.3, 
         config: from a config registry, of a model whose embedding and output head are TorchTitan's plain ones, tied or
             not, such as Llama 3, Qwen3 and DeepSeek-V3. Multi-token prediction only of DeepSeek-V3.
         bag_size, ratio: s and r; also `--superposition.bag_size` and `--superposition.ratio`.
-        loss: fields of `SuperpositionLoss.Config`; mtp_scale is that of the config by default.
+        loss: fields of `SuperpositionLoss.Config`; by default mtp_scale is the config's.
 
     Raises:
         ValueError: a config of another trainer, or of a model whose embedding or head is not plain, or that is another

@@ -210,7 +210,7 @@ class Samples(Dataset):
         return sample
 
     def _order(self, number: int) -> Tensor:
-        """Order the rows of pass `number`, so that those of a sample are neighbours wherever the sample lies."""
+        """Order the rows of pass `number`, so that the rows of a sample are neighbours wherever the sample lies."""
         count = len(self.rows)
         if self.shuffle is None:
             return torch.arange(count)

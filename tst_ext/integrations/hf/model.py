@@ -38,9 +38,9 @@ def superpose(model: Any, **loss_options: Any) -> Any:
     to a mean of 1. With `output_router_logits` the loss includes the router's. Ids `[B, L]` still go the model's own
     way, and `save_pretrained` writes the same files.
 
-    The loss must be that of `softcap(head(hidden))`. Logits never exist as a whole if the head is an `nn.Linear`
-    without hooks. Another head, such as LoRA's, is called as it is. The embedding likewise: one that is not plain is
-    called for each token. The model must be causal, and compute the same from `inputs_embeds` as from ids. Three
+    The model's loss must be the next-token loss of `softcap(head(hidden))`. If the head is an `nn.Linear` without hooks,
+    its logits never exist as a whole. Another head, such as LoRA's, is called as it is. An embedding that is not plain
+    is called for each token. The model must be causal, and compute the same from `inputs_embeds` as from ids. Three
     tokens are tried out here, unless the model is on the meta device.
 
     Args:
@@ -155,7 +155,7 @@ class BagForward:
             value = kwargs.pop(name, 0)
             if not isinstance(value, int) or value:
                 raise ValueError(f"{name}: expected nothing with bags, which are not for generating, got {value!r:.60}")
-        kwargs.pop("shift_labels", None)  # what Trainer counts
+        kwargs.pop("shift_labels", None)  # for Trainer, which counts them
         items, as_tuple = kwargs.pop("num_items_in_batch", None), not kwargs.pop("return_dict", True)
         by_config = getattr(model.config.get_text_config(), "output_router_logits", False)
         routed = kwargs.pop("output_router_logits", by_config and self.balance is not None)
@@ -226,7 +226,7 @@ def _inner(model: Any) -> PreTrainedModel:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """List what a call of the module runs beside its class's forward."""
+    """List the hooks, and the patched forward, that a call of the module runs."""
     kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     patched = [module.forward] if "forward" in vars(module) else []  # as accelerate's hooks do
     return patched + [hook for kind in kinds for hook in kind.values()]
@@ -280,7 +280,7 @@ def _try_out(model: PreTrainedModel, forward: BagForward) -> None:
     more = "does more than hidden @ weight.T + bias"
 
     def replace(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        # Hidden states that make large logits: an unknown softcap or scale would not show at those of a fresh model.
+        # Hidden states that make large logits: an unknown softcap or scale would not show at small ones.
         hidden = inputs[0]
         random = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
         probe = random * 50 / cast(Tensor, module.forward(random)).std().clamp_min(1e-6)
