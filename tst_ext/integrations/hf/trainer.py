@@ -111,10 +111,8 @@ class SuperpositionTrainer(Trainer):
         return steps
 
     def _rows(self, steps: int) -> int:
-        schedule, samples = (
-            SuperpositionSchedule(steps, self.ratio, self.bag_size, self.stages),
-            self._samples_per_step(),
-        )
+        schedule = SuperpositionSchedule(steps, self.ratio, self.bag_size, self.stages)
+        samples = self._samples_per_step()
         return Phases(schedule.stage_ends, samples).first_row(steps * samples)
 
     def _has_bags(self) -> bool:
