@@ -39,9 +39,9 @@ def superpose(model: Any, **loss_options: Any) -> Any:
     way, and `save_pretrained` writes the same files.
 
     The model's loss must be the next-token loss of `softcap(head(hidden))`. If the head is an `nn.Linear` without
-    hooks, its logits never exist as a whole. Another head, such as LoRA's, is called as it is. An embedding that is not
-    plain is called for each token. The model must be causal, and compute the same from `inputs_embeds` as from ids. Three
-    tokens are tried out here, unless the model is on the meta device.
+    hooks, its logits never exist as a whole. Another head, such as LoRA's, is called as it is. An embedding that is
+    not plain is called for each token. The model must be causal, and compute the same from `inputs_embeds` as from
+    ids. Three tokens are tried out here, unless the model is on the meta device.
 
     Args:
         model: an `AutoModelForCausalLM`, or a `PeftModel` of one; not wrapped yet by DDP, FSDP or accelerate.
