@@ -184,15 +184,15 @@ class TestMasterWeights:
         assert hidden.dtype == torch.bfloat16 and master.dtype == master.grad.dtype == loss.dtype == torch.float32
         assert not master.grad[loop.vocab_size :].any()
 
-        # The products are those of bfloat16 numbers, so the reference begins with the weight that was cast.
+        # bfloat16 numbers are multiplied, so the reference begins with the weight that was cast.
         hidden, labels = hidden.flatten(0, 1), labels.reshape(-1, s)
         weight = master[: loop.vocab_size].detach().bfloat16()
         exact = loss_and_gradients(plain, hidden.double(), weight.double(), None, labels, **options)
-        beside = loss_and_gradients(self.as_nanochat, hidden, weight, None, labels, **options)
+        native = loss_and_gradients(self.as_nanochat, hidden, weight, None, labels, **options)
         sizes = magnitudes(hidden.double(), weight.double(), None, labels, 1.0, options)
         terms = max(*hidden.shape, *weight.shape)
-        assert_accurate(loss, exact[0], beside[0], terms, sizes[0])
-        assert_accurate(master.grad[: loop.vocab_size], exact[2], beside[2], terms, sizes[2])
+        assert_accurate(loss, exact[0], native[0], terms, sizes[0])
+        assert_accurate(master.grad[: loop.vocab_size], exact[2], native[2], terms, sizes[2])
 
     def test_both_phases_learn(self, loop):
         losses = loop.train()

@@ -85,6 +85,24 @@ class TestSuperpose:
         )
         torch.testing.assert_close(model(**batch).loss, expected, rtol=1e-5, atol=0)
 
+    @pytest.mark.parametrize(
+        ("family", "dtype"),
+        [(family, dtype) for dtype in (torch.bfloat16, torch.float16) for family in [*FAMILIES, *MIXTURES]]
+        + [(family, torch.float64) for family in FAMILIES],  # the library's experts have no float64
+        ids=str,
+    )
+    def test_models_of_other_dtypes(self, family, dtype):
+        """They pass the trial, and at s = 1 the loss is the library's own but for the rounding of its logits."""
+        for seed in range(3):
+            model = superpose(build(family, seed).to(dtype).eval())
+            ids = tokens(2, LENGTH)
+            own = model(input_ids=ids, labels=ids).loss
+            loss = model(**fold_batch(dict(input_ids=ids, labels=ids), 1)).loss
+            eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+            assert abs(loss - own) <= 2 * eps * own  # a logit errs by eps / 2 of itself, and so does a mean of them
+            loss.backward()
+            assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters() if p.grad is not None)
+
     def test_num_items_in_batch_is_the_normalizer(self):
         model = superpose(build("llama"))
         batch = fold_batch(dict(input_ids=tokens(4, LENGTH), labels=tokens(4, LENGTH)), 3)

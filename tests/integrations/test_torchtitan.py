@@ -229,7 +229,7 @@ class TestMultiTokenPrediction:
             for depth in range(3):
                 predicted = shift_bags(labels, depth, positions, -100)[0] if depth else labels
                 for bag in range(8 - depth - 2):
-                    # It predicts the tokens of bag + depth + 1, and has those of bag + depth in sight.
+                    # It predicts the tokens of bag + depth + 1, and sees the tokens of bag + depth.
                     assert torch.equal(predicted[0, bag], inputs["input"][0, bag + depth + 1])
                     for changed, sees in ((bag + depth + 1, False), (bag + depth, True)):
                         other = inputs["input"].clone()
