@@ -219,8 +219,6 @@ CPP: dict[str, list[Mutant]] = {
                "sums of an earlier row"),
         Mutant("cuda-result", "      __syncthreads();  // publishes the result\n", "",
                "result read before it is there"),
-        Mutant("cuda-result-read", "      warp_barrier();  // all lanes", "      // all lanes",
-               "result of the row before overwritten while it is read"),
         Mutant("cuda-label-last", "    __syncthreads();  // publishes the last row's gradient\n", "",
                "label columns overwritten"),
         Mutant("cuda-label-turn", "write_labels(r - clusters, 1 - turn);", "write_labels(r - clusters, turn);",

@@ -37,10 +37,10 @@ struct Dim {
 struct Barrier {
   std::atomic<unsigned> expected{0}, arrived{0}, generation{0};
 
-  unsigned arrive() {
+  unsigned arrive([[maybe_unused]] bool orders_memory = true) {
     const unsigned now = generation.load(std::memory_order_relaxed);
 #if defined(__SANITIZE_THREAD__)
-    __tsan_release(this);
+    if (orders_memory) __tsan_release(this);
 #endif
     if (arrived.fetch_add(1, std::memory_order_relaxed) + 1 == expected.load(std::memory_order_relaxed)) {
       arrived.store(0, std::memory_order_relaxed);
@@ -60,12 +60,12 @@ struct Block {
   size_t shared_chunks = 0;
   Barrier barrier;
   std::vector<Barrier> warps;
-  std::vector<double> slots[2];  // of shuffles, one a thread; two turns, since nobody is two shuffles ahead
+  using Slots = std::vector<std::atomic<uint64_t>>;
+  Slots slots[2];  // of shuffles, one a thread; two turns, since nobody is two shuffles ahead
   unsigned rank = 0;
   std::atomic<unsigned> running{0};
   void poison() { std::memset(shared.get(), 0xff, shared_chunks * sizeof(Chunk)); }
-  explicit Block(unsigned threads)
-      : warps(threads / 32), slots{std::vector<double>(threads), std::vector<double>(threads)} {
+  explicit Block(unsigned threads) : warps(threads / 32), slots{Slots(threads), Slots(threads)} {
     barrier.expected = threads;
     for (Barrier& warp : warps) warp.expected = 32;
   }
@@ -132,14 +132,14 @@ inline void to_scheduler([[maybe_unused]] bool last = false) {
 #endif
 }
 
-inline void wait(const Barrier& barrier, unsigned since) {
+inline void wait(const Barrier& barrier, unsigned since, [[maybe_unused]] bool orders_memory = true) {
   Fiber& self = fiber();
   self.since.store(since, std::memory_order_relaxed);
   self.waiting.store(&barrier, std::memory_order_relaxed);
   to_scheduler();
   self.waiting.store(nullptr, std::memory_order_relaxed);
 #if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(const_cast<Barrier*>(&barrier));
+  if (orders_memory) __tsan_acquire(const_cast<Barrier*>(&barrier));
 #endif
 }
 
@@ -380,18 +380,21 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float larger(float x, float y) { return std::fmax(x, y); }
 inline double larger(double x, double y) { return std::fmax(x, y); }
 
-// Every lane gives its value and takes the value of another lane.
+// Every lane gives its value and takes the value of another lane. As on a device, this orders no access to memory.
 template <typename T>
 T exchanged(T value, unsigned lane) {
-  static_assert(sizeof(T) <= sizeof(double));
+  static_assert(sizeof(T) <= sizeof(uint64_t));
   emulator::Fiber& self = emulator::fiber();
   emulator::Block& block = *self.block;
   const unsigned t = self.thread.x;
   emulator::Barrier& warp = block.warps[t / 32];
-  double* slots = block.slots[self.turn = !self.turn].data();
-  std::memcpy(&slots[t], &value, sizeof(T));
-  emulator::wait(warp, warp.arrive());
-  std::memcpy(&value, &slots[t / 32 * 32 + lane], sizeof(T));
+  emulator::Block::Slots& slots = block.slots[self.turn = !self.turn];
+  uint64_t bytes = 0;
+  std::memcpy(&bytes, &value, sizeof(T));
+  slots[t].store(bytes, std::memory_order_relaxed);
+  emulator::wait(warp, warp.arrive(false), false);
+  bytes = slots[t / 32 * 32 + lane].load(std::memory_order_relaxed);
+  std::memcpy(&value, &bytes, sizeof(T));
   return value;
 }
 template <typename T>
