@@ -131,3 +131,39 @@ def test_forward(race, shape, dtype):
         gemms=chosen,
         **facts(shape, 4, dtype, 1),
     )
+
+
+def test_label_weights(race, shape, dtype):
+    """A weight for each label, all 1 so that the results agree: beside the call without, and a call for each position."""
+    hidden, weight, labels = tensors(shape, 4, dtype)
+    ones = torch.ones(labels.shape, device=DEVICE)
+
+    def clear():
+        hidden.grad = weight.grad = None
+
+    def step(loss):
+        def run():
+            clear()
+            value = loss(hidden, weight, labels)
+            value.backward()
+            return value
+
+        return run
+
+    def call_for_each_position(hidden, weight, labels):
+        rows = [linear_multi_hot_cross_entropy(hidden, weight, y, reduction="none") for y in labels.unbind(1)]
+        return sum((u * loss).sum() / u.sum() for u, loss in zip(ones.unbind(1), rows, strict=True)) / len(rows)
+
+    race(
+        step(partial(linear_multi_hot_cross_entropy, label_weights=ones)),
+        {"without weights": step(linear_multi_hot_cross_entropy), "4 calls": step(call_for_each_position)},
+        floors(shape, dtype)[0],
+        rounds=7 if shape == SMALL else 3,
+        clear=clear,
+        gradients=lambda: [hidden.grad, weight.grad],
+        result_bytes=hidden.nbytes + weight.nbytes,
+        tolerance=1e-3 if dtype == torch.float32 else 0.1,  # some add up gradients in bfloat16
+        op="loss with label weights, forward and backward",
+        gemms=floors(shape, dtype)[2],
+        **facts(shape, 4, dtype, 3),
+    )

@@ -17,8 +17,8 @@ STABLE_TORCH_LIBRARY(tst_ext, m) {
       "bag_embedding_backward(Tensor grad, Tensor input_ids, SymInt num_embeddings, str mode, *, "
       "int? padding_idx=None, Tensor? position_weights=None) -> Tensor");
 
-  // hidden [..., d], weight [V, d], bias [V], labels [..., s] with one bag per row of hidden. position_scale [s]: what
-  // a valid label of each position weighs in the loss, normalisation included. reduction "sum" or "none": a scalar or
+  // hidden [..., d], weight [V, d], bias [V], labels [..., s] with one bag per row of hidden. position_scale [s]
+  // or [N, s]: what a valid label weighs in the loss, normalisation included. reduction "sum" or "none": a scalar or
   // [N]. grad_loss (a scalar or [N]) and grad_lse [N] are upstream gradients; without them that of the loss is 1, that
   // of lse 0. Returns the loss, lse [N], and the gradients asked for (else empty); those of 16-bit inputs are float32,
   // so that an upstream gradient can still multiply them before the last rounding. But bfloat16 gradients of hidden and

@@ -92,9 +92,9 @@ class TestOpcheck:
             normal(4, 2, DIM, dtype=dtype),
             normal(VOCABULARY, DIM, dtype=dtype, seed=1),
             tokens(4, 2, BAG, ignored=0.2),
-            torch.tensor([0.1, 0.2, 0.3]),
         )
-        opcheck(OPS.linear_multi_hot_cross_entropy, arguments, options)
+        for scale in (torch.tensor([0.1, 0.2, 0.3]), normal(8, BAG, seed=4).abs()):
+            opcheck(OPS.linear_multi_hot_cross_entropy, (*arguments, scale), options)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("objective", ["mce", "mce_alt"])
@@ -137,6 +137,15 @@ class TestCompile:
         expected = loss_and_gradients(step, model, *arguments)
         assert all(g.count_nonzero() for g in expected)
         assert_equal(loss_and_gradients(compiled, model, *arguments), expected)
+
+    def test_other_label_weights_do_not_recompile(self):
+        counter = CompileCounterWithBackend("aot_eager")
+        model, (ids, labels) = Model(bias=True, position_weights="power_law"), batch()
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        for seed in range(3):
+            u = normal(*labels.shape, seed=seed).abs()
+            assert torch.equal(compiled(ids, labels, label_weights=u), model(ids, labels, label_weights=u))
+        assert counter.frame_count == 1
 
     @pytest.mark.parametrize("inplace", [False, True])
     def test_logits_op(self, inplace):

@@ -20,6 +20,7 @@ from helpers.cases import (
     loss_and_gradients,
     loss_case,
     plain,
+    some_weights,
 )
 from helpers.numerics import relative_error
 from tst_ext import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
@@ -32,6 +33,7 @@ ALL_OPTIONS = {
     "everything": {"logit_softcap": 5.0, "z_loss": 0.1, "label_smoothing": 0.1, "position_weights": "power_law"},
     "mce_alt": {"objective": "mce_alt", "z_loss": 0.1},
     "none": {"reduction": "none"},
+    "label_weights": {"label_weights": some_weights, "label_smoothing": 0.1},
 }
 
 

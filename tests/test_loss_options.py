@@ -23,6 +23,7 @@ from helpers.cases import (
     on_logits,
     pairwise,
     plain,
+    some_weights,
 )
 from helpers.numerics import relative_error
 from tst_ext import multi_hot_cross_entropy, position_weights
@@ -33,12 +34,15 @@ OPTIONS = {
     "mce_alt": dict(objective="mce_alt"),
     "power_law": dict(position_weights="power_law"),
     "weights with zeros": dict(position_weights=torch.tensor([0.3, 0, 7, 0])),
+    "label_weights": dict(label_weights=some_weights),
     "softcap": dict(logit_softcap=2.0),
     "z_loss": dict(z_loss=0.03),
     "label_smoothing": dict(label_smoothing=0.2),
     "smoothing alone": dict(label_smoothing=1.0),
     "normalizer": dict(normalizer=17),
-    "all": dict(position_weights="fitted", logit_softcap=2.0, z_loss=0.03, label_smoothing=0.2),
+    "all": dict(
+        position_weights="fitted", label_weights=some_weights, logit_softcap=2.0, z_loss=0.03, label_smoothing=0.2
+    ),
     "all of mce_alt": dict(objective="mce_alt", logit_softcap=2.0, z_loss=0.03, label_smoothing=0.2, normalizer=17),
 }
 functions = pytest.mark.parametrize("function", FUNCTIONS)
@@ -77,7 +81,7 @@ class TestAgainstPlainTorch:
         chunk_size=st.none() | st.integers(1, 13), reduction=st.sampled_from(["mean", "sum", "none"]),
         dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
         ignored=st.sampled_from([0, 0.3, 0.9, 1]), function=st.sampled_from(FUNCTIONS), bias=st.booleans(),
-        objective=st.sampled_from(["mce", "mce_alt"]), softcap=st.sampled_from([None, 0.5, 30.0]),
+        objective=st.sampled_from(["mce", "weighted", "mce_alt"]), softcap=st.sampled_from([None, 0.5, 30.0]),
         z_loss=st.sampled_from([0.0, 0.1]), smoothing=st.sampled_from([0.0, 0.3]), normalizer=st.none() | st.just(7.5),
         seed=st.integers(0, 1000),
     )  # fmt: skip
@@ -86,8 +90,10 @@ class TestAgainstPlainTorch:
         softcap, z_loss, smoothing, normalizer, seed,
     ):  # fmt: skip
         options = dict(
-            objective=objective, logit_softcap=softcap, z_loss=z_loss, label_smoothing=smoothing, reduction=reduction,
-            normalizer=normalizer if reduction == "mean" else None, chunk_size=chunk_size,
+            objective=objective.replace("weighted", "mce"), logit_softcap=softcap, z_loss=z_loss,
+            label_smoothing=smoothing, reduction=reduction, chunk_size=chunk_size,
+            normalizer=normalizer if reduction == "mean" else None,
+            label_weights=some_weights if objective == "weighted" else None,
         )  # fmt: skip
         case = loss_case(rows, dim, vocabulary, bag_size, dtype, device, seed, ignored, bias)
         check_loss(*case, upstream_of(rows, options, seed), function, **options)
@@ -267,6 +273,98 @@ class TestPositionWeights:
         hidden, weight, bias, labels = loss_case(13, 8, 50, 4, torch.float64, device)
         expected = F.cross_entropy(hidden @ weight.T, labels[:, 0])
         assert relative_error(fused(hidden, weight, bias, labels, position_weights="first"), expected) < 1e-14
+
+
+class TestLabelWeights:
+    @functions
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    def test_of_one_label_are_class_weights(self, device, function, reduction, kernels):
+        hidden, weight, bias, labels = loss_case(13, 8, 50, 1, torch.float64, device, ignored=0.3)
+        labels = labels.squeeze(1)
+        classes = torch.rand(50, generator=generator(), dtype=torch.float64).to(device)
+        u, upstream = classes[labels.clamp_min(0)], upstream_of(13, dict(reduction=reduction)).to(device)
+        mine = loss_and_gradients(
+            function, hidden, weight, bias, labels, upstream, label_weights=u, reduction=reduction
+        )
+        expected = loss_and_gradients(
+            lambda h, w, b, y: F.cross_entropy(h @ w.T, y, classes, reduction=reduction),
+            hidden, weight, bias, labels, upstream,
+        )  # fmt: skip
+        for a, b in zip(mine, expected, strict=True):
+            assert relative_error(a, b) < 1e-13
+
+    @functions
+    def test_of_a_set_are_probabilities(self, device, function, kernels):
+        hidden, weight, bias, _ = loss_case(7, 8, 50, 1, torch.float64, device)
+        labels = torch.stack([torch.randperm(50, generator=generator(i))[:4] for i in range(7)]).to(device)
+        u = torch.rand(7, 4, generator=generator(), dtype=torch.float64).softmax(1).to(device)
+        target = torch.zeros(7, 50, dtype=torch.float64, device=device).scatter(1, labels, u)
+        mine = loss_and_gradients(function, hidden, weight, bias, labels, label_weights=u, normalizer=7)
+        expected = loss_and_gradients(lambda h, w, b, y: F.cross_entropy(h @ w.T, target), hidden, weight, bias, labels)
+        for a, b in zip(mine, expected, strict=True):
+            assert relative_error(a, b) < 1e-13
+
+    @pairwise(reduction=["mean", "sum", "none"], position_weights=[None, "power_law"], return_lse=[True, False])
+    def test_of_one_change_nothing(self, device, reduction, position_weights, return_lse):
+        case = loss_case(13, 8, 50, 4, torch.float32, device)
+        options = dict(reduction=reduction, position_weights=position_weights, return_lse=return_lse)
+        with_ones = fused(*case, label_weights=torch.ones(13, 4, device=device), **options)
+        torch.testing.assert_close(with_ones, fused(*case, **options), rtol=0, atol=0)
+
+    @functions
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_a_label_of_weight_zero_is_ignored(self, device, function, reduction, kernels):
+        hidden, weight, bias, labels = loss_case(13, 8, 50, 4, torch.float64, device)
+        mask = torch.rand(13, 4, generator=generator()).to(device) < 0.5
+        mask[:3], mask[:, 1] = False, False  # rows and a position without a label
+        options = dict(reduction=reduction, z_loss=0.1)
+        hidden[0] = 1e200  # whose infinite logits reach no gradient
+        expected = loss_and_gradients(function, hidden, weight, bias, labels.masked_fill(~mask, IGNORE), 1.7, **options)
+        for u in (mask, mask.int(), mask.bfloat16(), mask.double()):
+            mine = loss_and_gradients(function, hidden, weight, bias, labels, 1.7, label_weights=u, **options)
+            for a, b in zip(mine, expected, strict=True):
+                assert relative_error(a, b) < 1e-14
+
+    @pytest.mark.parametrize("factor", [3.0, 1e-60, 1e37])
+    def test_only_their_ratios_matter_to_the_mean(self, device, factor):
+        case = loss_case(11, 8, 50, 4, torch.float32, device)
+        u = some_weights(case[3]).double()
+        expected = loss_and_gradients(fused, *case, label_weights=u)
+        for a, b in zip(loss_and_gradients(fused, *case, label_weights=u * factor), expected, strict=True):
+            assert relative_error(a, b) < 8 * EPS
+
+    @functions
+    def test_one_normalizer_makes_parts_add_up(self, device, function, kernels):
+        hidden, weight, bias, labels = loss_case(23, 8, 50, 4, torch.float64, device, bias=True)
+        u = some_weights(labels)
+        total = (u * (labels != IGNORE)).sum()
+        whole = loss_and_gradients(function, hidden, weight, bias, labels, label_weights=u, normalizer=total)
+        parts = [
+            loss_and_gradients(function, hidden[p], weight, bias, labels[p], label_weights=u[p], normalizer=total)
+            for p in (slice(0, 1), slice(1, 8), slice(8, 23))
+        ]
+        loss, dh, dw, db = zip(*parts, strict=True)
+        for a, b in zip((sum(loss), torch.cat(dh), sum(dw), sum(db)), whole, strict=True):
+            assert relative_error(a, b) < 1e-13
+        nll = -F.linear(hidden, weight, bias).log_softmax(-1).gather(1, labels.clamp_min(0))
+        assert relative_error(whole[0], (u * nll)[labels != IGNORE].sum() / total) < 1e-13
+
+    @functions
+    @pytest.mark.parametrize("rows", [0, 6])
+    def test_all_zero(self, device, function, rows, kernels):
+        case = loss_case(rows, 8, 50, 4, torch.float32, device, bias=True)
+        for reduction in ("mean", "sum", "none"):
+            options = dict(label_weights=torch.zeros(rows, 4, device=device), reduction=reduction, z_loss=0.1)
+            assert not any(r.any() for r in loss_and_gradients(function, *case, **options))
+
+    def test_strides_and_leading_dimensions(self, device):
+        hidden, weight, bias, labels = loss_case(12, 8, 50, 4, torch.float32, device)
+        u = some_weights(labels)
+        expected = fused(hidden, weight, bias, labels, label_weights=u)
+        shaped = hidden.view(2, 6, 8), weight, bias, labels.view(2, 6, 4)
+        strided = u.T.contiguous().T.view(2, 6, 4)
+        assert not strided.is_contiguous()
+        assert torch.equal(fused(*shaped, label_weights=strided), expected)
 
 
 class TestObjectiveAlt:

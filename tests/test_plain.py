@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from helpers.cases import FUNCTIONS, embedding_case, fused, loss_and_gradients, loss_case
+from helpers.cases import FUNCTIONS, embedding_case, fused, loss_and_gradients, loss_case, some_weights
 from tst_ext import bag_embedding, multi_hot_cross_entropy
 from tst_ext.ops import plain
 
@@ -35,7 +35,7 @@ class TestMeta:
         "options",
         [
             {},
-            {"reduction": "none", "position_weights": "power_law"},
+            {"reduction": "none", "position_weights": "power_law", "label_weights": some_weights},
             {"objective": "mce_alt", "logit_softcap": 2.0, "z_loss": 0.1, "label_smoothing": 0.1, "normalizer": 3},
         ],
         ids=str,

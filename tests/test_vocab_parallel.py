@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import tst_ext
-from helpers.cases import IGNORE, fused, generator, loss_and_gradients, loss_case, magnitudes, plain
+from helpers.cases import IGNORE, fused, generator, loss_and_gradients, loss_case, magnitudes, plain, some_weights
 from helpers.model import OPTIONS, step
 from helpers.numerics import assert_accurate
 from helpers.processes import in_processes, needs_gloo
@@ -45,6 +45,8 @@ def check_case(case, rank, upstream=1.3, **options):
 ALL = {
     **{name: options for name, options in OPTIONS.items() if not {"return_lse", "return_z_loss"} & options.keys()},
     "none_mce_alt": dict(objective="mce_alt", reduction="none", label_smoothing=0.1, z_loss=1e-2),
+    "label_weights": dict(label_weights=some_weights, bias=True, z_loss=1e-2, label_smoothing=0.1, chunk_size=5),
+    "none_label_weights": dict(label_weights=some_weights, reduction="none", position_weights="power_law"),
     "softcap_alt": dict(objective="mce_alt", logit_softcap=3.0, normalizer=11, chunk_size=1),
 }
 

@@ -45,7 +45,12 @@ def check_integer(name: str, value: int, least: int = -(2**63)) -> None:
         raise ValueError(f"{name}: expected {wanted}, got {value!r}")
 
 
+def is_readable(tensor: Tensor) -> bool:
+    """Tell whether reading a tensor's numbers waits for nothing: on the CPU, and not while tracing."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+    return plain and not torch.compiler.is_compiling()
+
+
 def values_of(tensor: Tensor) -> list[float] | None:
-    """The numbers of a small tensor where reading them costs nothing: on the CPU, and not while tracing."""
-    readable = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
-    return tensor.flatten().tolist() if readable and not torch.compiler.is_compiling() else None
+    """The numbers of a small tensor where reading them costs nothing."""
+    return tensor.flatten().tolist() if is_readable(tensor) else None

@@ -14,7 +14,7 @@ from .ops import bag_embedding, linear_multi_hot_cross_entropy
 __all__ = ["BagEmbedding", "LinearMultiHotCrossEntropy"]
 
 OPTIONS = set(inspect.signature(linear_multi_hot_cross_entropy).parameters) - {
-    "hidden", "weight", "labels", "bias", "logit_softcap"
+    "hidden", "weight", "labels", "bias", "label_weights", "logit_softcap"
 }  # fmt: skip
 
 

@@ -46,6 +46,7 @@ def multi_hot_cross_entropy(
     labels: Tensor,
     *,
     position_weights: Tensor | None = None,
+    label_weights: Tensor | None = None,
     objective: str = "mce",
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -78,15 +79,16 @@ def multi_hot_cross_entropy(
         fit = lse - z.masked_fill(outside, -math.inf).logsumexp(-1)
         loss = ((1 - label_smoothing) * fit + label_smoothing * (lse - z.mean(-1)))[:, None]  # [N, 1]
         valid, w = valid.any(1, keepdim=True), w[:, :1]
+    u = valid.to(z) if label_weights is None else torch.where(valid, label_weights.to(z), 0)
     if normalizer is not None:
         scale = w / normalizer
     elif reduction == "mean":  # for each position the mean over its valid rows, then over the positions that have any
-        count = valid.sum(0)
+        count = u.sum(0)
         w = torch.where(count > 0, w, 0)
         scale = w / (w.sum(1, keepdim=True) * count)
     else:
         scale = w / w.sum(1, keepdim=True)
-    scale = torch.where(valid & (w != 0), scale, 0)
+    scale = torch.where(valid & (w != 0), u * scale, 0)
     rows = (scale * loss.where(scale != 0, 0)).sum(1)
     if z_loss:
         rows = rows + z_loss * scale.sum(1) * lse.square()

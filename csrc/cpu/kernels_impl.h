@@ -356,12 +356,13 @@ template <typename T>
 double read_targets(const LossRows& a, int64_t r, const T* x, std::vector<Target>& targets) {
   using A = Acc<T>;
   const int64_t* labels = a.labels + r * a.bag_size;
+  const double* weights = a.position_scale + r * a.scale_stride;
   const A cap = static_cast<A>(a.options.logit_softcap);
   double scale = 0;
   targets.clear();
   for (int64_t i = 0; i < a.bag_size; ++i) {
-    if (labels[i] == a.options.ignore_index || a.position_scale[i] == 0) continue;
-    scale = a.options.objective == Objective::kMceAlt ? a.position_scale[0] : scale + a.position_scale[i];
+    if (labels[i] == a.options.ignore_index || weights[i] == 0) continue;
+    scale = a.options.objective == Objective::kMceAlt ? weights[0] : scale + weights[i];
     auto target = targets.begin();
     while (target != targets.end() && target->label != labels[i]) ++target;
     if (target == targets.end()) {
@@ -369,7 +370,7 @@ double read_targets(const LossRows& a, int64_t r, const T* x, std::vector<Target
           a.partial ? a.label_logits[r * a.bag_size + i] : capped(Vec<A>{} + load_one(x + labels[i]), cap)[0];
       target = targets.insert(target, {labels[i], z, 0.0});
     }
-    target->pull += a.position_scale[i];
+    target->pull += weights[i];
   }
   return scale;
 }

@@ -12,31 +12,33 @@ namespace tst::cpu {
 
 class RowLoss {
  public:
-  // labels [..., s] for `rows` rows; position_scale [s]; grad_loss a scalar or one number a row; grad_lse one a row.
+  // labels [..., s] for `rows` rows; position_scale [s] or [rows, s]; grad_loss a scalar or one number a row; grad_lse
+  // one a row.
   RowLoss(int64_t rows, int64_t vocabulary, const Tensor& labels, const Tensor& position_scale,
           const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_lse, const LossOptions& options)
-      : labels_(as_int64("labels", labels)),
-        position_scale_(numbers("position_scale", position_scale)),
-        loss_(rows),
-        lse_(rows) {
-    const int64_t bag_size = static_cast<int64_t>(position_scale_.size()), count = labels_.numel();
-    STD_TORCH_CHECK(bag_size >= 1 && count == rows * bag_size,
-                    "labels, position_scale: expected [..., s] for each row, and [s]");
+      : labels_(as_int64("labels", labels)), position_scale_(numbers(position_scale)), loss_(rows), lse_(rows) {
+    const int64_t count = labels_.numel(), dims = position_scale.dim();
+    const int64_t bag_size = dims == 1 || dims == 2 ? position_scale.size(dims - 1) : 0;
+    STD_TORCH_CHECK(bag_size >= 1 && count == rows * bag_size && (dims == 1 || position_scale.size(0) == rows),
+                    "labels, position_scale: expected [..., s] for each row, and [s] or [rows, s]");
     const int64_t* data = labels_.const_data_ptr<int64_t>();
     const int64_t bad = find_out_of_range(data, count, vocabulary, options.ignore_index);
     if (bad >= 0) throw_out_of_range("labels", labels_, data, bad, vocabulary);
     if (grad_loss) {
-      grad_loss_ = numbers("grad_loss", *grad_loss);
+      grad_loss_ = numbers(*grad_loss);
       if (grad_loss->dim() == 0) grad_loss_.resize(rows, grad_loss_[0]);
-      STD_TORCH_CHECK(static_cast<int64_t>(grad_loss_.size()) == rows, "grad_loss: expected a scalar or one a row");
+      STD_TORCH_CHECK(grad_loss->dim() <= 1 && static_cast<int64_t>(grad_loss_.size()) == rows,
+                      "grad_loss: expected a scalar or one a row");
     }
     if (grad_lse) {
-      grad_lse_ = numbers("grad_lse", *grad_lse);
-      STD_TORCH_CHECK(static_cast<int64_t>(grad_lse_.size()) == rows, "grad_lse: expected one number a row");
+      grad_lse_ = numbers(*grad_lse);
+      STD_TORCH_CHECK(grad_lse->dim() == 1 && static_cast<int64_t>(grad_lse_.size()) == rows,
+                      "grad_lse: expected one number a row");
     }
     args_.vocabulary = vocabulary;
     args_.bag_size = bag_size;
     args_.position_scale = position_scale_.data();
+    args_.scale_stride = dims == 2 ? bag_size : 0;
     args_.options = options;
   }
 
@@ -71,6 +73,7 @@ class RowLoss {
     args.logits = gradient ? logits.mutable_data_ptr() : const_cast<void*>(logits.const_data_ptr());
     args.stride = logits.stride(0);
     args.labels = labels_.const_data_ptr<int64_t>() + start * args.bag_size;
+    args.position_scale += start * args.scale_stride;
     args.gradient = gradient;
     args.grad_loss = grad_loss_.empty() ? nullptr : grad_loss_.data() + start;
     args.grad_lse = grad_lse_.empty() ? nullptr : grad_lse_.data() + start;
@@ -82,8 +85,7 @@ class RowLoss {
                                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }
 
-  static std::vector<double> numbers(const char* name, const Tensor& tensor) {
-    STD_TORCH_CHECK(tensor.dim() <= 1, name, ": expected at most one dimension");
+  static std::vector<double> numbers(const Tensor& tensor) {
     const Tensor wide = torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Double));
     const double* data = wide.const_data_ptr<double>();
     return std::vector<double>(data, data + wide.numel());

@@ -45,9 +45,9 @@ void loss_rows(const Tensor& logits, const Tensor& labels, const Tensor& positio
     return torch::stable::contiguous(torch::stable::to(tensor, wide));
   };
   const Tensor bags = as_int64("labels", labels), scale = numbers("position_scale", position_scale);
-  const int64_t bag_size = scale.numel();
-  STD_TORCH_CHECK(scale.dim() == 1 && bag_size >= 1 && bags.numel() == rows * bag_size,
-                  "labels, position_scale: expected [..., s] for each row, and [s]");
+  const int64_t dims = scale.dim(), bag_size = dims == 1 || dims == 2 ? scale.size(dims - 1) : 0;
+  STD_TORCH_CHECK(bag_size >= 1 && bags.numel() == rows * bag_size && (dims == 1 || scale.size(0) == rows),
+                  "labels, position_scale: expected [..., s] for each row, and [s] or [rows, s]");
   std::optional<Tensor> g, u;
   if (grad_loss) g = numbers("grad_loss", *grad_loss);
   if (grad_lse) u = numbers("grad_lse", *grad_lse);
@@ -73,6 +73,7 @@ void loss_rows(const Tensor& logits, const Tensor& labels, const Tensor& positio
     a.labels = data<int64_t>(bags);
     a.bag_size = static_cast<int>(bag_size);
     a.position_scale = data<A>(scale);
+    a.scale_stride = dims == 2 ? bag_size : 0;
     a.options = options;
     a.grad_loss = g ? data<A>(*g) : nullptr;
     a.grad_loss_stride = g && g->dim() == 1;

@@ -118,19 +118,30 @@ def loss_case(rows, dim, vocabulary, bag_size, dtype, device, seed=0, ignored=0.
     return hidden, weight, b, labels.to(device)
 
 
+def some_weights(labels):
+    """A value of the option label_weights for any labels: from 0 to 4, a third of them 0."""
+    return torch.randint(-2, 5, labels.shape, generator=generator(labels.numel())).clamp_min(0).to(labels.device) / 3
+
+
+def resolved(options, labels):
+    weights = options.get("label_weights")
+    return dict(options, label_weights=weights(labels)) if callable(weights) else options
+
+
 def fused(hidden, weight, bias, labels, **options):
-    return linear_multi_hot_cross_entropy(hidden, weight, labels, bias=bias, **options)
+    return linear_multi_hot_cross_entropy(hidden, weight, labels, bias=bias, **resolved(options, labels))
 
 
 def on_logits(hidden, weight, bias, labels, chunk_size=None, **options):
-    return multi_hot_cross_entropy(F.linear(hidden, weight, bias), labels, **options)
+    return multi_hot_cross_entropy(F.linear(hidden, weight, bias), labels, **resolved(options, labels))
 
 
 def on_logits_inplace(hidden, weight, bias, labels, chunk_size=None, **options):
-    return multi_hot_cross_entropy(F.linear(hidden, weight, bias), labels, inplace=True, **options)
+    return on_logits(hidden, weight, bias, labels, inplace=True, **options)
 
 
 def plain(hidden, weight, bias, labels, chunk_size=None, **options):
+    options = dict(resolved(options, labels))
     if isinstance(options.get("position_weights"), str):
         options["position_weights"] = position_weights(
             options["position_weights"], labels.shape[-1], device=hidden.device, dtype=torch.float64
@@ -157,8 +168,9 @@ def magnitudes(hidden, weight, bias, labels, upstream, options):
     reduction = options.get("reduction", "mean")
     row_options = LossOptions(objective=objective, ignore_index=ignored)
     scale = position_scale_of(  # what one label of a position weighs
-        labels, hidden, row_options, reduction, options.get("normalizer"), options.get("position_weights")
-    )
+        labels, hidden, row_options, reduction, options.get("normalizer"), options.get("position_weights"),
+        resolved(options, labels).get("label_weights"),
+    )  # fmt: skip
     z, cap = F.linear(hidden, weight, bias), options.get("logit_softcap")
     z = z if cap is None else cap * torch.tanh(z / cap)
     valid = labels != ignored

@@ -77,7 +77,7 @@ def in_chunks(
     hidden: Tensor,  # [..., d]
     weight: Tensor,  # [V, d]
     labels: Tensor,  # [..., s]
-    position_scale: Tensor,  # [s]
+    position_scale: Tensor,  # [s] or [N, s]
     *,
     bias: Tensor | None = None,
     grad_loss: Tensor | None = None,
@@ -103,7 +103,7 @@ def in_chunks(
         w = weight.to(compute)
         bias = None if bias is None else bias.to(compute).contiguous()
         (rows, dim), vocabulary = h.shape, len(w)
-        y = labels.reshape(rows, len(position_scale))
+        y = labels.reshape(rows, position_scale.shape[-1])
         loss, lse = (h.new_empty(rows, dtype=dtype) for _ in range(2))
         chunk = -(-rows // max(1, -(-rows // chunk_size)))  # equal parts
         grad_dtype = grad_dtype or dtype
@@ -127,7 +127,7 @@ def in_chunks(
             row_pass(
                 z,
                 y[part],
-                position_scale,
+                position_scale if position_scale.dim() == 1 else position_scale[part],
                 loss[part],
                 lse[part],
                 grad_loss=grad_loss if grad_loss is None or grad_loss.dim() == 0 else grad_loss[part],

@@ -11,7 +11,15 @@ from torch import Tensor
 from .._checks import FLOATING, check_integer, check_same_device, check_tensor
 from .._load import _C
 from . import chunked, vocab_parallel
-from .loss import LossOptions, check_reduction, checked_bags, checked_options, position_scale_of, results
+from .loss import (
+    LossOptions,
+    check_reduction,
+    checked_bags,
+    checked_label_weights,
+    checked_options,
+    position_scale_of,
+    results,
+)
 from .second_derivative import first_derivative, link
 
 
@@ -22,6 +30,7 @@ def linear_multi_hot_cross_entropy(
     *,
     bias: Tensor | None = None,
     position_weights: str | Tensor | None = None,
+    label_weights: Tensor | None = None,
     objective: str = "mce",
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -48,6 +57,9 @@ def linear_multi_hot_cross_entropy(
         bias: `[V]`, in hidden's dtype. -inf takes an entry out of the vocabulary.
         position_weights: weights w_i of the bag positions, 1 by default: a name that `tst_ext.position_weights` knows,
             or a constant tensor `[s]`, finite and >= 0. Not with "mce_alt".
+        label_weights: a weight u for each label, a constant tensor in the shape of labels, finite and >= 0, or a mask.
+            Each label's term is multiplied by its u. The m_i of "mean" is then the weighted mean, with divisor sum u,
+            as that of class weights in `F.cross_entropy`; no other divisor changes. Not with "mce_alt".
         objective: "mce", multi-hot cross-entropy, or "mce_alt", `lse(z) - log sum_{v in set(y)} exp(z_v)`. The latter
             only asks the labels' probabilities to sum to one, and is never negative.
         ignore_index: the label that counts for nothing. With no valid label at all the loss is 0.
@@ -93,7 +105,7 @@ def linear_multi_hot_cross_entropy(
     if bias is not None:
         check_tensor("bias", bias, FLOATING)
     options = LossOptions(objective, ignore_index, logit_softcap, z_loss, label_smoothing)
-    options = checked_options(options, position_weights)
+    options = checked_options(options, position_weights, label_weights)
     check_reduction(reduction, normalizer)
     device_type = hidden.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta has no autocast and raises
@@ -115,7 +127,8 @@ def linear_multi_hot_cross_entropy(
     check_same_device(hidden=hidden, weight=weight, bias=bias)
     rows = vocab_parallel.checked_rows(hidden, tp_group, sequence_parallel)
     bags = checked_bags(labels, rows, hidden, "hidden")
-    scale = position_scale_of(bags, hidden, options, reduction, normalizer, position_weights)
+    weights = checked_label_weights(label_weights, labels, bags)
+    scale = position_scale_of(bags, hidden, options, reduction, normalizer, position_weights, weights)
 
     run: Callable[..., tuple[Tensor, ...]] = torch.ops.tst_ext.linear_multi_hot_cross_entropy
     apply = _LinearMultiHotCrossEntropy.apply

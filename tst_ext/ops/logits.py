@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATING, check_tensor
-from .loss import LossOptions, check_reduction, checked_bags, checked_options, position_scale_of, results
+from .loss import (
+    LossOptions,
+    check_reduction,
+    checked_bags,
+    checked_label_weights,
+    checked_options,
+    position_scale_of,
+    results,
+)
 from .second_derivative import first_derivative, link
 
 
@@ -16,6 +24,7 @@ def multi_hot_cross_entropy(
     labels: Tensor,
     *,
     position_weights: str | Tensor | None = None,
+    label_weights: Tensor | None = None,
     objective: str = "mce",
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -42,7 +51,7 @@ def multi_hot_cross_entropy(
     """
     check_tensor("logits", logits, FLOATING)
     options = LossOptions(objective, ignore_index, logit_softcap, z_loss, label_smoothing)
-    options = checked_options(options, position_weights)
+    options = checked_options(options, position_weights, label_weights)
     check_reduction(reduction, normalizer)
     if logits.dim() < 1:
         raise ValueError("logits: expected [..., V], got a 0-d tensor")
@@ -53,7 +62,8 @@ def multi_hot_cross_entropy(
         )
     rows = logits.shape[:-1]
     bags = checked_bags(labels, rows, logits, "logits")
-    scale = position_scale_of(bags, logits, options, reduction, normalizer, position_weights)
+    weights = checked_label_weights(label_weights, labels, bags)
+    scale = position_scale_of(bags, logits, options, reduction, normalizer, position_weights, weights)
     loss, lse = _MultiHotCrossEntropy.apply(logits, labels, scale, options, reduction == "none", inplace, link(logits))
     return results(loss, lse, rows, bags, scale, options, reduction, return_lse, return_z_loss)
 

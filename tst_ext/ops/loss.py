@@ -6,7 +6,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import FLOATING, INTEGER, check_integer, check_number, check_same_device, check_tensor, values_of
+from .._checks import (
+    FLOATING,
+    INTEGER,
+    check_integer,
+    check_number,
+    check_same_device,
+    check_tensor,
+    is_readable,
+    values_of,
+)
 from ..bags import resolved_position_weights
 
 
@@ -20,12 +29,16 @@ class LossOptions(NamedTuple):
     label_smoothing: float = 0.0
 
 
-def checked_options(options: LossOptions, position_weights: str | Tensor | None) -> LossOptions:
+def checked_options(
+    options: LossOptions, position_weights: str | Tensor | None, label_weights: Tensor | None
+) -> LossOptions:
     """Return the options in the types of the ops, or raise ValueError for one out of its range."""
     if options.objective not in ("mce", "mce_alt"):
         raise ValueError(f"objective: expected 'mce' or 'mce_alt', got {options.objective!r}")
-    if options.objective == "mce_alt" and position_weights is not None:
-        raise ValueError("position_weights: objective 'mce_alt' sees a bag as a set, which has no positions")
+    if options.objective == "mce_alt":
+        for name, given in (("position_weights", position_weights), ("label_weights", label_weights)):
+            if given is not None:
+                raise ValueError(f"{name}: objective 'mce_alt' takes the labels of a bag as a set, without weights")
     check_integer("ignore_index", options.ignore_index)
     cap = options.logit_softcap
     if cap is not None:
@@ -70,6 +83,24 @@ def checked_bags(labels: Tensor, rows: torch.Size, like: Tensor, name: str) -> T
     return labels.reshape(math.prod(rows), bag_size)
 
 
+def checked_label_weights(given: Tensor | None, labels: Tensor, bags: Tensor) -> Tensor | None:
+    """Return the weights of the labels, in the shape of `bags`, `[N, s]`."""
+    if given is None:
+        return None
+    check_tensor("label_weights", given, (*FLOATING, *INTEGER, torch.bool))
+    check_same_device(labels=labels, label_weights=given)
+    if given.shape != labels.shape or given.requires_grad:
+        raise ValueError(
+            f"label_weights: expected a constant tensor of the shape of labels, {tuple(labels.shape)}, got shape "
+            f"{tuple(given.shape)}, requires_grad={given.requires_grad}"
+        )
+    if given.numel() and is_readable(given):
+        least, most = (float(value) for value in given.aminmax())
+        if not 0 <= least <= most <= torch.finfo(torch.float32).max:
+            raise ValueError(f"label_weights: expected finite float32 numbers >= 0, got numbers from {least} to {most}")
+    return given.reshape(bags.shape)
+
+
 def position_scale_of(
     labels: Tensor,  # [N, s]
     like: Tensor,
@@ -77,14 +108,21 @@ def position_scale_of(
     reduction: str,
     normalizer: float | Tensor | None,
     position_weights: str | Tensor | None,
+    label_weights: Tensor | None = None,  # [N, s]
 ) -> Tensor:
-    """Weigh a valid label of each position in the loss: `[s]`; for mce_alt a row, s times. Waits for no device."""
+    """Weigh a valid label in the loss: each position's `[s]`, or each label's `[N, s]` if there are `label_weights`.
+
+    For mce_alt this is what a row weighs, s times. Waits for no device.
+    """
     dtype = torch.promote_types(like.dtype, torch.float32)
     given = resolved_position_weights(position_weights, labels.shape[1], like)
     if given is None:
         w = labels.new_ones(labels.shape[1], dtype=dtype)
     else:
         w = given.to(torch.promote_types(given.dtype, dtype))
+    u = label_weights
+    if u is not None:
+        u = torch.where(labels == options.ignore_index, 0, u.to(torch.promote_types(u.dtype, dtype)))
     divisor: float | Tensor
     if normalizer is not None:
         divisor = normalizer.to(w.device) if isinstance(normalizer, Tensor) else normalizer
@@ -94,20 +132,25 @@ def position_scale_of(
             valid = labels != options.ignore_index
             if options.objective == "mce_alt":
                 valid = valid.any(1, keepdim=True).expand_as(valid)
-            count = valid.sum(0).to(w.dtype)
+            if u is None:
+                count = valid.sum(0).to(w.dtype)
+            elif u.numel():
+                u = torch.where(u == 0, 0, u / u.amax())  # so that their sum is finite
+                count = u.sum(0)
             w = torch.where(count == 0, 0, w)
         if options.objective == "mce":
             w = torch.where(w == 0, 0, w / w.amax())  # so that their sum is finite too
             count = count * w.sum()
         divisor = count
-    return torch.where(w == 0, 0, w / divisor).to(dtype)  # 0 / 0 where a position, or the batch, has no valid label
+    scale = torch.where(w == 0, 0, w / divisor)  # 0 / 0 where a position, or the batch, has no valid label
+    return (scale if u is None else torch.where(u == 0, 0, u * scale)).to(dtype)
 
 
 def row_scale_of(labels: Tensor, position_scale: Tensor, objective: str, ignore_index: int) -> Tensor:
     """Weigh the terms of a row that belong to no label: `[N]`, S of csrc/loss.h."""
     valid = labels != ignore_index
     if objective == "mce_alt":
-        return torch.where(valid.any(1), position_scale[0], 0)
+        return torch.where(valid.any(1), position_scale[..., 0], 0)
     return torch.where(valid, position_scale, 0).sum(1)
 
 
@@ -116,7 +159,7 @@ def results(
     lse: Tensor,  # [N]
     rows: torch.Size,
     labels: Tensor,  # [N, s]
-    position_scale: Tensor,
+    position_scale: Tensor,  # [s] or [N, s]
     options: LossOptions,
     reduction: str,
     return_lse: bool,

@@ -99,7 +99,7 @@ def _rows(
     options: LossOptions,
     logits: Tensor,  # [N, V of this process], overwritten by their gradient if asked for
     labels: Tensor,  # [N, s]
-    position_scale: Tensor,  # [s]
+    position_scale: Tensor,  # [s] or [N, s]
     loss: Tensor,  # [N]
     lse: Tensor,  # [N]
     *,
