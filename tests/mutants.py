@@ -115,7 +115,7 @@ CPP: dict[str, list[Mutant]] = {
         Mutant("label-slope", "1 - (t.logit / cap) * (t.logit / cap);", "1;",
                "derivative of the softcap forgotten at labels"),
         # The set objective.
-        Mutant("set-clamp", "nll < 0 ? 0.0 : nll", "nll", "loss below 0 by rounding"),
+        Mutant("loss-clamp", "x < 0 ? 0.0 : x", "x", "loss below 0 by rounding"),
         Mutant("set-masked", "t.logit == best ? 1.0 : std::exp(t.logit - best)", "std::exp(t.logit - best)",
                "NaN where all labels are masked"),
         Mutant("set-share", "t.pull *= scale / total;", "t.pull *= scale;", "pulls not divided by their total"),

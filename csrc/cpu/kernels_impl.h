@@ -379,16 +379,16 @@ double read_targets(const LossRows& a, int64_t r, const T* x, std::vector<Target
 RowTerms<double> finish_row(const LossRows& a, int64_t r, const RowSums<double>& sums, double scale,
                             std::vector<Target>& targets) {
   const double m = sums.maximum, log_sum = std::log(sums.exps);
+  const auto positive = [](double x) { return x < 0 ? 0.0 : x; };  // labels are columns: below 0 only by rounding
   double fit = 0;
   if (a.options.objective == Objective::kMceAlt) {
     double best = -std::numeric_limits<double>::infinity(), total = 0;
     for (const Target& t : targets) best = t.logit > best ? t.logit : best;
     for (Target& t : targets) total += t.pull = t.logit == best ? 1.0 : std::exp(t.logit - best);
     for (Target& t : targets) t.pull *= scale / total;
-    const double nll = (m - best) + log_sum - std::log(total);
-    fit = scale * (nll < 0 ? 0.0 : nll);  // the labels are part of the vocabulary: below 0 only by rounding
+    fit = scale * positive((m - best) + log_sum - std::log(total));
   } else {
-    for (const Target& t : targets) fit += t.pull * ((m - t.logit) + log_sum);
+    for (const Target& t : targets) fit += t.pull * positive((m - t.logit) + log_sum);
   }
   return row_terms<double>(a.options, sums, log_sum, scale, fit, a.grad_loss ? a.grad_loss[r] : 1.0,
                            a.grad_lse ? a.grad_lse[r] : 0.0);
