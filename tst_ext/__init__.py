@@ -6,7 +6,17 @@ maths in plain torch.
 """
 
 from . import nn as nn  # an attribute, but not of import *: it would rebind torch.nn, which users call nn
-from .bags import document_offsets, fold_inputs, fold_labels, position_weights
+from .bags import (
+    bag_entropy,
+    bag_positions,
+    cu_bags,
+    document_offsets,
+    fold_inputs,
+    fold_labels,
+    join_documents,
+    position_weights,
+    slide_labels,
+)
 from .ops import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 from .schedule import SuperpositionSchedule
 from .setup_check import check_setup
@@ -16,11 +26,16 @@ __version__ = "0.1.0"
 __all__ = [
     "SuperpositionSchedule",
     "bag_embedding",
+    "bag_entropy",
+    "bag_positions",
     "check_setup",
+    "cu_bags",
     "document_offsets",
     "fold_inputs",
     "fold_labels",
+    "join_documents",
     "linear_multi_hot_cross_entropy",
     "multi_hot_cross_entropy",
     "position_weights",
+    "slide_labels",
 ]
