@@ -79,6 +79,14 @@ class TestRun:
         assert [m["phase"] for m in metrics] == ["superposition"] * 12 + ["recovery"] * 18
         assert [m["lr"] for m in metrics] == [learning_rate(tiny.optimizer, 30, step) for step in range(30)]
 
+    def test_excess_loss_is_the_loss_less_its_floor(self, tiny_run):
+        metrics = [m for m in read_metrics(tiny_run) if "loss" in m]
+        floors = [m["loss"] - m["excess_loss"] for m in metrics]
+        # Bags of 4 tokens that rise by 1, 2 or 3 hold four different ones: log 4. The last bag of each sequence has one
+        # label, whose loss can be 0; the four of them weigh 1/64.
+        assert floors[:12] == pytest.approx([math.log(4) * (1 - 1 / 64)] * 12, rel=1e-3)
+        assert floors[12:] == [0] * 18
+
     def test_both_arms_start_from_the_same_weights(self, tiny, tmp_path, monkeypatch):
         starts = []
         original = Transformer.__init__

@@ -12,12 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.training import write_split
-from tst_ext import linear_multi_hot_cross_entropy, position_weights
+from tst_ext import linear_multi_hot_cross_entropy, multi_hot_cross_entropy, position_weights
 from tst_ext.train import flops, loop, metrics
 from tst_ext.train.batches import PADDING
 from tst_ext.train.config import ModelConfig, SuperpositionConfig
 from tst_ext.train.files import UserError
-from tst_ext.train.loop import loss_options, train
+from tst_ext.train.loop import loss_floor, loss_options, train
 from tst_ext.train.metrics import read_metrics
 from tst_ext.train.model import Transformer
 from tst_ext.train.optimizer import reinitialise
@@ -145,6 +145,32 @@ class TestLossOptions:
             hidden, weight, labels, objective=options.get("objective", "mce"), **names
         ).item()
         assert sum(parts) / 3 == pytest.approx(whole, rel=1e-6)  # weights are float32
+
+    @pytest.mark.parametrize("name", ["uniform", "power_law"])
+    def test_the_floor_is_the_least_loss(self, name):
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.randint(9, (2, 12, 4), generator=generator)
+        labels[torch.rand(labels.shape, generator=generator) < 0.3] = PADDING
+        labels[1, 5] = PADDING
+        counts = (labels != PADDING).sum((0, 1))
+        arguments = loss_options(SuperpositionConfig(position_weights=name), tuple(counts.tolist()), world=2)
+
+        def loss(logits):
+            return multi_hot_cross_entropy(logits, labels, **arguments).item()
+
+        weight = torch.where(labels == PADDING, 0, arguments["position_weights"]).double()
+        shares = (torch.nn.functional.one_hot(labels.clamp(0), 9) * weight[..., None]).sum(2)
+        best = (shares / shares.sum(-1, keepdim=True).clamp_min(1e-9) + 1e-30).log()
+        floor = loss_floor(labels, arguments).item()
+        assert 0.1 < floor == pytest.approx(loss(best), rel=1e-6)
+        parts = [loss_floor(part, arguments).item() for part in labels.split([5, 7], dim=1)]
+        assert sum(parts) == pytest.approx(floor, rel=1e-6)
+        assert loss(best + 0.1 * torch.randn(best.shape, generator=generator)) > floor + 1e-4
+
+    def test_no_floor_for_tokens_and_for_sets(self):
+        assert loss_floor(torch.zeros(2, 3, dtype=torch.long), loss_options(SuperpositionConfig(), (6,), 1)) == 0
+        sets = loss_options(SuperpositionConfig(objective="mce_alt"), (6, 6), 1)
+        assert loss_floor(torch.arange(12).view(2, 3, 2), sets) == 0
 
     def test_a_position_without_labels_drops_out(self):
         arguments = loss_options(SuperpositionConfig(), (3, 0), world=1)

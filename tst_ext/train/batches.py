@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..bags import document_offsets, fold_inputs, fold_labels
+from ..bags import document_offsets, fold_inputs, fold_labels, slide_labels
 from .config import TrainConfig
 from .data import Shard
 from .files import UserError, check
@@ -90,17 +90,20 @@ def read_batch(shard: Shard, config: TrainConfig, bag_size: int, step: int, rank
     else:
         ids, labels = shard.batch(config.seed, step, sequences, _window(config, s), rows)
     if s > 1 and options.sides == "output":
-        labels = labels.unfold(1, s, 1)  # [b, l, s]: the s tokens after each
-        if not options.straddle:
-            labels = _within_document(labels, ids == shard.end_of_text)  # type: ignore[arg-type]
-        ids = ids[:, : config.latent_tokens]
+        if options.straddle:
+            labels = slide_labels(labels, s, shifted=True)
+        else:
+            assert shard.end_of_text is not None
+            text = torch.cat((ids[:, :1], labels), 1)  # with the last label, which may be of the last document
+            labels = slide_labels(text, s, shifted=False, cu_seqlens=document_offsets(text, shard.end_of_text))
+        ids, labels = ids[:, : config.latent_tokens], labels[:, : config.latent_tokens]
     elif s > 1:
-        documents: dict[str, Any] = {}
+        folds: dict[str, Any] = {}
         if not options.straddle:
             assert shard.end_of_text is not None
             # The fold keeps its shape: what short bags displace is dropped.
-            documents = {"cu_seqlens": document_offsets(ids, shard.end_of_text), "num_bags": ids.shape[1] // s}
-        ids, labels = fold_inputs(ids, s, **documents), fold_labels(labels, s, shifted=True, **documents)
+            folds = {"cu_seqlens": document_offsets(ids, shard.end_of_text), "num_bags": ids.shape[1] // s}
+        ids, labels = fold_inputs(ids, s, **folds), fold_labels(labels, s, shifted=True, **folds)
         if options.sides == "input":
             labels = labels[..., 0]  # the first token of the next bag is the next token
     # Without documents all sequences are alike. NumPy's count takes 60 us less than torch's.
@@ -108,14 +111,6 @@ def read_batch(shard: Shard, config: TrainConfig, bag_size: int, step: int, rank
     counts = np.atleast_1d(np.count_nonzero(counted.numpy() != PADDING, axis=(0, 1))) * times
     tokens = ids.numel() if options.straddle else np.count_nonzero(ids.numpy() != PADDING)
     return Batch(ids.contiguous(), labels.contiguous(), counts.tolist(), int(tokens))
-
-
-def _within_document(labels: Tensor, ended: Tensor) -> Tensor:
-    """Ignore labels `[b, l, s]` beyond the end of their position's document; `ended` `[b, l + s - 1]` marks ends."""
-    document = torch.nn.functional.pad(ended.cumsum(1), (1, 0))  # [b, l + s], of each token: how many ended before it
-    length, s = labels.shape[1:]
-    same = document[:, 1:].unfold(1, s, 1) == document[:, :length, None]
-    return labels.masked_fill(~same, PADDING)
 
 
 @contextmanager

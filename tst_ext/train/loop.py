@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from .. import SuperpositionSchedule, position_weights
+from .. import SuperpositionSchedule, bag_entropy, position_weights
 from . import checkpoint
 from .batches import PADDING, Batch, ahead, check_batches, read_batch
 from .config import SuperpositionConfig, TrainConfig, config_dict
@@ -57,6 +57,19 @@ def loss_options(
         "position_weights": (weights / rows.clamp(min=1)).float().to(device, non_blocking=True),
         "normalizer": weights.sum().item() / world,
     }
+
+
+def loss_floor(labels: Tensor, options: dict[str, Any]) -> Tensor:
+    """Return the least that the loss of `labels` `[b, l]` or `[b, l, s]` under `loss_options` can be: a 0-d tensor.
+
+    A bag's loss is at least its entropy, times the weight of its labels in the loss. For next tokens, and for
+    "mce_alt", which asks only that a bag's labels have probability 1 together, it is 0.
+    """
+    if labels.dim() == 2 or "objective" in options:
+        return torch.zeros((), device=labels.device)
+    weights = options["position_weights"]
+    row = torch.where(labels == PADDING, 0, weights).sum(-1)
+    return (row * bag_entropy(labels, position_weights=weights)).sum() / options["normalizer"]
 
 
 @torch.no_grad()
@@ -225,7 +238,10 @@ def _train(
                     raise UserError(f"step {step}: {values}; a lower learning rate or clip may help")
             if report:
                 phase = "superposition" if step < schedule.switch_step else "recovery"
-                line = {"step": step + 1, "phase": phase, "loss": value, "lr": lr, "grad_norm": norm.item()}
+                # In no other step: 16,384 bags of 6 take 5 ms on one core.
+                floor = processes.sum(loss_floor(batch.labels.to(processes.device), loss_arguments)).item()
+                line = {"step": step + 1, "phase": phase, "loss": value, "excess_loss": value - floor / processes.world}
+                line |= {"lr": lr, "grad_norm": norm.item()}
                 line |= meter.report(step + 1, state["data_tokens"])
                 metrics.write(line)
                 held = "" if state["val_loss"] is None else f" held-out {state['val_loss']:.3f}"
