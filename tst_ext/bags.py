@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import FLOATING, INTEGER, check_integer, check_number, check_tensor, values_of
+from ._checks import FLOATING, INTEGER, check_integer, check_number, check_tensor, moved, values_of
 
 __all__ = [
     "bag_entropy",
@@ -382,12 +382,10 @@ def resolved_position_weights(given: str | Tensor | None, bag_size: int, like: T
         dtype = torch.promote_types(like.dtype, torch.float32)
         return position_weights(given, bag_size, device=like.device, dtype=dtype)
     check_constant_weights(given, bag_size)
-    if given.is_meta and not like.is_meta:
-        raise ValueError(f"position_weights: expected a tensor with values for {like.device}, got one on meta")
     for i, w in enumerate(values_of(given) or ()):
         if not 0 <= w <= torch.finfo(torch.float32).max:
             raise ValueError(f"position_weights[{i}]: expected a finite float32 number >= 0, got {w}")
-    return given.to(like.device)
+    return moved("position_weights", given, like.device)
 
 
 def bag_entropy(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import FLOATING, check_integer, check_same_device, check_tensor
+from .._checks import FLOATING, check_integer, check_same_device, check_tensor, is_readable, is_traced
 from .._load import _C
 from . import chunked, vocab_parallel
 from .loss import (
@@ -20,7 +20,7 @@ from .loss import (
     position_scale_of,
     results,
 )
-from .second_derivative import first_derivative, link
+from .second_derivative import Function, first_derivative, link
 
 
 def linear_multi_hot_cross_entropy(
@@ -181,7 +181,7 @@ def _run(
     )
 
 
-class _LinearMultiHotCrossEntropy(torch.autograd.Function):
+class _LinearMultiHotCrossEntropy(Function):
     @staticmethod
     def forward(
         hidden: Tensor,
@@ -235,23 +235,24 @@ def _graph_is_kept() -> bool:
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `gradient * factor`, rounded to dtype once, if possible without a second gradient."""
-    # Not in place in a graph that is kept: a second backward would find the gradient changed.
-    compiling = torch.compiler.is_compiling()
-    kept = compiling or _graph_is_kept()
+    # Not in place in a graph that is kept or traced: a second backward would find the gradient changed.
+    traced = is_traced(gradient, factor)
+    kept = traced or _graph_is_kept()
     on_cpu = gradient.device.type == "cpu"
-    if not compiling and (gradient.dtype == torch.bfloat16 or (gradient.dtype != dtype and not on_cpu)):
+    if not traced and (gradient.dtype == torch.bfloat16 or (gradient.dtype != dtype and not on_cpu)):
         gradient = gradient.contiguous()  # as it is, unless a hook of saved tensors has changed its strides
         scaled = torch.empty_like(gradient, dtype=dtype) if kept or gradient.dtype != dtype else gradient
         torch.ops.tst_ext.scaled_copy_(scaled, gradient, factor)
         return scaled
     if kept:
         return (gradient * factor.reshape(1)).to(dtype)  # [1]: a scalar would be rounded to a bfloat16 gradient's dtype
-    if not on_cpu or factor != 1:  # 1 is the usual loss.backward(); reading it is free on the CPU alone
+    if not is_readable(factor) or factor != 1:  # 1 is the usual loss.backward(); reading it is free on the CPU alone
         gradient.mul_(factor)
     if gradient.dtype == dtype:
         return gradient
     rounded = torch.empty_like(gradient, dtype=dtype)
-    _C.advise_huge_pages(rounded.data_ptr(), rounded.nbytes)
+    if is_readable(rounded):
+        _C.advise_huge_pages(rounded.data_ptr(), rounded.nbytes)
     return rounded.copy_(gradient)
 
 
