@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._checks import FLOATING, INTEGER, check_integer, check_same_device, check_tensor
 from ..bags import resolved_position_weights
-from .second_derivative import first_derivative, link
+from .second_derivative import Function, first_derivative, link
 
 
 def bag_embedding(
@@ -59,7 +59,7 @@ def bag_embedding(
     return _BagEmbedding.apply(input_ids, weight, mode, padding_idx, weights, link(weight))
 
 
-class _BagEmbedding(torch.autograd.Function):
+class _BagEmbedding(Function):
     @staticmethod
     def forward(
         input_ids: Tensor,

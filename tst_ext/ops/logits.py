@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import FLOATING, check_tensor
+from .._checks import FLOATING, check_tensor, is_batched
 from .loss import (
     LossOptions,
     check_reduction,
@@ -16,7 +16,7 @@ from .loss import (
     position_scale_of,
     results,
 )
-from .second_derivative import first_derivative, link
+from .second_derivative import Function, first_derivative, link
 
 
 def multi_hot_cross_entropy(
@@ -68,7 +68,7 @@ def multi_hot_cross_entropy(
     return results(loss, lse, rows, bags, scale, options, reduction, return_lse, return_z_loss)
 
 
-class _MultiHotCrossEntropy(torch.autograd.Function):
+class _MultiHotCrossEntropy(Function):
     @staticmethod
     def forward(
         logits: Tensor,
@@ -93,6 +93,8 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
     @first_derivative
     def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, labels, position_scale, _ = ctx.saved_tensors
+        if is_batched(grad_loss) or is_batched(grad_lse):
+            return _batched_gradient(ctx, grad_loss, grad_lse), None, None, None, None, None, None
         # A compiler decides about memory itself, and does not see that another op needs these logits.
         inplace = ctx.inplace and not torch.compiler.is_compiling()
         gradient = logits if inplace else logits.clone(memory_format=torch.contiguous_format)
@@ -111,6 +113,31 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
         if inplace:
             torch.autograd.graph.increment_version(logits)  # a second backward finds its saved logits changed
         return gradient, None, None, None, None, None, None
+
+
+def _batched_gradient(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) -> Tensor:
+    """Multiply gradients for upstreams of 1: the row pass writes one tensor, and cannot write a batch."""
+    logits, labels, position_scale, _ = ctx.saved_tensors
+    rows, dtype = math.prod(logits.shape[:-1]), position_scale.dtype
+    parts = []
+    for upstream, of_loss in ((grad_loss, True), (grad_lse, False)):
+        if upstream is None:
+            continue
+        gradient = logits.to(dtype, copy=True, memory_format=torch.contiguous_format).view(rows, logits.shape[-1])
+        torch.ops.tst_ext.multi_hot_cross_entropy_rows_(
+            gradient,
+            labels,
+            position_scale,
+            position_scale.new_empty(rows),
+            position_scale.new_empty(rows),
+            grad_loss=position_scale.new_full((), float(of_loss)),
+            grad_lse=None if of_loss else position_scale.new_ones(rows),
+            gradient=True,
+            **ctx.options._asdict(),
+        )
+        factor = upstream.reshape(-1, 1)  # [1 or N, 1]
+        parts.append(torch.where(factor == 0, 0, factor * gradient))
+    return sum(parts[1:], parts[0]).to(logits.dtype).view(logits.shape)
 
 
 @torch.library.register_fake("tst_ext::multi_hot_cross_entropy")

@@ -14,6 +14,7 @@ from .._checks import (
     check_same_device,
     check_tensor,
     is_readable,
+    moved,
     values_of,
 )
 from ..bags import resolved_position_weights
@@ -125,7 +126,7 @@ def position_scale_of(
         u = torch.where(labels == options.ignore_index, 0, u.to(torch.promote_types(u.dtype, dtype)))
     divisor: float | Tensor
     if normalizer is not None:
-        divisor = normalizer.to(w.device) if isinstance(normalizer, Tensor) else normalizer
+        divisor = moved("normalizer", normalizer, w.device) if isinstance(normalizer, Tensor) else normalizer
     else:
         count = torch.ones_like(w)
         if reduction == "mean":
