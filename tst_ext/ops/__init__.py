@@ -7,7 +7,7 @@ registered below them: the dispatcher prefers a compiled kernel.
 import torch
 
 from .. import _load  # noqa: F401  # registers the compiled ops
-from . import chunked, plain
+from . import chunked, flops, plain  # noqa: F401  # flops registers its formulas
 from .embedding import bag_embedding
 from .linear import linear_multi_hot_cross_entropy
 from .logits import multi_hot_cross_entropy
