@@ -53,6 +53,9 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {  // its state is atomic
   m.def("cpu_gemms", &tst::cpu::gemms, "Choices of the library that multiplies matrices on CPU.");
   m.def("cpu_gemm", &tst::cpu::gemm, "The choice in force.");
   m.def("set_cpu_gemm", &tst::cpu::set_gemm, pybind11::arg("name"));
+  m.def("cpu_bfloat16_gemms", &tst::cpu::bfloat16_gemms,
+        "Whether bfloat16 matrices are multiplied as they are on CPU, not in float32.");
+  m.def("set_cpu_bfloat16_gemms", &tst::cpu::set_bfloat16_gemms, pybind11::arg("as_they_are"));
   m.def("advise_huge_pages", &tst::cpu::advise_huge_pages, pybind11::arg("address"), pybind11::arg("nbytes"),
         "Asks for huge pages under a large block that nothing has been written to; elsewhere than on Linux nothing.");
 }

@@ -54,6 +54,15 @@ def gemm(request):
     _C.set_cpu_gemm(before)
 
 
+@pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])
+def bfloat16_gemms(request):
+    """bfloat16 matrices multiplied on the CPU as they are, then in float32, whichever this processor does."""
+    before = _C.cpu_bfloat16_gemms()
+    _C.set_cpu_bfloat16_gemms(request.param)
+    yield request.param
+    _C.set_cpu_bfloat16_gemms(before)
+
+
 @pytest.fixture
 def without_kernels():
     """The ops as on a device that has no compiled kernel."""

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import profiler
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -57,9 +58,10 @@ def test_the_fake_has_the_dtypes_of_the_op(kernels, dtype, chunk_size):
 
 @pytest.fixture
 def cuda_dtypes(monkeypatch, without_kernels):
-    """Gradients on the CPU in the dtypes that they have on CUDA."""
-    rule = chunked.gradient_dtype
+    """GEMMs and gradients on the CPU in the dtypes that they have on CUDA."""
+    rule, computed = chunked.gradient_dtype, chunked.compute_dtype
     monkeypatch.setattr(chunked, "gradient_dtype", lambda dtype, _: rule(dtype, torch.device("cuda")))
+    monkeypatch.setattr(chunked, "compute_dtype", lambda dtype, _: computed(dtype, torch.device("cuda")))
 
 
 class TestBfloat16Gradients:
@@ -172,6 +174,34 @@ class TestBfloat16Gradients:
         for results in (hooked, compiled):
             for a, b in zip(results, once, strict=True):
                 assert torch.equal(a, b)
+
+
+class TestDefaultChunkOnTheCpu:
+    """64 MiB, or up to 512 rows: an eighth of all, or half of the weight's gradient."""
+
+    def test_rule(self):
+        def rows(count, dim, vocabulary, element_size=4):
+            gradient = 4 * vocabulary * dim
+            return chunked.chunk_rows(count, vocabulary, element_size, torch.device("cpu"), gradient)
+
+        assert rows(1024, 1024, 128256) == 512  # half of the gradient is 512 rows
+        assert rows(1024, 768, 128256) == 384
+        assert rows(1024, 0, 128256) == 130  # no gradient: 64 MiB
+        assert rows(2048, 768, 128256, 2) == 512  # 768 rows of bfloat16 are
+        assert rows(4096, 4096, 128256) == 512  # no more, though 2048 rows would fit
+        assert rows(4096, 256, 128256) == 512 and rows(2048, 256, 128256) == 256  # an eighth of all
+        assert rows(100_000, 1024, 1024) == 16384  # 64 MiB again
+
+    @pytest.mark.parametrize(("wanted", "chunk"), [(True, 32), (False, 13)])
+    def test_the_kernel_has_the_same(self, wanted, chunk):
+        # Half of a gradient of 256 MiB; 15 rows, which fit 64 MiB next to 1 MiB of the product, in equal parts.
+        rows, dim, vocabulary = 64, 64, 1 << 20
+        hidden, weight, labels = torch.zeros(rows, dim), torch.zeros(vocabulary, dim), torch.zeros(rows, 1).long()
+        with profiler.profile(activities=[profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            OP(hidden, weight, labels, torch.ones(1), grad_hidden=True, grad_weight=wanted)
+        allocated = [event.self_cpu_memory_usage for event in profile.events()]
+        assert chunked.chunk_rows(rows, vocabulary, 4, hidden.device, weight.nbytes if wanted else 0) in (32, 16)
+        assert 4 * chunk * vocabulary in allocated and max(allocated) == 4 * vocabulary * (dim if wanted else chunk)
 
 
 class TestLoopForCuda:

@@ -226,7 +226,7 @@ class TestNumerics:
         assert relative_error(dw[0], exact[0]) < torch.finfo(torch.float16).eps
 
     @pytest.mark.parametrize("chunk_size", [16, 256, 4096])
-    def test_bfloat16_weight_gradient_does_not_drift_with_chunks(self, device, chunk_size):
+    def test_bfloat16_weight_gradient_does_not_drift_with_chunks(self, device, chunk_size, bfloat16_gemms):
         # 4096 rows in 256 chunks: summed in bfloat16, whose eps is 1 / 128, late chunks would be lost.
         hidden, weight, bias, labels = loss_case(4096, 16, 64, 2, torch.bfloat16, device, bias=True)
         check_loss(hidden, weight, bias, labels, chunk_size=chunk_size)
@@ -237,7 +237,7 @@ class TestNumerics:
             # random, in parts of random sign.
             assert relative_error(actual, wanted) < 2 * torch.finfo(torch.bfloat16).eps
 
-    def test_bfloat16_weight_gradient_in_blocks(self, device):
+    def test_bfloat16_weight_gradient_in_blocks(self, device, bfloat16_gemms):
         # Products wait in 1 MiB, 8 rows of this d, to be added to the float32 sum.
         hidden, weight, bias, labels = loss_case(4, 65536, 60, 3, torch.bfloat16, device)
         for a, b in zip(
@@ -384,7 +384,7 @@ class TestDeterminism:
             assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
     @pytest.mark.parametrize("threads", [2, 3])
-    def test_several_threads_add_up_bfloat16_gradients(self, threads):
+    def test_several_threads_add_up_bfloat16_gradients(self, threads, bfloat16_gemms):
         # 160,000 numbers of the weight's gradient, of which a thread adds at least 16,384 to the float32 sum.
         case = loss_case(90, 64, 2500, 4, torch.bfloat16, "cpu", bias=True)
         before = torch.get_num_threads()

@@ -51,6 +51,7 @@ def info_command(argv: list[str]) -> int:
         "python": sys.version.split()[0],
         "CPU capability": f"{_C.cpu_capability()} (of {', '.join(_C.cpu_capabilities())})",
         "CPU GEMM": f"{_C.cpu_gemm()} (of {', '.join(_C.cpu_gemms())})",
+        "CPU bfloat16": "as it is" if _C.cpu_bfloat16_gemms() else "in float32 (no bfloat16 instructions)",
         "CUDA kernels": CUDA_ARCHITECTURES or f"none: {NO_CUDA}",
         "device": f"cuda, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu",
         "threads": f"{torch.get_num_threads()}{quota}",

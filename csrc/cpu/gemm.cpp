@@ -6,6 +6,10 @@
 #include <atomic>
 #include <cstdlib>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 // As torch/csrc/inductor/aoti_torch/c/shim_cpu.h declares it, which 2.11 and 2.13 export; that header refuses
 // TORCH_TARGET_VERSION. Weak: a torch without oneDNN lacks it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
@@ -55,6 +59,24 @@ bool use_onednn(const Tensor& weight, int64_t multiplications) {
 #endif
 }
 
+// A rule again. Without these instructions torch's bfloat16 products take 4 (AVX-512, Cascade Lake) to 25 times as long
+// as float32's. oneDNN, whose products they are, uses AMX only next to avx512_bf16, and of AVX2's conversions makes
+// float32 products.
+bool has_bfloat16_instructions() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#elif defined(__aarch64__) && defined(__linux__)
+  return getauxval(AT_HWCAP2) & (1ul << 14);  // HWCAP2_BF16, which older headers lack
+#else
+  return false;  // macOS: Accelerate multiplies in float32
+#endif
+}
+
+std::atomic<bool>& bfloat16_as_it_is() {
+  static std::atomic<bool> chosen = has_bfloat16_instructions();
+  return chosen;
+}
+
 // out = beta * c + a @ b, c broadcast to out's shape. torch_call_dispatcher cannot pass the Scalars of aten::addmm, so
 // this is the C shim of the same CPU kernel.
 void addmm(const Tensor& out, const Tensor& c, const Tensor& a, const Tensor& b, double beta) {
@@ -79,6 +101,10 @@ std::vector<std::string> gemms() {
 std::string gemm() { return kNames[static_cast<int>(current().load())]; }
 
 void set_gemm(const std::string& name) { current().store(find(name)); }
+
+bool bfloat16_gemms() { return bfloat16_as_it_is().load(); }
+
+void set_bfloat16_gemms(bool as_they_are) { bfloat16_as_it_is().store(as_they_are); }
 
 int64_t logits_block_columns(int64_t rows, int64_t element_size) {
   return std::max<int64_t>(1024, kGemmScratch / std::max<int64_t>(1, rows * element_size));
@@ -112,8 +138,10 @@ void logits(const Tensor& out, const Tensor& hidden, const Tensor& weight, const
   }
 }
 
-void grad_hidden(const Tensor& out, const Tensor& grad_logits, const Tensor& weight) {
-  if (!use_onednn(weight, grad_logits.numel() * out.size(1))) return addmm(out, out, grad_logits, weight, 0.0);
+void grad_hidden(const Tensor& out, const Tensor& grad_logits, const Tensor& weight, bool add) {
+  if (add || !use_onednn(weight, grad_logits.numel() * out.size(1))) {
+    return addmm(out, out, grad_logits, weight, add ? 1.0 : 0.0);
+  }
   Tensor target = out;
   torch::stable::copy_(target, linear(grad_logits, torch::stable::transpose(weight, 0, 1), std::nullopt));
 }

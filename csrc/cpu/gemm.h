@@ -14,6 +14,10 @@ std::vector<std::string> gemms();  // those this torch offers
 std::string gemm();
 void set_gemm(const std::string& name);  // std::invalid_argument names what is available
 
+// Whether bfloat16 matrices are multiplied as they are, or in float32. By the processor, unless set otherwise.
+bool bfloat16_gemms();
+void set_bfloat16_gemms(bool as_they_are);
+
 // Bytes of logits that a oneDNN product in memory of its own has, where 1024 columns are not more.
 constexpr int64_t kGemmScratch = int64_t(1) << 20;
 
@@ -24,8 +28,8 @@ Tensor logits_block(const Tensor& scratch, const Tensor& hidden, const Tensor& w
                     const std::optional<Tensor>& bias, int64_t start, int64_t count);
 // Columns of a block: 1 MiB of logits, at least 1024 columns.
 int64_t logits_block_columns(int64_t rows, int64_t element_size);
-// grad_logits [n, V], weight [V, d] -> out [n, d]
-void grad_hidden(const Tensor& out, const Tensor& grad_logits, const Tensor& weight);
+// grad_logits [n, V], weight [V, d] -> out [n, d], or added to it
+void grad_hidden(const Tensor& out, const Tensor& grad_logits, const Tensor& weight, bool add);
 // grad_logits [n, V], hidden [n, d] -> out [V, d], or added to it
 void grad_weight(const Tensor& out, const Tensor& grad_logits, const Tensor& hidden, bool add);
 

@@ -23,13 +23,50 @@ void column_sum(const Tensor& out, const Tensor& source, bool add) {
 // cache level holds it: with 16 MiB the GEMM and the addition take 1.3 to 2 times as long.
 constexpr int64_t kStaged = kGemmScratch;
 
-// Rows per chunk. Memory, the GEMM's blocks of logits included: at most an eighth of the full logits, or 64 MiB where
-// that is more. Speed: the weight is read again for every chunk, which from 256 to 512 rows saves another 4 % of the
-// GEMMs (V = 128256, d = 1024).
-int64_t default_chunk_size(int64_t rows, int64_t vocabulary, int64_t element_size) {
+// Rows per chunk. Memory: at most an eighth of the full logits, 64 MiB, or half of the weight's gradient, which must
+// exist anyway, whichever is most. Speed: the weight is read again for every chunk, and its gradient read and written,
+// which from 256 to 512 rows saves another 4 % of the GEMMs (V = 128256, d = 1024).
+int64_t default_chunk_size(int64_t rows, int64_t vocabulary, int64_t element_size, int64_t weight_gradient_bytes) {
   const int64_t row = std::max<int64_t>(1, vocabulary * element_size);
-  const int64_t floor = ((int64_t(64) << 20) - kGemmScratch) / row;
-  return std::max<int64_t>({1, floor, std::min<int64_t>(rows / 8 - (kGemmScratch + row - 1) / row, 512)});
+  const int64_t floor = ((int64_t(64) << 20) - kGemmScratch) / row;  // the GEMM's blocks of logits included
+  const int64_t more = std::max(rows / 8 - (kGemmScratch + row - 1) / row, weight_gradient_bytes / 2 / row);
+  return std::max<int64_t>({1, floor, std::min<int64_t>(more, 512)});
+}
+
+// The weight as its GEMMs take it: as it is, or converted to float32 a block of rows at a time. Converted as a whole it
+// would take another 4 V d bytes.
+class Weight {
+ public:
+  Weight(const Tensor& weight, bool convert)
+      : weight_(weight), block_(std::max<int64_t>(1, weight.size(0))), convert_(convert) {
+    if (!convert) return;
+    block_ = std::min(block_, std::max<int64_t>(1, kConverted / std::max<int64_t>(1, weight.size(1))));
+    converted_ = torch::stable::new_empty(weight, {block_, weight.size(1)}, ScalarType::Float);
+  }
+
+  int64_t block() const { return block_; }
+
+  // Rows [start, start + count), until the next call; count <= block(), and the same each time for a start.
+  Tensor rows(int64_t start, int64_t count) {
+    const Tensor part = torch::stable::narrow(weight_, 0, start, count);
+    if (!convert_) return part;
+    Tensor out = torch::stable::narrow(converted_, 0, 0, count);
+    if (start != converted_start_) torch::stable::copy_(out, part);  // a small weight is converted once
+    converted_start_ = start;
+    return out;
+  }
+
+ private:
+  static constexpr int64_t kConverted = int64_t(1) << 22;  // elements, 16 MiB
+
+  Tensor weight_, converted_;
+  int64_t block_, converted_start_ = -1;
+  bool convert_;
+};
+
+std::optional<Tensor> part_of_bias(const std::optional<Tensor>& bias, int64_t start, int64_t count) {
+  if (!bias) return std::nullopt;
+  return torch::stable::narrow(const_cast<Tensor&>(*bias), 0, start, count);
 }
 
 // Equal parts of at most `most`; 0 for no rows.
@@ -40,14 +77,16 @@ int64_t part_of(int64_t rows, int64_t most) {
 
 // Without gradients no logit is needed twice: the row kernel takes blocks of columns out of the cache as they come.
 // Over the GEMM alone 1.05 in place of 1.1 to 1.2 with a chunk of whole rows (float32, 512 to 2048 x 512 x 32768).
-void forward_alone(RowLoss& loss, const Tensor& h, const Tensor& w, const std::optional<Tensor>& b, int64_t chunk) {
-  const int64_t rows = h.size(0), vocabulary = w.size(0);
-  const int64_t block = std::min(vocabulary, 2 * logits_block_columns(chunk, static_cast<int64_t>(h.element_size())));
+void forward_alone(RowLoss& loss, const Tensor& h, Weight& w, const std::optional<Tensor>& b, int64_t vocabulary,
+                   int64_t chunk) {
+  const int64_t rows = h.size(0);
+  const int64_t block = std::min(w.block(), 2 * logits_block_columns(chunk, static_cast<int64_t>(h.element_size())));
   const Tensor scratch = torch::stable::new_empty(h, {chunk, block});
   for (int64_t start = 0; start < rows; start += chunk) {
     const Tensor h_chunk = torch::stable::narrow(const_cast<Tensor&>(h), 0, start, std::min(chunk, rows - start));
     for (int64_t v = 0; v < vocabulary; v += block) {
-      loss.run_block(start, v, logits_block(scratch, h_chunk, w, b, v, std::min(block, vocabulary - v)));
+      const int64_t count = std::min(block, vocabulary - v);
+      loss.run_block(start, v, logits_block(scratch, h_chunk, w.rows(v, count), part_of_bias(b, v, count), 0, count));
     }
   }
 }
@@ -68,14 +107,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
   STD_TORCH_CHECK(bias || !grad_bias, "grad_bias: there is no bias");
   STD_TORCH_CHECK(!chunk_size || *chunk_size >= 1, "chunk_size: expected at least 1 row");
   // float16 is computed in float32: its logit gradients, about 1/(N V), are below its smallest number, scaled up their
-  // sums over rows pass its largest, 65504, and few processors multiply float16 matrices any faster.
-  const bool half = hidden.scalar_type() == ScalarType::Half;
-  const Tensor h = flatten_rows(half ? torch::stable::to(hidden, ScalarType::Float) : hidden);  // [N, d]
-  const Tensor w = half ? torch::stable::to(weight, ScalarType::Float) : weight;                // [V, d]
+  // sums over rows pass its largest, 65504, and few processors multiply float16 matrices any faster. bfloat16 is where
+  // the processor does not multiply it.
+  const ScalarType given = hidden.scalar_type();
+  const bool convert = given == ScalarType::Half || (given == ScalarType::BFloat16 && !bfloat16_gemms());
+  const Tensor h = flatten_rows(convert ? torch::stable::to(hidden, ScalarType::Float) : hidden);  // [N, d]
+  Weight w(weight, convert);                                                                       // [V, d]
   std::optional<Tensor> b = bias;
-  if (half && bias) b = torch::stable::to(*bias, ScalarType::Float);
+  if (convert && bias) b = torch::stable::to(*bias, ScalarType::Float);
   if (b) b = torch::stable::contiguous(*b);
-  const int64_t rows = h.size(0), d = h.size(1), vocabulary = w.size(0);
+  const int64_t rows = h.size(0), d = h.size(1), vocabulary = weight.size(0);
   const DType dtype = dtype_of("hidden", h);
   const bool wide = dtype != kBFloat16;
   const ScalarType accumulation = accumulation_type(dtype);
@@ -83,7 +124,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
 
   const int64_t element_size = static_cast<int64_t>(h.element_size());
   const bool gradient = grad_hidden || grad_weight || grad_bias;
-  const int64_t default_size = gradient ? default_chunk_size(rows, vocabulary, element_size) : 512;
+  const int64_t weight_gradient_bytes = grad_weight ? vocabulary * d * (dtype == kFloat64 ? 8 : 4) : 0;
+  const int64_t default_size =
+      gradient ? default_chunk_size(rows, vocabulary, element_size, weight_gradient_bytes) : 512;
   const int64_t chunk = part_of(rows, chunk_size.value_or(default_size));
   const std::vector<int64_t> none = {0};
   Tensor dh = grad_hidden ? torch::stable::new_empty(hidden, {rows, d}, accumulation)
@@ -92,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
                           : torch::stable::new_empty(weight, none, accumulation);
   Tensor db = torch::stable::new_empty(weight, {grad_bias ? vocabulary : 0}, accumulation);
   if (rows == 0) torch::stable::zero_(dw), torch::stable::zero_(db);
-  if (!gradient) forward_alone(loss, h, w, b, chunk);
+  if (!gradient) forward_alone(loss, h, w, b, vocabulary, chunk);
   const Tensor buffer = with_huge_pages(torch::stable::new_empty(h, {gradient ? chunk : 0, vocabulary}));
   const int64_t staged_rows = std::max<int64_t>(1, kStaged / std::max<int64_t>(1, d * element_size));
   Tensor staged;
@@ -105,18 +148,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
     const int64_t size = std::min(chunk, rows - start);
     Tensor z = torch::stable::narrow(const_cast<Tensor&>(buffer), 0, 0, size);
     Tensor h_chunk = torch::stable::narrow(const_cast<Tensor&>(h), 0, start, size);
-    logits(z, h_chunk, w, b);
+    for (int64_t v = 0; v < vocabulary; v += w.block()) {
+      const int64_t count = std::min(w.block(), vocabulary - v);
+      logits(torch::stable::narrow(z, 1, v, count), h_chunk, w.rows(v, count), part_of_bias(b, v, count));
+    }
     loss.run(start, z, true);
 
     if (grad_hidden) {
       const Tensor target = torch::stable::narrow(dh, 0, start, size);
-      if (wide) {
-        tst::cpu::grad_hidden(target, z, w);
-      } else {
-        const Tensor part = torch::stable::narrow(staged, 0, 0, size);
-        tst::cpu::grad_hidden(part, z, w);
-        accumulate(target, part, false);
+      const Tensor product = wide ? target : torch::stable::narrow(staged, 0, 0, size);
+      for (int64_t v = 0; v < vocabulary; v += w.block()) {
+        const int64_t count = std::min(w.block(), vocabulary - v);
+        tst::cpu::grad_hidden(product, torch::stable::narrow(z, 1, v, count), w.rows(v, count), v > 0);
       }
+      if (!wide) accumulate(target, product, false);
     }
     if (grad_bias) column_sum(db, z, start > 0);
     if (grad_weight && wide) {

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tst_ext import _C
 from tst_ext.ops import IN_PYTHON, chunked
 
 LIBRARY = os.environ.get("TST_CUDA_HOST", "")
@@ -79,11 +80,13 @@ def ops_for_cuda() -> Iterator[None]:
     launches()
     rule = chunked.gradient_dtype
     chunked.gradient_dtype = lambda dtype, _: rule(dtype, torch.device("cuda"))
-    before = torch.are_deterministic_algorithms_enabled()
+    before, as_they_are = torch.are_deterministic_algorithms_enabled(), _C.cpu_bfloat16_gemms()
+    _C.set_cpu_bfloat16_gemms(True)
     torch._C._set_deterministic_algorithms(True)  # the public function imports inductor, which takes seconds
     try:
         yield
     finally:
         chunked.gradient_dtype = rule
+        _C.set_cpu_bfloat16_gemms(as_they_are)
         torch._C._set_deterministic_algorithms(before)
         library._destroy()

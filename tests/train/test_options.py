@@ -214,6 +214,22 @@ class TestRun:
         a, b = (training_losses(run) for run in (tiny_run, tmp_path / "run"))
         assert a != b and a == pytest.approx(b, rel=0.008)  # eps of bfloat16
 
+    @pytest.mark.parametrize(("dtype", "slower"), [("bfloat16", 25), ("bfloat16", 1), ("float32", 25)])
+    def test_bfloat16_without_its_instructions_is_warned_about(
+        self, tiny, tmp_path, monkeypatch, capsys, bfloat16_gemms, dtype, slower
+    ):
+        def speed(_, dtype):
+            return 1e9 / (slower if dtype == torch.bfloat16 else 1)
+
+        def stop(_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(loop, "gemm_flops_per_second", speed)
+        with pytest.raises(KeyboardInterrupt):
+            train(dataclasses.replace(tiny, dtype=dtype), tmp_path / "run", progress=False, on_step=stop)
+        warned = "take 25.0 times as long as with --dtype float32" in capsys.readouterr().err
+        assert warned == (dtype == "bfloat16" and slower == 25 and not bfloat16_gemms)
+
 
 class TestReport:
     def test_times_by_a_clock_of_our_own(self, tiny, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._load import _C
 from .loss import LossOptions
 
 
@@ -29,8 +30,10 @@ def linear_multi_hot_cross_entropy(
     options = {name: keywords.pop(name) for name in LossOptions._fields if name in keywords}
     row_pass = partial(torch.ops.tst_ext.multi_hot_cross_entropy_rows_, **options)
     if chunk_size is None:
-        element = 4 if hidden.dtype == torch.float16 else hidden.element_size()
-        chunk_size = chunk_rows(math.prod(hidden.shape[:-1]), len(weight), element, hidden.device)
+        element = compute_dtype(hidden.dtype, hidden.device).itemsize
+        summed = torch.promote_types(hidden.dtype, torch.float32).itemsize * weight.numel()
+        gradient = summed if keywords.get("grad_weight") else 0
+        chunk_size = chunk_rows(math.prod(hidden.shape[:-1]), len(weight), element, hidden.device, gradient)
     dtype = gradient_dtype(hidden.dtype, hidden.device)
     return in_chunks(row_pass, chunk_size, hidden, weight, labels, position_scale, grad_dtype=dtype, **keywords)
 
@@ -47,8 +50,19 @@ def gradient_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def chunk_rows(rows: int, vocabulary: int | None, element_size: int, device: torch.device) -> int:
-    """Return the most rows of a chunk.
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype of the GEMMs and of the logits for hidden states of `dtype`, as the CPU kernel has it.
+
+    float16 would underflow. bfloat16 products of a CPU without bfloat16 instructions take 4 to 25 times as long.
+    """
+    slow = dtype == torch.bfloat16 and device.type == "cpu" and not _C.cpu_bfloat16_gemms()
+    return torch.float32 if slow or dtype == torch.float16 else dtype
+
+
+def chunk_rows(
+    rows: int, vocabulary: int | None, element_size: int, device: torch.device, weight_gradient_bytes: int = 0
+) -> int:
+    """Return the most rows of a chunk; elsewhere than on CUDA by the rule of the CPU kernel.
 
     Each chunk but the first reads and writes the float32 sum of the weight's gradient once. On an H200 the whole batch
     takes 4 % less than chunks of 8192 rows at 32768 rows, d = 1024 and V = 49152, and 1 % less at 16384, 2048 and
@@ -61,7 +75,7 @@ def chunk_rows(rows: int, vocabulary: int | None, element_size: int, device: tor
         memory = torch.cuda.get_device_properties(device).total_memory
         most = min(memory // 32 // row, (1 << 31) // padded_columns(vocabulary, False) - 1)
         return max(most // 1024 * 1024, 2048)
-    return max(1, (64 << 20) // row, min(rows // 8, 512))
+    return max(1, (64 << 20) // row, min(max(rows // 8, weight_gradient_bytes // 2 // row), 512))
 
 
 def padded_columns(vocabulary: int, bias: bool) -> int:
@@ -98,7 +112,7 @@ def in_chunks(
     available = torch.amp.is_autocast_available(device.type)
     with torch.autocast(device.type, enabled=False) if available else nullcontext():
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        compute = dtype if hidden.dtype == torch.float16 else hidden.dtype  # as the CPU kernel, and for its reasons
+        compute = compute_dtype(hidden.dtype, device)
         h = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1]).to(compute)  # [N, d]
         w = weight.to(compute)
         bias = None if bias is None else bias.to(compute).contiguous()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from .. import SuperpositionSchedule, bag_entropy, position_weights
+from .. import _C, SuperpositionSchedule, bag_entropy, position_weights
 from . import checkpoint
 from .batches import PADDING, Batch, ahead, check_batches, read_batch
 from .config import SuperpositionConfig, TrainConfig, config_dict
@@ -168,6 +168,11 @@ def _train(
         checkpoint.load(found.path, model, optimizer, processes)
         state = {key: found.manifest[key] for key in state}
     peak = gemm_flops_per_second(processes.device, getattr(torch, config.dtype)) * processes.world
+    if config.dtype == "bfloat16" and processes.device.type == "cpu" and not _C.cpu_bfloat16_gemms():
+        factor = gemm_flops_per_second(processes.device, torch.float32) * processes.world / peak
+        if processes.first and factor > 1:
+            got = f"the model's matrix products take {factor:.1f} times as long as with --dtype float32"
+            print(f"dtype bfloat16: this CPU has no instructions for it, so {got}", file=sys.stderr)
     facts = {
         "device": str(processes.device),
         "processes": processes.world,
