@@ -26,7 +26,9 @@ def gemms(hidden: Tensor, weight: Tensor) -> tuple[dict[str, Callable[[], None]]
     Every GEMM runs by torch.mm, and where torch carries oneDNN for float32 by that, at every chunk size; the fastest
     is taken: one library and one chunk size for all, "3 GEMMs, torch.mm"; or each its own, "3 best
     GEMMs". The products are written to memory that is there already, or
-    in oneDNN's case to blocks that the allocator recycles.
+    in oneDNN's case to blocks that the allocator recycles. On the CPU bfloat16 has another choice, torch.mm in float32:
+    the weight is converted and its gradient rounded once, hidden states are converted in each product. Without bfloat16
+    instructions it is the only one, because torch's bfloat16 products would take minutes a call.
     """
     hidden, weight = hidden.detach(), weight.detach()
     rows, vocabulary = len(hidden), len(weight)
@@ -64,6 +66,27 @@ def gemms(hidden: Tensor, weight: Tensor) -> tuple[dict[str, Callable[[], None]]
     if has_onednn:
         products["logits"]["onednn"] = logits_onednn
         products["grad_hidden"]["onednn"] = lambda z, h, _: onednn(z, weight.T)
+    if DEVICE.type == "cpu" and weight.dtype == torch.bfloat16:
+        wide_weight, wide_gradient = big(*weight.shape), big(*weight.shape).zero_()
+        wide = big(min(rows, CHUNKS[-1]), vocabulary).normal_()
+
+        def logits_float32(_: Tensor, h: Tensor, start: int) -> None:
+            if start == 0:
+                wide_weight.copy_(weight)
+            torch.mm(h.float(), wide_weight.T, out=wide[: len(h)])
+
+        def grad_hidden_float32(_: Tensor, h: Tensor, start: int) -> None:
+            grad_hidden[start : start + len(h)] = wide[: len(h)] @ wide_weight
+
+        def grad_weight_float32(_: Tensor, h: Tensor, start: int) -> None:
+            torch.addmm(wide_gradient, wide[: len(h)].T, h.float(), beta=int(start > 0), out=wide_gradient)
+            if start + len(h) == rows:
+                grad_weight.copy_(wide_gradient)
+
+        own = {"logits": logits_float32, "grad_hidden": grad_hidden_float32, "grad_weight": grad_weight_float32}
+        for gemm, product in own.items():
+            products[gemm] = (products[gemm] if _C.cpu_bfloat16_gemms() else {}) | {"mm in float32": product}
+    first = next(iter(products["logits"]))
     runs = {
         (gemm, library, chunk): chunked(chunk, product)
         for chunk in CHUNKS
@@ -74,7 +97,7 @@ def gemms(hidden: Tensor, weight: Tensor) -> tuple[dict[str, Callable[[], None]]
     some = min(rows, CHUNKS[-1])
     time = {key: min(seconds(lambda r=run: r(some)) for _ in range(2)) for key, run in runs.items()}
     best = {gemm: min((key for key in time if key[0] == gemm), key=time.__getitem__) for gemm in products}
-    one = min({key[2] for key in time}, key=lambda c: sum(t for k, t in time.items() if k[1] == "mm" and k[2] == c))
+    one = min({key[2] for key in time}, key=lambda c: sum(t for k, t in time.items() if k[1] == first and k[2] == c))
 
     def all_of(keys: list[tuple[str, str, int]]) -> Callable[[], None]:
         def run() -> None:
@@ -83,9 +106,9 @@ def gemms(hidden: Tensor, weight: Tensor) -> tuple[dict[str, Callable[[], None]]
 
         return run
 
-    three = {"3 GEMMs, torch.mm": all_of([(gemm, "mm", one) for gemm in products])}
+    three = {"3 GEMMs, torch.mm": all_of([(gemm, first, one) for gemm in products])}
     three["3 best GEMMs"] = all_of(list(best.values()))
-    chosen = f"torch.mm {one} rows; best " + ", ".join(f"{g} {lib} {c}" for g, lib, c in best.values())
+    chosen = f"torch.{first} {one} rows; best " + ", ".join(f"{g} {lib} {c}" for g, lib, c in best.values())
     return three, all_of([best["logits"]]), chosen
 
 
