@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import FLOATING, INTEGER, check_integer, check_number, check_tensor, moved, values_of
+from ._checks import (
+    FLOATING,
+    INTEGER,
+    check_integer,
+    check_number,
+    check_same_device,
+    check_tensor,
+    is_readable,
+    moved,
+    values_of,
+)
 
 __all__ = [
     "bag_entropy",
@@ -388,6 +398,20 @@ def resolved_position_weights(given: str | Tensor | None, bag_size: int, like: T
     return moved("position_weights", given, like.device)
 
 
+def check_label_weights(given: Tensor, labels: Tensor) -> None:
+    check_tensor("label_weights", given, (*FLOATING, *INTEGER, torch.bool))
+    check_same_device(labels=labels, label_weights=given)
+    if given.shape != labels.shape or given.requires_grad:
+        raise ValueError(
+            f"label_weights: expected a constant tensor of the shape of labels, {tuple(labels.shape)}, got shape "
+            f"{tuple(given.shape)}, requires_grad={given.requires_grad}"
+        )
+    if given.numel() and is_readable(given):
+        least, most = (float(value) for value in given.aminmax())
+        if not 0 <= least <= most <= torch.finfo(torch.float32).max:
+            raise ValueError(f"label_weights: expected finite float32 numbers >= 0, got numbers from {least} to {most}")
+
+
 def bag_entropy(
     labels: Tensor,
     *,
@@ -406,7 +430,7 @@ def bag_entropy(
         labels: int64 or int32, `[..., s]`.
         ignore_index: labels that count for nothing.
         position_weights: by name or as a tensor `[s]`, as in the losses.
-        label_weights: one non-negative weight per label, `[..., s]`, besides those of the positions.
+        label_weights: as in the losses, `[..., s]`.
 
     Raises:
         TypeError: a tensor of another dtype.
@@ -419,14 +443,7 @@ def bag_entropy(
     given = resolved_position_weights(position_weights, labels.shape[-1], labels)
     weights = torch.ones(labels.shape, device=labels.device) if given is None else given.float().expand(labels.shape)
     if label_weights is not None:
-        check_tensor("label_weights", label_weights, FLOATING + INTEGER)
-        if label_weights.shape != labels.shape:
-            wanted, got = tuple(labels.shape), tuple(label_weights.shape)
-            raise ValueError(f"label_weights: expected the shape of labels, {wanted}, got {got}")
-        if label_weights.device.type == "cpu" and not torch.compiler.is_compiling():
-            least, most = label_weights.aminmax() if label_weights.numel() else (0, 0)
-            if not 0 <= least <= most < float("inf"):
-                raise ValueError(f"label_weights: expected finite numbers >= 0, got {float(least)} to {float(most)}")
+        check_label_weights(label_weights, labels)
         weights = weights * label_weights
     ordered, order = labels.sort(-1)
     token = F.pad((ordered.diff(dim=-1) != 0).cumsum(-1), (1, 0))  # [..., s]: a number below s for each other label

@@ -13,11 +13,10 @@ from .._checks import (
     check_number,
     check_same_device,
     check_tensor,
-    is_readable,
     moved,
     values_of,
 )
-from ..bags import resolved_position_weights
+from ..bags import check_label_weights, resolved_position_weights
 
 
 class LossOptions(NamedTuple):
@@ -31,7 +30,7 @@ class LossOptions(NamedTuple):
 
 
 def checked_options(
-    options: LossOptions, position_weights: str | Tensor | None, label_weights: Tensor | None
+    options: LossOptions, position_weights: str | Tensor | None, label_weights: Tensor | None = None
 ) -> LossOptions:
     """Return the options in the types of the ops, or raise ValueError for one out of its range."""
     if options.objective not in ("mce", "mce_alt"):
@@ -88,17 +87,7 @@ def checked_label_weights(given: Tensor | None, labels: Tensor, bags: Tensor) ->
     """Return the weights of the labels, in the shape of `bags`, `[N, s]`."""
     if given is None:
         return None
-    check_tensor("label_weights", given, (*FLOATING, *INTEGER, torch.bool))
-    check_same_device(labels=labels, label_weights=given)
-    if given.shape != labels.shape or given.requires_grad:
-        raise ValueError(
-            f"label_weights: expected a constant tensor of the shape of labels, {tuple(labels.shape)}, got shape "
-            f"{tuple(given.shape)}, requires_grad={given.requires_grad}"
-        )
-    if given.numel() and is_readable(given):
-        least, most = (float(value) for value in given.aminmax())
-        if not 0 <= least <= most <= torch.finfo(torch.float32).max:
-            raise ValueError(f"label_weights: expected finite float32 numbers >= 0, got numbers from {least} to {most}")
+    check_label_weights(given, labels)
     return given.reshape(bags.shape)
 
 
