@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import fully_shard
+from torch.nn.attention.flex_attention import create_mask
 
 from helpers.cases import IGNORE, loss_and_gradients, magnitudes, plain
 from helpers.model import BAG, DIM, VOCABULARY, Model, batch, leaves, normal, tokens
@@ -20,14 +21,18 @@ from helpers.numerics import assert_accurate
 from helpers.processes import in_processes, needs_gloo
 from tst_ext import (
     SuperpositionSchedule,
+    bag_positions,
     check_setup,
+    cu_bags,
     document_offsets,
     fold_inputs,
     fold_labels,
     linear_multi_hot_cross_entropy,
+    position_weights,
     reference,
+    slide_labels,
 )
-from tst_ext.nn import BagEmbedding
+from tst_ext.nn import BagEmbedding, LinearMultiHotCrossEntropy
 
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -261,20 +266,86 @@ def test_compile():
     assert counter.frame_count == 2
 
 
-def test_documents():
-    lengths = [[5, 4, 7], [1, 6, 9]]  # tokens of document k are k, but its last one, 0
-    ids = torch.tensor([[n for k, n in enumerate(row, 1) for n in [k] * (n - 1) + [0]] for row in lengths])
-    labels = torch.cat((ids[:, 1:], torch.zeros(2, 1, dtype=torch.long)), 1)
-    names = dict(document_offsets=document_offsets, fold_inputs=fold_inputs, fold_labels=fold_labels)
-    recipe = run_block(
-        "Bags that end with their document", **names, ids=ids, labels=labels, eos_token_id=0, s=4, model=double_model()
-    )
-    assert recipe.bags.shape == recipe.bag_labels.shape == (2, 4, 4)
-    bags = zip(recipe.bags.flatten(0, 1).tolist(), recipe.bag_labels.flatten(0, 1).tolist(), strict=True)
-    for inputs, targets in bags:
-        document = set(inputs) - {0, IGNORE}
-        assert len(document) <= 1 and set(targets) - {0, IGNORE} <= document
-    assert (recipe.bag_labels != IGNORE).any() and recipe.loss.isfinite()
+class Attention(torch.nn.Module):
+    """A layer of one head. Bags see the earlier ones that the mask `[B, l, l]` shows, without a mask all."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = torch.nn.Linear(DIM, 3 * DIM, dtype=torch.float64)
+
+    def forward(self, x, mask=None):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return x + F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+
+
+class Packed(torch.nn.Module):
+    """A model of packed documents, with positions. Its loss is a sum, so that those of parts add up."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = BagEmbedding(VOCABULARY, DIM, padding_idx=IGNORE, dtype=torch.float64)
+        self.position = torch.nn.Embedding(20, DIM, dtype=torch.float64)
+        self.attention = Attention()
+        self.head = LinearMultiHotCrossEntropy(DIM, VOCABULARY, reduction="sum", dtype=torch.float64)
+        initialise(self)
+
+    def forward(self, bags, labels, positions, mask):
+        return self.head(self.attention(self.embedding(bags) + self.position(positions), mask), labels)
+
+
+def initialise(model):
+    with torch.no_grad():
+        for seed, parameter in enumerate(model.parameters()):
+            parameter.copy_(0.3 * normal(*parameter.shape, seed=seed))
+
+
+FOLDS = dict(fold_inputs=fold_inputs, fold_labels=fold_labels, bag_positions=bag_positions)
+
+
+class TestDocuments:
+    TITLE = "Bags that end with their document"
+    S, L = 3, 30
+
+    def run(self):
+        """The page's code, on sequences with documents that are shorter than a bag, and longer than what is left."""
+        ids = tokens(2, self.L + 1).clamp_min(1)
+        for row, ends in enumerate(([1, 6, 20], [10, 11, 12, 17])):
+            ids[row, ends] = 0
+        names = dict(**FOLDS, document_offsets=document_offsets, eos_token_id=0, s=self.S, model=Packed())
+        return run_block(self.TITLE, **names, ids=ids[:, :-1], labels=ids[:, 1:])
+
+    def test_a_packed_batch_is_its_documents_apart(self):
+        recipe = self.run()
+        apart, dropped = [], 0
+        for row in recipe.ids:
+            ends = [*(i + 1 for i, token in enumerate(row.tolist()) if token == 0), self.L]
+            left = self.L // self.S
+            for begin, end in zip([0, *ends[:-1]], ends, strict=True):
+                document = row[begin:end]
+                alone = dict(cu_seqlens=torch.tensor([0, end - begin]))
+                bags = fold_inputs(document, self.S, **alone)[None, :left]
+                labels = fold_labels(document, self.S, shifted=False, **alone)[None, :left]
+                dropped += -(-len(document) // self.S) - bags.shape[1]
+                left -= bags.shape[1]
+                apart.append(recipe.model(bags, labels, torch.arange(bags.shape[1])[None], None))
+        assert len(apart) == 9 and dropped == 3
+        assert_same(recipe.loss, sum(apart))
+        parameters = tuple(recipe.model.parameters())
+        for packed, expected in zip(
+            torch.autograd.grad(recipe.loss, parameters), torch.autograd.grad(sum(apart), parameters), strict=True
+        ):
+            assert_same(packed, expected)
+
+    def test_flex_and_variable_length_attention_see_the_same(self):
+        recipe = self.run()
+        condition = "(q >= k) & (document[b, q] == document[b, k])"
+        assert f"`{condition}`" in SECTIONS[self.TITLE]
+        shown = eval(f"lambda b, h, q, k: {condition}", dict(document=recipe.document))
+        length = self.L // self.S
+        assert torch.equal(create_mask(shown, 2, None, length, length, device="cpu")[:, 0], recipe.mask)
+        offsets = cu_bags(recipe.positions)
+        ones = [torch.ones(n, n).tril() for n in offsets.diff().tolist()]
+        assert torch.equal(torch.block_diag(*ones), torch.block_diag(*recipe.mask).float())
 
 
 class TestCheckSetup:
@@ -348,31 +419,98 @@ def check_switch(rank):
         assert_same(mine - initial, expected - initial)
 
 
-class ModelWithMTP(Model):
-    def __init__(self):
-        super().__init__(dtype=torch.float64)
-        self.mtp = torch.nn.Linear(DIM, DIM, dtype=torch.float64)
-        torch.nn.init.eye_(self.mtp.weight)
-        torch.nn.init.zeros_(self.mtp.bias)
-
-    def forward(self, ids, labels, later=None):
-        x = torch.relu(self.body(self.embedding(ids)))
-        loss = self.head(x, labels)
-        return loss if later is None else loss + 0.3 * self.head(self.mtp(x), later)
+MTP = "Multi-token prediction"
 
 
-def run_mtp(source, wrap, rows):
-    """Return the parameters after training, and the head's weight after each step."""
-    names = dict(fold_inputs=fold_inputs, fold_labels=fold_labels, torch=torch)
-    names |= dict(DistributedDataParallel=torch.nn.parallel.DistributedDataParallel)
-    exec(source, names)
-    plain_model = ModelWithMTP()
-    model = (wrap or names["wrap"])(plain_model)
-    schedule, heads = SuperpositionSchedule(5, ratio=0.4, bag_size=BAG), []
-    optimizer = torch.optim.AdamW(model.parameters(), 0.1)  # decays what has a gradient, if only of zeros
-    optimizer.register_step_post_hook(lambda *_: heads.append(whole(plain_model.mtp.weight)))
-    names["train"](model, optimizer, schedule, partial(batch_of_step, rows=rows))
-    return [whole(p) for p in plain_model.parameters()], heads
+def multi_token(title, reduction="mean"):
+    """Return a model of the section, and the code of the page that trains it."""
+    names = dict(**FOLDS, nn=torch.nn, F=F, torch=torch)
+    exec(block(MTP), names)
+    exec(block("Parallel heads"), names)
+    depths = [names["Depth"](DIM, Attention()) if title == MTP else names["ParallelHead"](DIM) for _ in range(2)]
+    model = names["MultiToken" if title == MTP else "Parallel"](
+        BagEmbedding(VOCABULARY, DIM, padding_idx=IGNORE),
+        Attention(),
+        LinearMultiHotCrossEntropy(DIM, VOCABULARY, reduction=reduction),
+        depths,
+    ).double()
+    initialise(model)
+    return model, names["train"]
+
+
+def documents_of_step(s, rows=slice(None)):
+    """ids and labels `[4, 6 s]` and the documents, which are the same in each sequence; the rows of one rank."""
+    ids = tokens(4, 6 * s + 1, seed=s)[rows]
+    ends = torch.arange(len(ids))[:, None] * 6 * s + torch.tensor([4 * s - 1, 6 * s])
+    return ids[:, :-1], ids[:, 1:], F.pad(ends.flatten(), (1, 0))
+
+
+multi_token_titles = pytest.mark.parametrize("title", [MTP, "Parallel heads"])
+
+
+@multi_token_titles
+def test_multi_token_prediction_is_that_of_documents_apart(title):
+    model, train = multi_token(title, reduction="sum")
+    ids, lengths = tokens(1, 24), [9, 3, 6, 6]
+
+    def loss(ids, lengths):
+        """Of the first step of the page's loop."""
+        results = []
+
+        def record(*arguments, **options):
+            loss = model(*arguments, **options)
+            results.append((loss, *torch.autograd.grad(loss, tuple(model.parameters()), retain_graph=True)))
+            return loss
+
+        batch = ids, F.pad(ids[:, 1:], (0, 1)), F.pad(torch.tensor(lengths).cumsum(0), (1, 0))
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        train(record, optimizer, SuperpositionSchedule(2, 0.5, BAG), lambda s: batch, depths=2)
+        return results[0]
+
+    together, *parts = loss(ids, lengths), *(loss(part, [part.shape[1]]) for part in ids.split(lengths, dim=1))
+    for packed, *apart in zip(together, *parts, strict=True):
+        assert_same(packed, sum(apart))
+
+
+@multi_token_titles
+def test_no_depth_reads_its_labels(title):
+    model, _ = multi_token(title)
+    ids = torch.arange(5).repeat_interleave(BAG)[None]  # the tokens of bag j are j
+    bags, nothing = fold_inputs(ids, BAG), torch.full((1, 5, BAG), IGNORE)
+    for k in (1, 2):
+        later = [nothing, nothing]
+        later[k - 1] = fold_labels(ids, BAG, shifted=False, offset=k).index_fill(1, torch.arange(1, 5), IGNORE)
+        assert later[k - 1][0, 0].tolist() == [k + 1] * BAG
+        (gradient,) = torch.autograd.grad(model(bags, nothing, *later), model.embedding.weight)
+        assert gradient.any(1).nonzero().flatten().tolist() == (list(range(k + 1)) if title == MTP else [0])
+
+
+@multi_token_titles
+def test_validation_is_free_of_later_tokens(title):
+    model, _ = multi_token(title)
+    ids, labels, _ = documents_of_step(2)
+    loss = run_block("Validation", torch=torch).validate(model, [(ids, labels)])
+    for parameter in model.depths.parameters():
+        torch.nn.init.constant_(parameter, math.nan)
+    logits = model.head(model.trunk(model.embedding(ids)))
+    assert_same(loss, F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    assert_same(model(ids, labels), loss)
+
+
+def run_multi_token(title, wrap, rows, one_phase=False):
+    """Return the parameters after training, and a weight of the last depth after each step."""
+    model, train = multi_token(title)
+    wrapped, weights = wrap(model), []
+
+    def call(bags, labels, *later, mask):
+        skip = one_phase and labels.shape[-1] == 1
+        return wrapped(bags, labels, *(() if skip else later), mask=mask)
+
+    optimizer = torch.optim.SGD(wrapped.parameters(), 0.1, weight_decay=0.1)  # of what has a gradient, if only of zeros
+    optimizer.register_step_post_hook(lambda *_: weights.append(whole(next(model.depths[-1].parameters()))))
+    schedule = SuperpositionSchedule(4, ratio=0.5, bag_size=BAG)
+    train(call, optimizer, schedule, partial(documents_of_step, rows=rows), depths=2)
+    return [whole(p) for p in model.parameters()], weights
 
 
 def whole(parameter):
@@ -381,66 +519,60 @@ def whole(parameter):
 
 
 def fully_shard_each(model):
-    fully_shard(model.mtp)
+    for depth in model.depths:
+        fully_shard(depth)
     return fully_shard(model)
 
 
-def test_labels_of_a_head_for_the_bag_after_the_next():
-    names = dict(fold_inputs=fold_inputs, fold_labels=fold_labels, torch=torch)
-    exec(block("A head of one phase under DDP"), names)
-    calls = []
-
-    class Recorded(ModelWithMTP):
-        def forward(self, *inputs):
-            calls.append(inputs)
-            return super().forward(*inputs)
-
-    model = Recorded()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    numbers = torch.arange(4 * 4 * BAG + 1) % VOCABULARY  # four bags, so that there are bags after the next
-    next_batch = lambda s: (numbers[: 4 * s].view(1, -1), numbers[1 : 4 * s + 1].view(1, -1))  # noqa: E731
-    names["train"](model, optimizer, SuperpositionSchedule(2, ratio=0.5, bag_size=BAG), next_batch)
-    (ids, _, later), (*_, nothing) = calls
-    assert torch.equal(later[:, :2], ids[:, 2:]) and nothing is None
-    # The last bag but one is trained on the one token that is known beyond the sequence, the last on none.
-    assert later[0, 2:].tolist() == [[numbers[4 * BAG], *[IGNORE] * (BAG - 1)], [IGNORE] * BAG]
-
-
-def test_labels_of_that_head_stay_in_their_document():
-    line = "later[(labels == -100).all(-1)] = -100"
-    assert f"`{line}`" in SECTIONS["A head of one phase under DDP"]
-    lengths = torch.tensor([3, 7, 12, 2, 1, 9, 4, 10])
-    ids = torch.arange(1, 9).repeat_interleave(lengths).view(2, 24)  # the tokens of document k are k
-    folds = dict(cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)), num_bags=12)
-    bags, labels = fold_inputs(ids, 3, **folds), fold_labels(ids, 3, shifted=False, **folds)
-    later = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)), dim=1)
-    document = bags[..., :1].expand_as(later)
-    crosses = (later != IGNORE) & (later != document)
-    assert crosses.any()
-    exec(line, dict(later=later, labels=labels))
-    assert not ((later != IGNORE) & (later != document)).any()
-    assert (later != IGNORE).sum() == (lengths - 6).clamp_min(0).sum()  # all but two bags of each document
-
-
-def check_head_of_one_phase(rank):
-    source = block("A head of one phase under DDP")
+def check_multi_token_prediction(rank):
     mine, alone = slice(2 * rank, 2 * rank + 2), slice(None)
     ddp = torch.nn.parallel.DistributedDataParallel
-    expected, heads = run_mtp(source, lambda model: model, alone)
-    assert not torch.equal(heads[0], heads[1]) and torch.equal(heads[1], heads[-1])  # trained in the first phase alone
-    for wrap in (None, fully_shard, fully_shard_each):
-        for p, q in zip(run_mtp(source, wrap, mine)[0], expected, strict=True):
+    for title in (MTP, "Parallel heads"):
+        expected, weights = run_multi_token(title, lambda model: model, alone)
+        assert not torch.equal(weights[-2], weights[-1])  # trained in the second phase too
+        for wrap in (ddp, fully_shard_each):
+            for p, q in zip(run_multi_token(title, wrap, mine)[0], expected, strict=True):
+                assert_same(p, q)
+    # In one phase alone.
+    expected, weights = run_multi_token(MTP, lambda model: model, alone, one_phase=True)
+    assert not torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[-1])
+    for wrap in (partial(ddp, find_unused_parameters=True), fully_shard_each):
+        for p, q in zip(run_multi_token(MTP, wrap, mine, one_phase=True)[0], expected, strict=True):
             assert_same(p, q)
     for options in ({}, {"static_graph": True}):
         with pytest.raises(RuntimeError, match="Expected to have finished reduction in the prior iteration"):
-            run_mtp(source, partial(ddp, **options), mine)
-    # The head in both phases.
-    both = re.sub(r"^    (        (?:end|later) = torch)", r"\1", source, flags=re.MULTILINE)
-    assert both != source
-    expected, heads = run_mtp(both, lambda model: model, alone)
-    assert not torch.equal(heads[1], heads[-1])
-    for p, q in zip(run_mtp(both, ddp, mine)[0], expected, strict=True):
-        assert_same(p, q)
+            run_multi_token(MTP, partial(ddp, **options), mine, one_phase=True)
+
+
+@multi_token_titles
+def test_a_depth_without_labels_has_gradients_of_zeros(title):
+    model, _ = multi_token(title)
+    ids, labels, _ = documents_of_step(2)
+    model(ids, labels, *[torch.full_like(labels, IGNORE)] * 2).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.depths.parameters())
+
+
+def test_output_only():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    model, steps, calls = double_model(), 5, []
+    compiled = torch.compile(model, backend=counter, dynamic=False)
+
+    def record(ids, labels, **options):
+        calls.append((ids, labels, options["position_weights"], compiled(ids, labels, **options)))
+        return calls[-1][3]
+
+    names = dict(position_weights=position_weights, slide_labels=slide_labels, torch=torch)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    run_block("Output-only superposition", **names).train(record, optimizer, steps, BAG, partial(documents_of_step, 2))
+    assert counter.frame_count == 1
+    for step, (ids, labels, weights, loss) in enumerate(calls):
+        assert weights.tolist() == pytest.approx([1, 1 - step / 4, 1 - step / 4])
+        assert_same(loss, model(ids, labels, position_weights=weights))
+    logits = model.head(torch.relu(model.body(model.embedding(ids)))).flatten(0, 1)
+    assert_same(loss, F.cross_entropy(logits, labels[..., 0].flatten()))  # the last step is an ordinary one
+    valid = labels[0] != IGNORE  # of a document of 7 tokens and one of 5
+    assert valid.sum(1).tolist() == [3, 3, 3, 3, 2, 1, 0, 3, 3, 2, 1, 0][: len(valid)]
 
 
 def check_divided_head(rank):
@@ -460,7 +592,7 @@ def check_divided_head(rank):
 def check_all(rank):
     check_ranks(rank)
     check_switch(rank)
-    check_head_of_one_phase(rank)
+    check_multi_token_prediction(rank)
     check_divided_head(rank)
 
 
