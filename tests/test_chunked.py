@@ -192,6 +192,20 @@ class TestDefaultChunkOnTheCpu:
         assert rows(4096, 256, 128256) == 512 and rows(2048, 256, 128256) == 256  # an eighth of all
         assert rows(100_000, 1024, 1024) == 16384  # 64 MiB again
 
+    def test_what_the_rule_is_given(self, bfloat16_gemms, monkeypatch):
+        given = []
+        monkeypatch.setattr(chunked, "chunk_rows", lambda *arguments: given.append(arguments) or 6)
+        for dtype, element, summed in (
+            (torch.bfloat16, 2 if bfloat16_gemms else 4, 4),
+            (torch.float16, 4, 4),
+            (torch.float32, 4, 4),
+            (torch.float64, 8, 8),
+        ):
+            hidden, weight, _, labels = loss_case(6, 8, 50, 4, dtype, "cpu")
+            for wanted in (True, False):
+                chunked.linear_multi_hot_cross_entropy(hidden, weight, labels, torch.ones(4), grad_weight=wanted)
+                assert given.pop() == (6, 50, element, hidden.device, summed * 50 * 8 if wanted else 0)
+
     @pytest.mark.parametrize(("wanted", "chunk"), [(True, 32), (False, 13)])
     def test_the_kernel_has_the_same(self, wanted, chunk):
         # Half of a gradient of 256 MiB; 15 rows, which fit 64 MiB next to 1 MiB of the product, in equal parts.

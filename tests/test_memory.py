@@ -17,7 +17,8 @@ def plain(hidden, weight, labels):
     return torch.nn.functional.cross_entropy(hidden @ weight.T, labels[:, 0])
 
 loss = {"fused": linear_multi_hot_cross_entropy, "plain": plain}[sys.argv[1]]
-options = {"chunk_size": int(sys.argv[3])} if len(sys.argv) > 3 else {}
+rows, vocabulary, dim, *chunk_size = map(int, sys.argv[3:])
+options = {"chunk_size": chunk_size[0]} if chunk_size else {}
 
 def call(rows, vocabulary, dim=256, bag_size=4):
     hidden = torch.randn(rows, dim, requires_grad=True)
@@ -30,12 +31,12 @@ def call(rows, vocabulary, dim=256, bag_size=4):
     return (status("VmHWM") - before - gradients) / 1024
 
 call(512, 4096)  # buffers that libraries keep from their first call on
-print(call(2048, 65536, dim=128))
+print(call(rows, vocabulary, dim))
 """
 
 
-def extra_mebibytes(loss: str, upstream: float, *chunk_size: int) -> float:
-    arguments = map(str, (loss, upstream, *chunk_size))
+def extra_mebibytes(loss: str, upstream: float, *chunk_size: int, shape: tuple[int, ...] = (2048, 65536, 128)) -> float:
+    arguments = map(str, (loss, upstream, *shape, *chunk_size))
     result = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=True)
     return float(result.stdout)
 
@@ -52,6 +53,11 @@ class TestPeakMemory:
     def test_with_a_scaled_loss(self):
         # Another factor than 1 multiplies the gradients in place.
         assert extra_mebibytes("fused", 0.5) < 80
+
+    @pytest.mark.extended
+    def test_logits_take_half_of_the_weights_gradient(self):
+        # N = 128, V = 1 Mi, d = 64: of the gradient's 256 MiB; the full logits are 512 MiB.
+        assert 96 < extra_mebibytes("fused", 1.0, shape=(128, 1 << 20, 64)) < 144
 
     @pytest.mark.extended
     def test_with_smaller_chunks(self):

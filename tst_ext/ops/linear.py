@@ -51,7 +51,8 @@ def linear_multi_hot_cross_entropy(
     GEMMs in all, and memory for one chunk of logits. docs/ops.md has the formulas, the costs and the numerics.
 
     Args:
-        hidden: `[..., d]`, float32, bfloat16, float16 or float64. float16 is computed in float32.
+        hidden: `[..., d]`, float32, bfloat16, float16 or float64. float16 is computed in float32, and so is
+            bfloat16 on a CPU without bfloat16 instructions.
         weight: `[V, d]`, the output head, in hidden's dtype. Autocast casts hidden, weight and bias as in `F.linear`.
         labels: `[..., s]`, or `[...]` for s = 1 (next-token loss), int64 or int32, each in `[0, V)` or `ignore_index`.
         bias: `[V]`, in hidden's dtype. -inf takes an entry out of the vocabulary.
@@ -78,8 +79,9 @@ def linear_multi_hot_cross_entropy(
         return_lse: also return `lse` `[...]` (float32, float64 for float64), with its gradient.
         return_z_loss: also return the share of `z_loss` in the loss, in the shape of the loss, with its gradient.
         chunk_size: the most rows whose logits exist at a time. The default on CUDA is as many as fit 1/32 of the
-            device's memory, and at least 2048. Elsewhere they fit an eighth of the full logits or 64 MiB, whichever is
-            more, with at most 512 beyond 64 MiB; without gradients 512. On the CPU fewer than about 256 rows cost time.
+            device's memory, and at least 2048. Elsewhere they fit 64 MiB, an eighth of the full logits, or half of the
+            weight's float32 gradient, whichever is most, with at most 512 beyond 64 MiB; without gradients 512. On the
+            CPU fewer than about 256 rows cost time.
         tp_group: the processes that divide the vocabulary. `weight` and `bias` are this process's rows of the head,
             contiguous, in the order of the ranks, any number in each. All else is the same in all processes, and labels
             number the whole vocabulary. Every process gets the whole loss, the whole gradient of hidden, and the
