@@ -3,13 +3,13 @@
 import importlib
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tst_ext import reference
+from tst_ext import bag_embedding, reference
 
 # Whose first call compiles, so that it says nothing about their speed.
 COMPILED = {"paper's listing, torch.compile", "paper's loop, torch.compile", "cut-cross-entropy"}
@@ -145,8 +145,8 @@ def losses(device: torch.device, bag_size: int) -> dict[str, Callable[[Tensor, T
 # ---- embedding -------------------------------------------------------------------------------------------------------
 
 
-def embedding_bag(ids: Tensor, weight: Tensor) -> Tensor:
-    return F.embedding_bag(ids, weight, mode="mean")
+def embedding_bag(ids: Tensor, weight: Tensor, sparse: bool = False) -> Tensor:
+    return F.embedding_bag(ids, weight, mode="mean", sparse=sparse)
 
 
 def loop(ids: Tensor, weight: Tensor) -> Tensor:
@@ -165,3 +165,8 @@ def embeddings() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
         "paper's loop": loop,
         "paper's loop, torch.compile": torch.compile(loop, dynamic=False),
     }
+
+
+def sparse_embeddings() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Peers of sparse gradients. That of F.embedding_bag has a row per id, which an optimiser has yet to coalesce."""
+    return {"F.embedding_bag, sparse": partial(embedding_bag, sparse=True), "tst_ext, dense": bag_embedding}

@@ -1,5 +1,7 @@
 """Bag embedding beside torch's ways, over the bytes it must move at this machine's copy speed."""
 
+from functools import partial
+
 import peers
 import torch
 from floors import bytes_moved
@@ -25,7 +27,8 @@ FULL = GPU if DEVICE.type == "cuda" else [(BAGS, *case) for case in CPU]
 
 def pytest_generate_tests(metafunc):
     quick = metafunc.config.getoption("quick")
-    metafunc.parametrize("direction", ["forward", "forward and backward", *([] if quick else ["backward"])])
+    directions = ["forward", "forward and backward", "forward and sparse backward"]
+    metafunc.parametrize("direction", [*directions, *([] if quick else ["backward"])])
     cases = QUICK if quick else FULL
     ids = [f"{n}x{s}-{v}x{d}-{str(dtype)[6:]}" for n, v, d, s, dtype in cases]
     metafunc.parametrize(("bags", "vocabulary", "dim", "bag_size", "dtype"), cases, ids=ids)
@@ -61,20 +64,31 @@ def test_embedding(race, direction, bags, vocabulary, dim, bag_size, dtype):
             return backward
         return forward if direction == "forward" else both
 
+    sparse = direction == "forward and sparse backward"
+    rows = ids.unique()
+
+    def gradients():
+        if direction == "forward":
+            return []
+        if not sparse:
+            return [weight.grad]
+        return [weight.grad.coalesce().values() if weight.grad.is_sparse else weight.grad[rows]]
+
     # Must move, forward: each distinct row read once, a row written per bag; backward: the output's gradient read once,
-    # a fresh table written. As gathered: a row, or a row of the gradient, read anew for every id.
+    # a fresh table written, or those rows of it that are hit. As gathered: a row, or a row of the gradient, read anew
+    # for every id.
     forward, backward = direction != "backward", direction != "forward"
-    read = ids.nbytes + (ids.unique().numel() * row if forward else 0) + (bags * row if backward else 0)
+    read = ids.nbytes + (rows.numel() * row if forward else 0) + (bags * row if backward else 0)
     gathered = ids.nbytes + bags * bag_size * row * (forward + backward)
     written = bags * row if forward else 0
-    fresh = vocabulary * row if backward else 0
+    fresh = (rows.numel() if sparse else vocabulary) * row if backward else 0
     race(
-        runner(bag_embedding),
-        {name: runner(embed) for name, embed in peers.embeddings().items()},
+        runner(partial(bag_embedding, sparse=sparse)),
+        {name: runner(embed) for name, embed in (peers.sparse_embeddings() if sparse else peers.embeddings()).items()},
         {"bytes": bytes_moved(read, written, fresh), "bytes as gathered": bytes_moved(gathered, written, fresh)},
         rounds=20,
         clear=clear,
-        gradients=lambda: [weight.grad] if backward else [],
+        gradients=gradients,
         result_bytes=fresh,
         cold=True,
         tolerance=1e-5 if dtype == torch.float32 else 0.5,  # some add up gradients in bfloat16

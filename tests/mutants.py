@@ -431,9 +431,22 @@ PYTHON: dict[str, list[Mutant]] = {
         Mutant("entropy-order", "weights).gather(-1, order)", "weights)", "weights of other labels"),
         Mutant("entropy-empty", "torch.where(total > 0, total, 1)", "total", "NaN where a bag has no label"),
     ],
+    "tst_ext/ops/embedding.py": [
+        Mutant("sparse-padding", "else input_ids[input_ids != padding_idx]\n", "else input_ids\n",
+               "padding is a row of the sparse gradient"),
+        Mutant("sparse-filler", "        padding_idx = -1\n", "", "renumbered padding taken for a row"),
+        Mutant("sparse-size", "size = (num_embeddings,", "size = (len(rows),", "the shape of the rows that were hit"),
+        Mutant("sparse-coalesced", "is_coalesced=True", "is_coalesced=False", "every optimiser sorts again"),
+        Mutant("sparse-leaf", "if not weight.is_leaf:", "if False:", "torch's own error from deep in the backward"),
+        Mutant("sparse-frozen", "sparse = sparse and weight.requires_grad and torch.is_grad_enabled()", "pass",
+               "refuses a computed weight without a graph"),
+    ],
     "tst_ext/nn.py": [
         Mutant("module-weights", "        check_constant_weights(position_weights)\n", "",
                "an embedding detaches weights that are trained"),
+        Mutant("module-sparse-bags", "self.weight, sparse=self.sparse, **", "self.weight, **",
+               "dense gradients of bags"),
+        Mutant("module-sparse", "is None and not self.sparse:", "is None:", "torch's own sparse gradient of tokens"),
         Mutant("module-tied", "embeddings if keep else torch_nn", "torch_nn", "two Parameters over a tied table"),
     ],
     "tst_ext/setup_check.py": [
@@ -529,6 +542,8 @@ PYTHON: dict[str, list[Mutant]] = {
     "tst_ext/ops/second_derivative.py": [
         Mutant("second-derivative", "for t in (*grads, link)", "for t in grads",
                "gradient of a gradient is 0 without a word"),
+        Mutant("second-derivative-sparse", "gradient.detach() if gradient.is_sparse else ", "",
+               "a view of a sparse gradient, which torch has not"),
     ],
     "csrc/cpu/row_loss.h": [
         Mutant("chunk-labels", "int64_t>() + start * args.bag_size", "int64_t>() + start",

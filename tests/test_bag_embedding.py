@@ -254,6 +254,146 @@ class TestPaddingAndWeights:
             assert torch.equal(out, results[0][0]) and torch.equal(gradient, results[0][1])
 
 
+def sparse_beside_dense(ids, weight, grad, **options):
+    """The sparse gradient, checked against the dense one."""
+    out, dense = embedding_and_gradient(bag_embedding, ids, weight, grad, **options)
+    same, gradient = embedding_and_gradient(bag_embedding, ids, weight, grad, **options, sparse=True)
+    padding_idx = options.get("padding_idx")
+    rows = (ids if padding_idx is None else ids[ids != padding_idx]).unique().long()
+    assert gradient.is_sparse and gradient.is_coalesced() and gradient.dtype == weight.dtype
+    assert gradient.shape == weight.shape and torch.equal(gradient.indices(), rows[None])
+    assert torch.equal(same, out) and torch.equal(gradient.values(), dense[rows])
+    return gradient
+
+
+class TestSparse:
+    @pairwise(
+        dtype=DTYPES,
+        ids_dtype=[torch.int64, torch.int32],
+        weights=[None, "power_law", torch.tensor([0.5, 0, 3, 0.125])],
+        padding_idx=[PADDING, 0, None],
+        mode=["mean", "sum"],
+        kernels=KERNELS,
+        fixtures=["kernels"],
+    )
+    def test_bitwise_the_rows_of_the_dense_gradient(
+        self, device, dtype, ids_dtype, weights, padding_idx, mode, kernels
+    ):
+        ids, weight, grad = embedding_case((200, 2, 4), 90, 35, dtype, device)
+        ids = ids % 40 * 2  # every other row of the table has no hit
+        ids[:80] = 6
+        if padding_idx is not None:
+            ids[torch.rand(ids.shape, generator=generator()) < 0.4] = padding_idx
+        assert (ids == 6).sum() > 256 and len(ids.unique()) > 30
+        options = dict(mode=mode, position_weights=weights, padding_idx=padding_idx)
+        sparse_beside_dense(ids.to(ids_dtype), weight, grad, **options)
+
+    def test_bags_of_one_and_strides(self, device, kernels):
+        ids, weight, grad = embedding_case((40, 3), 23, 5, torch.float32, device)
+        ids[::4] = PADDING
+        tokens = ids.T.contiguous().T.unsqueeze(-1)
+        assert not tokens.is_contiguous()
+        sparse_beside_dense(tokens, weight, grad.unsqueeze(1).expand(-1, 3, -1), padding_idx=PADDING)
+
+    @pytest.mark.parametrize("vocabulary", [0, 5])
+    @pytest.mark.parametrize("bags", [0, 2])
+    def test_without_hits_it_has_no_rows(self, device, vocabulary, bags, kernels):
+        ids = torch.full((bags, 4), PADDING, device=device)
+        weight, grad = torch.randn(vocabulary, 3, device=device), torch.randn(bags, 3, device=device)
+        assert sparse_beside_dense(ids, weight, grad, padding_idx=PADDING)._nnz() == 0
+
+    def test_backwards_add_up_and_stay_sparse(self, device):
+        total, weight = 0, None
+        for seed in range(3):
+            ids, table, grad = embedding_case((8, 4), 40, 6, torch.float32, device, seed)
+            weight = table.requires_grad_() if weight is None else weight
+            bag_embedding(ids, weight, sparse=True).backward(grad)
+            total = total + embedding_and_gradient(bag_embedding, ids, weight, grad)[1]
+        assert weight.grad.is_sparse and torch.equal(weight.grad.to_dense(), total)
+        (rows,) = weight.grad._indices()
+        assert rows.diff().gt(0).all() and len(rows) == total.any(1).sum() < 40
+
+    def test_used_twice_and_tied_to_a_head(self, device):
+        ids, weight, grad = embedding_case((8, 4), 40, 6, torch.float64, device)
+
+        def gradient(sparse, tied):
+            table = weight.detach().clone().requires_grad_()
+            outs = [bag_embedding(i, table, sparse=sparse) for i in (ids, ids.flip(0)[:3])]
+            loss = (outs[0] * grad).sum() + outs[1].sum()
+            (loss + (F.linear(grad, table).square().sum() if tied else 0)).backward()
+            return table.grad
+
+        assert gradient(True, False).is_sparse and not gradient(True, True).is_sparse
+        for tied in (False, True):  # sums of three gradients, in another order
+            assert relative_error(gradient(True, tied).to_dense(), gradient(False, tied)) < 1e-15
+
+    @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.SparseAdam])
+    def test_optimizers(self, device, optimizer):
+        ids, weight, grad = embedding_case((8, 4), 40, 6, torch.float32, device)
+        hit = torch.zeros(40, dtype=torch.bool, device=device)
+        hit[ids.flatten()] = True
+
+        def trained(sparse):
+            table = torch.nn.Parameter(weight.detach().clone())
+            stepper = optimizer([table], lr=0.1)
+            for _ in range(3):
+                stepper.zero_grad()
+                bag_embedding(ids, table, sparse=sparse).backward(grad)
+                if optimizer == torch.optim.SparseAdam and not sparse:
+                    table.grad = table.grad.to_sparse(1)
+                stepper.step()
+            return table.detach()
+
+        ours = trained(True)
+        assert torch.equal(ours, trained(False))
+        assert torch.equal(ours[~hit], weight[~hit]) and (ours[hit] != weight[hit]).all()
+
+    def test_repeats_and_thread_counts_are_bitwise_equal(self):
+        ids, weight, grad = embedding_case((3000, 6), 500, 64, torch.float32, "cpu")
+        threads = torch.get_num_threads()
+        try:
+            torch.use_deterministic_algorithms(True)  # new memory is NaN
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                sparse_beside_dense(ids, weight, grad)
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch.set_num_threads(threads)
+
+    def test_second_derivative_raises(self, device):
+        ids, weight, _ = embedding_case((8, 4), 40, 6, torch.float32, device)
+        loss = bag_embedding(ids, weight.requires_grad_(), sparse=True).square().sum()
+        (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivative"):
+            torch.sparse.sum(gradient).backward()
+
+    def test_a_computed_weight_is_refused(self, device):
+        ids, weight, _ = embedding_case((8, 4), 40, 6, torch.float32, device)
+        computed = weight.requires_grad_().bfloat16()
+        with pytest.raises(ValueError, match="sparse: expected a weight that is a leaf.*cast or scale the output"):
+            bag_embedding(ids, computed, sparse=True)
+        with torch.no_grad():
+            assert torch.equal(bag_embedding(ids, computed, sparse=True), bag_embedding(ids, computed))
+
+    def test_compiled_it_breaks_the_graph(self):
+        ids, weight, grad = embedding_case((8, 4), 40, 6, torch.float32, "cpu")
+
+        def doubled(ids, weight):
+            return 2 * bag_embedding(ids, weight, padding_idx=0, sparse=True)
+
+        def compiled(*arguments, **options):
+            torch._dynamo.reset()
+            return torch.compile(doubled, backend="eager", **options)(*arguments)
+
+        expected = embedding_and_gradient(doubled, ids, weight, grad)
+        out, gradient = embedding_and_gradient(compiled, ids, weight, grad)
+        assert torch.equal(out, expected[0]) and torch.equal(gradient.values(), expected[1].values())
+        with torch.no_grad():
+            assert torch.equal(compiled(ids, weight.requires_grad_(), fullgraph=True), out)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=r"bag_embedding\(sparse=True\) has no static shape"):
+            compiled(ids, weight, fullgraph=True)
+
+
 class TestBagEmbeddingErrors:
     WEIGHT = torch.randn(10, 3)
 

@@ -56,6 +56,19 @@ class TestBagEmbedding:
         module = BagEmbedding(11, 5, padding_idx=-100, position_weights="power_law")
         assert repr(module) == "BagEmbedding(11, 5, mode='mean', padding_idx=-100, position_weights='power_law')"
 
+    @pytest.mark.parametrize("padding_idx", [None, -100])
+    def test_sparse_gradients_of_tokens_and_bags(self, padding_idx):
+        table = torch.nn.Parameter(torch.randn(11, 5))
+        module = BagEmbedding.from_pretrained(table, freeze=False, padding_idx=padding_idx, sparse=True)
+        assert isinstance(module.sparse, bool) and repr(module).count("sparse=True") == 1
+        for ids in (torch.tensor([[7, 2, 7]]), torch.tensor([[[7, 2], [2, 2]]])):
+            (gradient,) = torch.autograd.grad(module(ids).sum(), table)
+            assert gradient.is_coalesced() and gradient.indices().tolist() == [[2, 7]]
+            assert torch.equal(gradient.to_dense()[7], torch.full((5,), 2.0 if ids.dim() == 2 else 0.5))
+            assert not torch.autograd.grad(BagEmbedding.from_pretrained(table, freeze=False)(ids).sum(), table)[
+                0
+            ].is_sparse
+
     def test_from_pretrained_shares_a_trained_parameter(self):
         # Two Parameters over one table would have a gradient each, and a tied head would be tied no longer.
         table = torch.nn.Parameter(torch.randn(11, 5))

@@ -30,6 +30,7 @@ class BagEmbedding(torch_nn.Embedding):
         padding_idx, position_weights: as in `bag_embedding`. Unlike `nn.Embedding`'s, this `padding_idx` may lie
             outside the vocabulary, and its row, if any, is initialised as every other. The module keeps it as
             `bag_padding_idx`, and a tensor of weights as a buffer outside the state dict.
+        sparse: as in `bag_embedding`.
 
     Raises:
         TypeError: position_weights of another dtype.
@@ -45,13 +46,14 @@ class BagEmbedding(torch_nn.Embedding):
         mode: str = "mean",
         padding_idx: int | None = None,
         position_weights: str | Tensor | None = None,
+        sparse: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         if mode not in ("mean", "sum"):
             raise ValueError(f"mode: expected 'mean' or 'sum', got {mode!r}")
         check_constant_weights(position_weights)
-        super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
+        super().__init__(num_embeddings, embedding_dim, sparse=sparse, device=device, dtype=dtype)
         self.mode = mode
         # nn.Embedding's own padding_idx stays None: that is a row, which nn.Embedding and libraries fill with zeros.
         self.bag_padding_idx = padding_idx
@@ -84,12 +86,13 @@ class BagEmbedding(torch_nn.Embedding):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if input_ids.dim() == 2:
-            if self.bag_padding_idx is None:
+            if self.bag_padding_idx is None and not self.sparse:  # torch's sparse gradient would have a row per id
                 return F.embedding(input_ids, self.weight)
-            return bag_embedding(input_ids.unsqueeze(-1), self.weight, padding_idx=self.bag_padding_idx)
+            ids, padding_idx = input_ids.unsqueeze(-1), self.bag_padding_idx
+            return bag_embedding(ids, self.weight, padding_idx=padding_idx, sparse=self.sparse)
         if input_ids.dim() != 3:
             raise ValueError(f"input_ids: expected [B, L] tokens or [B, l, s] bags, got shape {tuple(input_ids.shape)}")
-        return bag_embedding(input_ids, self.weight, **self._options())
+        return bag_embedding(input_ids, self.weight, sparse=self.sparse, **self._options())
 
     def extra_repr(self) -> str:
         return ", ".join([super().extra_repr(), *(f"{k}={v!r}" for k, v in self._options().items() if v is not None)])

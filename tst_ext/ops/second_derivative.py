@@ -55,7 +55,7 @@ class _First(torch.autograd.Function):
 
     @staticmethod
     def forward(gradient: Tensor, *sources: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
+        return gradient.detach() if gradient.is_sparse else gradient.view_as(gradient)  # a sparse one has no views
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
