@@ -56,6 +56,7 @@ CPP: dict[str, list[Mutant]] = {
         Mutant("gather-last", "last = a.end[r];", "last = a.end[r] - 1;", "last hit dropped"),
         Mutant("gather-index", "a.coefficients[k])", "a.coefficients[k - first])", "wrong coefficient index"),
         Mutant("gather-rows", "(a.out_rows ? a.out_rows[r] : r)", "r", "row permutation ignored"),
+        Mutant("gather-vector", "load(row(k) + c + u * kLanes);", "load(row(k) + c);", "a block's first vector in all"),
         Mutant("gather-weights", "sum += coefficient(k) * load", "sum += load", "coefficients forgotten in the tail"),
         # The maximum and the sums of a row.
         Mutant("max-accumulator", "maximum<A>(best[2], best[3])", "maximum<A>(best[2], best[2])",
