@@ -177,34 +177,32 @@ class TestBfloat16Gradients:
 
 
 class TestDefaultChunkOnTheCpu:
-    """64 MiB, or up to 512 rows: an eighth of all, or half of the weight's gradient."""
+    """64 MiB, an eighth of all logits (at most 512 rows), or half of the weight's gradient (at most 1024)."""
 
     def test_rule(self):
         def rows(count, dim, vocabulary, element_size=4):
-            gradient = 4 * vocabulary * dim
-            return chunked.chunk_rows(count, vocabulary, element_size, torch.device("cpu"), gradient)
+            return chunked.chunk_rows(count, vocabulary, element_size, torch.device("cpu"), dim)
 
-        assert rows(1024, 1024, 128256) == 512  # half of the gradient is 512 rows
+        assert rows(1024, 1024, 128256) == rows(1024, 1024, 128256, 2) == 512  # half of the gradient
         assert rows(1024, 768, 128256) == 384
         assert rows(1024, 0, 128256) == 130  # no gradient: 64 MiB
-        assert rows(2048, 768, 128256, 2) == 512  # 768 rows of bfloat16 are
-        assert rows(4096, 4096, 128256) == 512  # no more, though 2048 rows would fit
-        assert rows(4096, 256, 128256) == 512 and rows(2048, 256, 128256) == 256  # an eighth of all
+        assert rows(4096, 2048, 128256) == rows(4096, 4096, 128256) == 1024  # no more, though 2048 rows would fit
+        assert rows(8192, 256, 128256) == 512 and rows(2048, 256, 128256) == 256  # an eighth of all
         assert rows(100_000, 1024, 1024) == 16384  # 64 MiB again
 
     def test_what_the_rule_is_given(self, bfloat16_gemms, monkeypatch):
         given = []
         monkeypatch.setattr(chunked, "chunk_rows", lambda *arguments: given.append(arguments) or 6)
-        for dtype, element, summed in (
-            (torch.bfloat16, 2 if bfloat16_gemms else 4, 4),
-            (torch.float16, 4, 4),
-            (torch.float32, 4, 4),
-            (torch.float64, 8, 8),
+        for dtype, element in (
+            (torch.bfloat16, 2 if bfloat16_gemms else 4),
+            (torch.float16, 4),
+            (torch.float32, 4),
+            (torch.float64, 8),
         ):
             hidden, weight, _, labels = loss_case(6, 8, 50, 4, dtype, "cpu")
             for wanted in (True, False):
                 chunked.linear_multi_hot_cross_entropy(hidden, weight, labels, torch.ones(4), grad_weight=wanted)
-                assert given.pop() == (6, 50, element, hidden.device, summed * 50 * 8 if wanted else 0)
+                assert given.pop() == (6, 50, element, hidden.device, 8 if wanted else 0)
 
     @pytest.mark.parametrize(("wanted", "chunk"), [(True, 32), (False, 13)])
     def test_the_kernel_has_the_same(self, wanted, chunk):
@@ -214,7 +212,7 @@ class TestDefaultChunkOnTheCpu:
         with profiler.profile(activities=[profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             OP(hidden, weight, labels, torch.ones(1), grad_hidden=True, grad_weight=wanted)
         allocated = [event.self_cpu_memory_usage for event in profile.events()]
-        assert chunked.chunk_rows(rows, vocabulary, 4, hidden.device, weight.nbytes if wanted else 0) in (32, 16)
+        assert chunked.chunk_rows(rows, vocabulary, 4, hidden.device, dim if wanted else 0) in (32, 16)
         assert 4 * chunk * vocabulary in allocated and max(allocated) == 4 * vocabulary * (dim if wanted else chunk)
 
 

@@ -25,12 +25,12 @@ constexpr int64_t kStaged = kGemmScratch;
 
 // Rows per chunk. Memory: at most an eighth of the full logits, 64 MiB, or half of the weight's gradient, which must
 // exist anyway, whichever is most. Speed: the weight is read again for every chunk, and its gradient read and written,
-// which from 256 to 512 rows saves another 4 % of the GEMMs (V = 128256, d = 1024).
-int64_t default_chunk_size(int64_t rows, int64_t vocabulary, int64_t element_size, int64_t weight_gradient_bytes) {
+// which from 256 to 512 rows saves another 4 % of the GEMMs (V = 128256, d = 1024), to 1024 rows 6 % (32768, 2048).
+int64_t default_chunk_size(int64_t rows, int64_t vocabulary, int64_t element_size, int64_t gradient_columns) {
   const int64_t row = std::max<int64_t>(1, vocabulary * element_size);
   const int64_t floor = ((int64_t(64) << 20) - kGemmScratch) / row;  // the GEMM's blocks of logits included
-  const int64_t more = std::max(rows / 8 - (kGemmScratch + row - 1) / row, weight_gradient_bytes / 2 / row);
-  return std::max<int64_t>({1, floor, std::min<int64_t>(more, 512)});
+  const int64_t eighth = std::min<int64_t>(rows / 8 - (kGemmScratch + row - 1) / row, 512);
+  return std::max<int64_t>({1, floor, eighth, std::min<int64_t>(gradient_columns / 2, 1024)});
 }
 
 // The weight as its GEMMs take it: as it is, or converted to float32 a block of rows at a time. Converted as a whole it
@@ -124,9 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
 
   const int64_t element_size = static_cast<int64_t>(h.element_size());
   const bool gradient = grad_hidden || grad_weight || grad_bias;
-  const int64_t weight_gradient_bytes = grad_weight ? vocabulary * d * (dtype == kFloat64 ? 8 : 4) : 0;
-  const int64_t default_size =
-      gradient ? default_chunk_size(rows, vocabulary, element_size, weight_gradient_bytes) : 512;
+  const int64_t default_size = gradient ? default_chunk_size(rows, vocabulary, element_size, grad_weight ? d : 0) : 512;
   const int64_t chunk = part_of(rows, chunk_size.value_or(default_size));
   const std::vector<int64_t> none = {0};
   Tensor dh = grad_hidden ? torch::stable::new_empty(hidden, {rows, d}, accumulation)

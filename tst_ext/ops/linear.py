@@ -79,8 +79,8 @@ def linear_multi_hot_cross_entropy(
         return_lse: also return `lse` `[...]` (float32, float64 for float64), with its gradient.
         return_z_loss: also return the share of `z_loss` in the loss, in the shape of the loss, with its gradient.
         chunk_size: the most rows whose logits exist at a time. The default on CUDA is as many as fit 1/32 of the
-            device's memory, and at least 2048. Elsewhere they fit 64 MiB, an eighth of the full logits, or half of the
-            weight's float32 gradient, whichever is most, with at most 512 beyond 64 MiB; without gradients 512. On the
+            device's memory, and at least 2048. Elsewhere they fit 64 MiB, an eighth of the full logits (at most 512
+            rows) or half of the weight's gradient (at most 1024 rows), whichever is most; without gradients 512. On the
             CPU fewer than about 256 rows cost time.
         tp_group: the processes that divide the vocabulary. `weight` and `bias` are this process's rows of the head,
             contiguous, in the order of the ranks, any number in each. All else is the same in all processes, and labels
