@@ -4,9 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.autograd import forward_ad
 
 from helpers.cases import fused, loss_case, on_logits
-from tst_ext import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
+from helpers.processes import needs_gloo
+from tst_ext import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
+from tst_ext.nn import BagEmbedding, LinearMultiHotCrossEntropy
 
 
 class TestErrors:
@@ -90,6 +94,7 @@ class TestErrors:
             (dict(ignore_index=None), ValueError, "ignore_index.*None"),
             (dict(ignore_index=2**64), ValueError, f"ignore_index.*{2**64}"),
             (dict(position_weights=torch.ones(4, device="meta")), ValueError, "position_weights.*cpu.*meta"),
+            (dict(normalizer=torch.ones((), device="meta")), ValueError, "^normalizer: .*cpu.*meta"),
             (dict(logit_softcap=0), ValueError, "logit_softcap.*> 0"),
             (dict(logit_softcap=1e39), ValueError, "logit_softcap.*1e\\+39"),
             (dict(logit_softcap=1e-50), ValueError, "logit_softcap.*1e-50"),
@@ -114,6 +119,96 @@ class TestErrors:
     def test_options(self, function, options, error, message):
         with pytest.raises(error, match=message):
             function(self.H, self.W, None, self.Y, **options)
+
+
+def tensors_of_each_function():
+    """A tensor for each argument, and a call with another tensor in its place."""
+    h, w, b, y = loss_case(6, 8, 10, 4, torch.float32, "cpu", ignored=0, bias=True)
+    weights, normalizer, z = torch.ones(4), torch.tensor(7.0), h @ w.T
+    return [
+        ("hidden", h, lambda t: linear_multi_hot_cross_entropy(t, w, y)),
+        ("weight", w, lambda t: linear_multi_hot_cross_entropy(h, t, y)),
+        ("bias", b, lambda t: linear_multi_hot_cross_entropy(h, w, y, bias=t)),
+        ("labels", y, lambda t: linear_multi_hot_cross_entropy(h, w, t)),
+        ("position_weights", weights, lambda t: linear_multi_hot_cross_entropy(h, w, y, position_weights=t)),
+        ("normalizer", normalizer, lambda t: linear_multi_hot_cross_entropy(h, w, y, normalizer=t)),
+        ("logits", z, lambda t: multi_hot_cross_entropy(t, y)),
+        ("labels", y, lambda t: multi_hot_cross_entropy(z, t)),
+        ("position_weights", weights, lambda t: multi_hot_cross_entropy(z, y, position_weights=t)),
+        ("normalizer", normalizer, lambda t: multi_hot_cross_entropy(z, y, normalizer=t)),
+        ("input_ids", y, lambda t: bag_embedding(t, w)),
+        ("weight", w, lambda t: bag_embedding(y, t)),
+        ("position_weights", weights, lambda t: bag_embedding(y, w, position_weights=t)),
+    ]
+
+
+each_tensor = pytest.mark.parametrize(("name", "tensor", "call"), tensors_of_each_function())
+each_float = pytest.mark.parametrize(
+    ("name", "tensor", "call"), [c for c in tensors_of_each_function() if c[1].is_floating_point()]
+)
+
+
+class TestTransforms:
+    """Each argument in a form that no op takes: the error names it and says what to do."""
+
+    @each_tensor
+    def test_vmap(self, name, tensor, call):
+        named = f"({name}|normalizer or position_weights)"
+        message = f"^{named}: expected a plain tensor, got a batch of torch.vmap.* Pass the whole batch"
+        batch = torch.stack([tensor, tensor])
+        with pytest.raises(RuntimeError, match=message):
+            torch.vmap(call)(batch)
+        if name in ("hidden", "weight", "bias", "logits"):  # zeros would pass for a gradient
+            with pytest.raises(RuntimeError, match=message):
+                torch.vmap(torch.func.grad(lambda t: call(t).sum()))(batch)
+            with pytest.raises(RuntimeError, match=message):
+                torch.func.grad(lambda t: torch.vmap(call)(t).sum())(batch)
+
+    @each_float
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+    def test_forward_mode(self, name, tensor, call):
+        message = f"^{name}: expected a tensor without a tangent.* Use backward"
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match=message):
+            call(forward_ad.make_dual(tensor, tensor))
+        for transform in (torch.func.jacfwd(call), lambda t: torch.func.jvp(call, (t,), (t,))):
+            with pytest.raises(RuntimeError, match=message):
+                transform(tensor)
+
+    @pytest.mark.parametrize("module", [BagEmbedding, LinearMultiHotCrossEntropy])
+    def test_weights_of_a_module_that_are_differentiated(self, module):
+        def build(weights):
+            module(10, 8, position_weights=weights)
+            return weights.sum()
+
+        with pytest.raises(RuntimeError, match="^position_weights: expected a tensor without a tangent"):
+            torch.func.jvp(build, (torch.ones(4),), (torch.ones(4),))
+        with pytest.raises(ValueError, match="^position_weights: expected a constant.*requires_grad=True"):
+            torch.func.grad(build)(torch.ones(4))
+
+    @each_tensor
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of")
+    def test_tensors_that_are_not_dense(self, name, tensor, call):
+        others = {"masked": torch.masked.masked_tensor(tensor, torch.ones_like(tensor, dtype=torch.bool))}
+        if tensor.dim():
+            others |= {"nested": torch.nested.nested_tensor([tensor]), "torch.sparse_coo": tensor.to_sparse()}
+        for kind, other in others.items():
+            with pytest.raises(ValueError, match=f"^{name}: expected a dense tensor, got .*{kind}"):
+                call(other)
+
+    @needs_gloo
+    def test_dtensor(self, tmp_path):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Replicate, distribute_tensor
+
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            mesh = init_device_mesh("cpu", (1,))
+            for name, tensor, call in tensors_of_each_function():
+                advice = f"{name}.full_tensor.*, or {name}.to_local"
+                with pytest.raises(TypeError, match=f"^{name}: expected a plain tensor, got a DTensor .*{advice}"):
+                    call(distribute_tensor(tensor, mesh, [Replicate()]))
+        finally:
+            dist.destroy_process_group()
 
 
 class TestRawOps:

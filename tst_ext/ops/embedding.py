@@ -44,7 +44,7 @@ def bag_embedding(
         TypeError: another dtype, or a DTensor.
         ValueError: another shape, device, weight or mode; `sparse` with a weight that was computed from another tensor.
         IndexError: an id outside `[0, V)` that is not `padding_idx`; a GPU stops in torch's own check instead.
-        RuntimeError: a second derivative, which is not implemented.
+        RuntimeError: a second or forward-mode derivative, or torch.vmap, which are not implemented.
 
     Source: arXiv 2605.06546, the input of the superposition phase.
     """

@@ -98,7 +98,7 @@ def linear_multi_hot_cross_entropy(
         TypeError: another dtype, dtypes that differ outside autocast, a DTensor, or a `tp_group` of another type.
         ValueError: another shape, device, weight or option, or this process is not in `tp_group`.
         IndexError: a label outside `[0, V)` that is not `ignore_index`; a GPU stops in torch's own check instead.
-        RuntimeError: a second derivative, which is not implemented.
+        RuntimeError: a second or forward-mode derivative, or torch.vmap, which are not implemented.
 
     Source: arXiv 2605.06546, multi-hot cross-entropy and its sum-to-one variant.
     """
