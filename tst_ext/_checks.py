@@ -76,13 +76,12 @@ def is_readable(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" and not is_traced(tensor)
 
 
-def is_traced(*tensors: Tensor) -> bool:
-    """Tell whether torch records what is done with the tensors, or whether one stands for several, as under vmap."""
-    return (
-        torch.compiler.is_compiling()
-        or get_proxy_mode() is not None  # make_fx and AOTAutograd
-        or any(torch._C._functorch.is_functorch_wrapped_tensor(t) or is_batched(t) for t in tensors)
-    )
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Tell whether torch records what is done with the tensors, or transforms one: then it may stand for several."""
+    if torch.compiler.is_compiling() or get_proxy_mode() is not None:  # the latter by make_fx and AOTAutograd
+        return True
+    wrapped, batched = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor
+    return any(wrapped(t) or batched(t) for t in tensors if t is not None)
 
 
 def is_batched(tensor: Tensor | None) -> bool:

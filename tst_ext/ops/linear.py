@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import FLOATING, check_integer, check_same_device, check_tensor, is_readable, is_traced
+from .._checks import FLOATING, check_integer, check_same_device, check_tensor, is_traced
 from .._load import _C
 from . import chunked, vocab_parallel
 from .loss import (
@@ -215,7 +215,8 @@ class _LinearMultiHotCrossEntropy(Function):
         per_row = ctx.call.reduction == "none"
         gradients: list[Tensor | None] = [None, None, None]
         if grad_loss is not None and not per_row:
-            gradients = [None if g is None else _scaled(g, grad_loss, ctx.dtype) for g in ready]
+            traced = is_traced(grad_loss, *ready)
+            gradients = [None if g is None else _scaled(g, grad_loss, ctx.dtype, traced) for g in ready]
         if hidden is not None and (grad_lse is not None or (per_row and grad_loss is not None)):
             upstream = grad_loss if per_row and grad_loss is not None else position_scale.new_zeros(())
             needs = ctx.needs_input_grad[:3]
@@ -235,10 +236,9 @@ def _graph_is_kept() -> bool:
     return kept is None or kept()
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, traced: bool) -> Tensor:
     """Return `gradient * factor`, rounded to dtype once, if possible without a second gradient."""
     # Not in place in a graph that is kept or traced: a second backward would find the gradient changed.
-    traced = is_traced(gradient, factor)
     kept = traced or _graph_is_kept()
     on_cpu = gradient.device.type == "cpu"
     if not traced and (gradient.dtype == torch.bfloat16 or (gradient.dtype != dtype and not on_cpu)):
@@ -248,12 +248,13 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return scaled
     if kept:
         return (gradient * factor.reshape(1)).to(dtype)  # [1]: a scalar would be rounded to a bfloat16 gradient's dtype
-    if not is_readable(factor) or factor != 1:  # 1 is the usual loss.backward(); reading it is free on the CPU alone
+    readable = on_cpu and type(factor) is Tensor  # not a fake one
+    if not readable or factor != 1:  # 1 is the usual loss.backward(); reading it is free on the CPU alone
         gradient.mul_(factor)
     if gradient.dtype == dtype:
         return gradient
     rounded = torch.empty_like(gradient, dtype=dtype)
-    if is_readable(rounded):
+    if readable:
         _C.advise_huge_pages(rounded.data_ptr(), rounded.nbytes)
     return rounded.copy_(gradient)
 
