@@ -17,27 +17,27 @@ STABLE_TORCH_LIBRARY(tst_ext, m) {
       "bag_embedding_backward(Tensor grad, Tensor input_ids, SymInt num_embeddings, str mode, *, "
       "int? padding_idx=None, Tensor? position_weights=None) -> Tensor");
 
-  // hidden [..., d], weight [V, d], bias [V], labels [..., s] with one bag per row of hidden. position_scale [s]
+  // hidden [..., d], weight [V, d], bias [V], labels [..., s] with one bag per row of hidden. label_scale [s]
   // or [N, s]: what a valid label weighs in the loss, normalisation included. reduction "sum" or "none": a scalar or
   // [N]. grad_loss (a scalar or [N]) and grad_lse [N] are upstream gradients; without them that of the loss is 1, that
   // of lse 0. Returns the loss, lse [N], and the gradients asked for (else empty); those of 16-bit inputs are float32,
   // so that an upstream gradient can still multiply them before the last rounding. But bfloat16 gradients of hidden and
   // weight are bfloat16 except on the CPU: float32 would cost memory and time.
   m.def(
-      "linear_multi_hot_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor position_scale, *, "
+      "linear_multi_hot_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor label_scale, *, "
       "Tensor? bias=None, Tensor? grad_loss=None, Tensor? grad_lse=None, " TST_LOSS_SCHEMA
       ", str reduction='sum', SymInt? chunk_size=None, bool grad_hidden=False, bool grad_weight=False, bool "
       "grad_bias=False) "
       "-> (Tensor loss, Tensor lse, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
 
   // The same of logits [..., V] that exist already.
-  m.def("multi_hot_cross_entropy(Tensor logits, Tensor labels, Tensor position_scale, *, " TST_LOSS_SCHEMA
+  m.def("multi_hot_cross_entropy(Tensor logits, Tensor labels, Tensor label_scale, *, " TST_LOSS_SCHEMA
         ", str reduction='sum') -> (Tensor loss, Tensor lse)");
   // One pass over rows of logits [N, V], at any row stride: fills loss and lse [N] and with `gradient` writes the
   // logits' gradient over them. The backward pass of multi_hot_cross_entropy, and what lies between the GEMMs of
   // linear_multi_hot_cross_entropy on a GPU, and of the vocabulary-parallel one everywhere.
   m.def(
-      "multi_hot_cross_entropy_rows_(Tensor(a!) logits, Tensor labels, Tensor position_scale, Tensor(b!) loss, "
+      "multi_hot_cross_entropy_rows_(Tensor(a!) logits, Tensor labels, Tensor label_scale, Tensor(b!) loss, "
       "Tensor(c!) lse, *, Tensor? grad_loss=None, Tensor? grad_lse=None, " TST_LOSS_SCHEMA
       ", bool gradient=False) -> ()");
   // out = factor * source, rounded once to out's 16-bit dtype. source: float32 or of that dtype, then also out itself,

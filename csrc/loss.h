@@ -2,8 +2,8 @@
 // row kernels of both devices share. No torch, no CUDA runtime.
 //
 // A row's raw logits x are capped, z = logit_softcap * tanh(x / logit_softcap) (z = x for a cap of 0). With
-// e = label_smoothing, c_i = position_scale[i] (the same for all rows, or the row's own) where labels[i] is not
-// ignore_index, else 0, and S = sum c_i (kMceAlt: position_scale[0] where any label counts, else 0):
+// e = label_smoothing, c_i = label_scale[i] (the same for all rows, or the row's own) where labels[i] is not
+// ignore_index, else 0, and S = sum c_i (kMceAlt: label_scale[0] where any label counts, else 0):
 //   lse  = m + log sum_v exp(z_v - m), m = max z
 //   fit  = sum_i c_i (lse - z[labels[i]])                               kMce
 //        = S (lse - log sum_{v in set(labels)} exp z_v)                 kMceAlt

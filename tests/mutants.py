@@ -105,7 +105,7 @@ CPP: dict[str, list[Mutant]] = {
         Mutant("label-weightless", " || weights[i] == 0) continue;", ") continue;", "label of weight 0"),
         Mutant("label-twice", "target->pull += weights[i];", "target->pull = weights[i];",
                "duplicate labels count once"),
-        Mutant("label-own-weight", "a.position_scale + r * a.scale_stride", "a.position_scale",
+        Mutant("label-own-weight", "a.label_scale + r * a.scale_stride", "a.label_scale",
                "label weights of the first row"),
         Mutant("label-distinct", "while (target != targets.end() && target->label != labels[i]) ++target;",
                "target = targets.end();", "duplicate labels stand apart"),
@@ -145,9 +145,9 @@ CPP: dict[str, list[Mutant]] = {
                "mask = kWarp / 4; mask > 0; mask /= 2) value = larger", "maximum without half of the warp"),
     ],
     "csrc/cuda/loss_rows.h": [
-        Mutant("cuda-own-weight", "a.position_scale[r * a.scale_stride + i]", "a.position_scale[i]",
+        Mutant("cuda-own-weight", "a.label_scale[r * a.scale_stride + i]", "a.label_scale[i]",
                "label weights of the first row"),
-        Mutant("cuda-own-set-weight", "a.position_scale[r * a.scale_stride];", "a.position_scale[0];",
+        Mutant("cuda-own-set-weight", "a.label_scale[r * a.scale_stride];", "a.label_scale[0];",
                "weight of the first row"),
         # A row in packs, the packs in slices.
         Mutant("cuda-slice", "last = min(first + length, row.count)", "last = min(first + length - 1, row.count)",
@@ -473,8 +473,8 @@ PYTHON: dict[str, list[Mutant]] = {
     "tst_ext/ops/chunked.py": [
         Mutant("plain-chunks", "z.T, h[part], start > 0)", "z.T, h[part], False)",
                "weight gradient of the last chunk alone"),
-        Mutant("plain-weights", "position_scale.dim() == 1 else position_scale[part]",
-               "position_scale.dim() == 1 else position_scale[:chunk]", "label weights of the first chunk"),
+        Mutant("plain-weights", "label_scale.dim() == 1 else label_scale[part]",
+               "label_scale.dim() == 1 else label_scale[:chunk]", "label weights of the first chunk"),
         Mutant("plain-bias", "column_sums if start == 0 else db + column_sums", "column_sums",
                "bias gradient of the last chunk alone"),
         Mutant("plain-upstream", "grad_loss.dim() == 0 else grad_loss[part]",
@@ -567,7 +567,7 @@ PYTHON: dict[str, list[Mutant]] = {
     "tst_ext/ops/second_derivative.py": [
         Mutant("batched-graph", "if any(g is not None and torch._C", "if False and any(g is not None and torch._C",
                "is_grads_batched drops the graph without a word"),
-        Mutant("vmap-names", 'name not in ("position_scale", "link")', "True", "names that no user knows"),
+        Mutant("vmap-names", 'name not in ("label_scale", "link")', "True", "names that no user knows"),
         Mutant("second-derivative", "for t in (*grads, link)", "for t in grads",
                "gradient of a gradient is 0 without a word"),
         Mutant("second-derivative-sparse", "gradient.detach() if gradient.is_sparse else ", "",
@@ -576,7 +576,7 @@ PYTHON: dict[str, list[Mutant]] = {
     "csrc/cpu/row_loss.h": [
         Mutant("chunk-labels", "int64_t>() + start * args.bag_size", "int64_t>() + start",
                "labels of other rows in later chunks"),
-        Mutant("chunk-weights", "args.position_scale += start * args.scale_stride;", "",
+        Mutant("chunk-weights", "args.label_scale += start * args.scale_stride;", "",
                "label weights of the first chunk"),
         Mutant("chunk-upstream", "grad_loss_.data() + start", "grad_loss_.data()", "upstream of the first chunk"),
         Mutant("chunk-lse", "grad_lse_.data() + start", "grad_lse_.data()", "gradient of lse of the first chunk"),

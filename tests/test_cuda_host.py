@@ -273,8 +273,8 @@ class TestErrors:
             (dict(logits=torch.empty(0, 2**30), labels=LABELS[:0]), f"logits: .* fewer than 2\\^30 .* got {2**30}"),
             (dict(labels=LABELS.to("meta")), "logits, labels: expected tensors on one CUDA device"),
             (dict(labels=LABELS.float()), "labels: expected int64 or int32"),
-            (dict(labels=LABELS[:3]), "labels, position_scale: expected"),
-            (dict(position_scale=torch.ones(3)), "labels, position_scale: expected"),
+            (dict(labels=LABELS[:3]), "labels, label_scale: expected"),
+            (dict(label_scale=torch.ones(3)), "labels, label_scale: expected"),
             (dict(loss=torch.ones(3)), "loss, lse: expected"),
             (dict(lse=torch.ones(4).double()), "loss, lse: expected"),
             (dict(grad_loss=torch.ones(3)), "grad_loss: expected"),
@@ -283,7 +283,7 @@ class TestErrors:
     )
     def test_rows(self, changed, message):
         arguments = dict(
-            logits=self.ONES, labels=self.LABELS, position_scale=torch.ones(2), loss=torch.ones(4), lse=torch.ones(4)
+            logits=self.ONES, labels=self.LABELS, label_scale=torch.ones(2), loss=torch.ones(4), lse=torch.ones(4)
         )
         with pytest.raises(RuntimeError, match=message):
             op_for_cuda("multi_hot_cross_entropy_rows_", **(arguments | changed))

@@ -290,7 +290,7 @@ def _document_starts(name: str, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
     check_tensor("cu_seqlens", cu_seqlens, INTEGER)
     if cu_seqlens.dim() != 1:
         raise ValueError(f"cu_seqlens: expected [D + 1], got shape {tuple(cu_seqlens.shape)}")
-    if type(cu_seqlens) is Tensor and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_readable(cu_seqlens):
         ends = cu_seqlens[:1].tolist() + cu_seqlens[-1:].tolist()
         if ends != [0, tokens.numel()] or bool((cu_seqlens.diff() < 0).any()):
             got = cu_seqlens.tolist() if len(cu_seqlens) < 20 else ends

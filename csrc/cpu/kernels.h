@@ -39,7 +39,7 @@ struct LossRows {
   int64_t vocabulary;
   const int64_t* labels;  // [rows, bag_size], each in [0, vocabulary) or ignore_index
   int64_t bag_size;
-  const double* position_scale;  // [bag_size], or [rows, bag_size] with scale_stride bag_size in place of 0
+  const double* label_scale;  // [bag_size], or [rows, bag_size] with scale_stride bag_size in place of 0
   int64_t scale_stride;
   LossOptions options;
   bool gradient;

@@ -363,7 +363,7 @@ template <typename T>
 double read_targets(const LossRows& a, int64_t r, const T* x, std::vector<Target>& targets) {
   using A = Acc<T>;
   const int64_t* labels = a.labels + r * a.bag_size;
-  const double* weights = a.position_scale + r * a.scale_stride;
+  const double* weights = a.label_scale + r * a.scale_stride;
   const A cap = static_cast<A>(a.options.logit_softcap);
   double scale = 0;
   targets.clear();

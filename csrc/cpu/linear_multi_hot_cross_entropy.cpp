@@ -94,7 +94,7 @@ void forward_alone(RowLoss& loss, const Tensor& h, Weight& w, const std::optiona
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entropy(
-    const Tensor& hidden, const Tensor& weight, const Tensor& labels, const Tensor& position_scale,
+    const Tensor& hidden, const Tensor& weight, const Tensor& labels, const Tensor& label_scale,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_lse,
     TST_LOSS_PARAMETERS, const std::string& reduction, std::optional<int64_t> chunk_size, bool grad_hidden,
     bool grad_weight, bool grad_bias) {
@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
   const DType dtype = dtype_of("hidden", h);
   const bool wide = dtype != kBFloat16;
   const ScalarType accumulation = accumulation_type(dtype);
-  RowLoss loss(rows, vocabulary, labels, position_scale, grad_loss, grad_lse, TST_LOSS_OPTIONS);
+  RowLoss loss(rows, vocabulary, labels, label_scale, grad_loss, grad_lse, TST_LOSS_OPTIONS);
 
   const int64_t element_size = static_cast<int64_t>(h.element_size());
   const bool gradient = grad_hidden || grad_weight || grad_bias;

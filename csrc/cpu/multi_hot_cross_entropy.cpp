@@ -5,15 +5,15 @@
 namespace tst::cpu {
 
 std::tuple<Tensor, Tensor> multi_hot_cross_entropy(const Tensor& logits, const Tensor& labels,
-                                                   const Tensor& position_scale, TST_LOSS_PARAMETERS,
+                                                   const Tensor& label_scale, TST_LOSS_PARAMETERS,
                                                    const std::string& reduction) {
   const Tensor z = flatten_rows(logits);
-  RowLoss loss(z.size(0), z.size(1), labels, position_scale, std::nullopt, std::nullopt, TST_LOSS_OPTIONS);
+  RowLoss loss(z.size(0), z.size(1), labels, label_scale, std::nullopt, std::nullopt, TST_LOSS_OPTIONS);
   loss.run(0, z, false);
   return loss.results(z, reduction);
 }
 
-void multi_hot_cross_entropy_rows_(Tensor logits, const Tensor& labels, const Tensor& position_scale, Tensor loss,
+void multi_hot_cross_entropy_rows_(Tensor logits, const Tensor& labels, const Tensor& label_scale, Tensor loss,
                                    Tensor lse, const std::optional<Tensor>& grad_loss,
                                    const std::optional<Tensor>& grad_lse, TST_LOSS_PARAMETERS, bool gradient) {
   STD_TORCH_CHECK(logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1),
@@ -21,7 +21,7 @@ void multi_hot_cross_entropy_rows_(Tensor logits, const Tensor& labels, const Te
   for (const Tensor& out : {loss, lse}) {
     STD_TORCH_CHECK(out.dim() == 1 && out.size(0) == logits.size(0), "loss, lse: expected [N]");
   }
-  RowLoss rows(logits.size(0), logits.size(1), labels, position_scale, grad_loss, grad_lse, TST_LOSS_OPTIONS);
+  RowLoss rows(logits.size(0), logits.size(1), labels, label_scale, grad_loss, grad_lse, TST_LOSS_OPTIONS);
   rows.run(0, logits, gradient);
   const auto [row_loss, row_lse] = rows.results(logits, "none");
   torch::stable::copy_(loss, row_loss);

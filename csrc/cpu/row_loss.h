@@ -12,15 +12,15 @@ namespace tst::cpu {
 
 class RowLoss {
  public:
-  // labels [..., s] for `rows` rows; position_scale [s] or [rows, s]; grad_loss a scalar or one number a row; grad_lse
+  // labels [..., s] for `rows` rows; label_scale [s] or [rows, s]; grad_loss a scalar or one number a row; grad_lse
   // one a row.
-  RowLoss(int64_t rows, int64_t vocabulary, const Tensor& labels, const Tensor& position_scale,
+  RowLoss(int64_t rows, int64_t vocabulary, const Tensor& labels, const Tensor& label_scale,
           const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_lse, const LossOptions& options)
-      : labels_(as_int64("labels", labels)), position_scale_(numbers(position_scale)), loss_(rows), lse_(rows) {
-    const int64_t count = labels_.numel(), dims = position_scale.dim();
-    const int64_t bag_size = dims == 1 || dims == 2 ? position_scale.size(dims - 1) : 0;
-    STD_TORCH_CHECK(bag_size >= 1 && count == rows * bag_size && (dims == 1 || position_scale.size(0) == rows),
-                    "labels, position_scale: expected [..., s] for each row, and [s] or [rows, s]");
+      : labels_(as_int64("labels", labels)), label_scale_(numbers(label_scale)), loss_(rows), lse_(rows) {
+    const int64_t count = labels_.numel(), dims = label_scale.dim();
+    const int64_t bag_size = dims == 1 || dims == 2 ? label_scale.size(dims - 1) : 0;
+    STD_TORCH_CHECK(bag_size >= 1 && count == rows * bag_size && (dims == 1 || label_scale.size(0) == rows),
+                    "labels, label_scale: expected [..., s] for each row, and [s] or [rows, s]");
     const int64_t* data = labels_.const_data_ptr<int64_t>();
     const int64_t bad = find_out_of_range(data, count, vocabulary, options.ignore_index);
     if (bad >= 0) throw_out_of_range("labels", labels_, data, bad, vocabulary);
@@ -37,7 +37,7 @@ class RowLoss {
     }
     args_.vocabulary = vocabulary;
     args_.bag_size = bag_size;
-    args_.position_scale = position_scale_.data();
+    args_.label_scale = label_scale_.data();
     args_.scale_stride = dims == 2 ? bag_size : 0;
     args_.options = options;
   }
@@ -73,7 +73,7 @@ class RowLoss {
     args.logits = gradient ? logits.mutable_data_ptr() : const_cast<void*>(logits.const_data_ptr());
     args.stride = logits.stride(0);
     args.labels = labels_.const_data_ptr<int64_t>() + start * args.bag_size;
-    args.position_scale += start * args.scale_stride;
+    args.label_scale += start * args.scale_stride;
     args.gradient = gradient;
     args.grad_loss = grad_loss_.empty() ? nullptr : grad_loss_.data() + start;
     args.grad_lse = grad_lse_.empty() ? nullptr : grad_lse_.data() + start;
@@ -103,7 +103,7 @@ class RowLoss {
   }
 
   Tensor labels_;
-  std::vector<double> position_scale_, grad_loss_, grad_lse_, loss_, lse_, label_logits_;
+  std::vector<double> label_scale_, grad_loss_, grad_lse_, loss_, lse_, label_logits_;
   std::vector<RowSums<double>> partial_;
   LossRows args_ = {};
 };

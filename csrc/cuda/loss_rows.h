@@ -25,7 +25,7 @@ struct LossRows {
   int vocabulary;
   const int64_t* labels;  // [rows, bag_size], each in [0, vocabulary) or ignore_index
   int bag_size;
-  const Acc<T>* position_scale;  // [bag_size], or [rows, bag_size] with scale_stride bag_size in place of 0
+  const Acc<T>* label_scale;  // [bag_size], or [rows, bag_size] with scale_stride bag_size in place of 0
   int64_t scale_stride;
   LossOptions options;
   const Acc<T>* grad_loss;   // [rows], or one for all with grad_loss_stride 0; nullptr: 1
@@ -232,7 +232,7 @@ __device__ inline void read_targets(const LossRows<T>& a, int64_t r, const T* x,
     const int64_t y = a.labels[r * a.bag_size + i];
     if (y != a.options.ignore_index) {
       assert(y >= 0 && y < a.vocabulary && "labels: out of range");
-      target.weight = a.position_scale[r * a.scale_stride + i];
+      target.weight = a.label_scale[r * a.scale_stride + i];
       if (target.weight != 0) {
         target.label = static_cast<int>(y);
         target.logit = capped(widen(x[y]), static_cast<A>(a.options.logit_softcap));
@@ -276,7 +276,7 @@ __device__ inline RowResult<Acc<T>> finish_row(const LossRows<T>& a, int64_t r, 
   }
   scale = warp_sum(scale);
   if (set) {
-    if (scale != 0) scale = a.position_scale[r * a.scale_stride];
+    if (scale != 0) scale = a.label_scale[r * a.scale_stride];
     best = warp_max(best);
     A total = 0;
     for (int i = lane(); i < a.bag_size; i += kWarp) {

@@ -30,7 +30,7 @@ auto kernel_of(Pass pass) {
 }
 
 // logits [N, V] with any row stride, loss and lse [N] contiguous; with `gradient` overwritten by it.
-void loss_rows(const Tensor& logits, const Tensor& labels, const Tensor& position_scale, const Tensor& loss,
+void loss_rows(const Tensor& logits, const Tensor& labels, const Tensor& label_scale, const Tensor& loss,
                const Tensor& lse, const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_lse,
                const LossOptions& options, bool gradient) {
   STD_TORCH_CHECK(logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1),
@@ -38,16 +38,16 @@ void loss_rows(const Tensor& logits, const Tensor& labels, const Tensor& positio
   const int64_t rows = logits.size(0), vocabulary = logits.size(1);
   STD_TORCH_CHECK(vocabulary < int64_t(1) << 30, "logits: expected fewer than 2^30 columns, got ", vocabulary);
   check_same_device("logits, labels", logits, labels);
-  check_same_device("logits, position_scale", logits, position_scale);
+  check_same_device("logits, label_scale", logits, label_scale);
   const ScalarType wide = accumulation_type(logits);
   const auto numbers = [&](const char* name, const Tensor& tensor) {
     check_same_device(name, logits, tensor);
     return torch::stable::contiguous(torch::stable::to(tensor, wide));
   };
-  const Tensor bags = as_int64("labels", labels), scale = numbers("position_scale", position_scale);
+  const Tensor bags = as_int64("labels", labels), scale = numbers("label_scale", label_scale);
   const int64_t dims = scale.dim(), bag_size = dims == 1 || dims == 2 ? scale.size(dims - 1) : 0;
   STD_TORCH_CHECK(bag_size >= 1 && bags.numel() == rows * bag_size && (dims == 1 || scale.size(0) == rows),
-                  "labels, position_scale: expected [..., s] for each row, and [s] or [rows, s]");
+                  "labels, label_scale: expected [..., s] for each row, and [s] or [rows, s]");
   std::optional<Tensor> g, u;
   if (grad_loss) g = numbers("grad_loss", *grad_loss);
   if (grad_lse) u = numbers("grad_lse", *grad_lse);
@@ -72,7 +72,7 @@ void loss_rows(const Tensor& logits, const Tensor& labels, const Tensor& positio
     a.vocabulary = static_cast<int>(vocabulary);
     a.labels = data<int64_t>(bags);
     a.bag_size = static_cast<int>(bag_size);
-    a.position_scale = data<A>(scale);
+    a.label_scale = data<A>(scale);
     a.scale_stride = dims == 2 ? bag_size : 0;
     a.options = options;
     a.grad_loss = g ? data<A>(*g) : nullptr;
@@ -93,21 +93,21 @@ void loss_rows(const Tensor& logits, const Tensor& labels, const Tensor& positio
 }  // namespace
 
 std::tuple<Tensor, Tensor> multi_hot_cross_entropy(const Tensor& logits, const Tensor& labels,
-                                                   const Tensor& position_scale, TST_LOSS_PARAMETERS,
+                                                   const Tensor& label_scale, TST_LOSS_PARAMETERS,
                                                    const std::string& reduction) {
   STD_TORCH_CHECK(reduction == "none" || reduction == "sum", "reduction: expected 'none' or 'sum', got '", reduction,
                   "'");
   const Tensor z = flatten_rows(logits);
   const auto row_values = [&] { return torch::stable::new_empty(z, {z.size(0)}, accumulation_type(z)); };
   const Tensor loss = row_values(), lse = row_values();
-  loss_rows(z, labels, position_scale, loss, lse, std::nullopt, std::nullopt, TST_LOSS_OPTIONS, false);
+  loss_rows(z, labels, label_scale, loss, lse, std::nullopt, std::nullopt, TST_LOSS_OPTIONS, false);
   return {reduction == "none" ? loss : torch::stable::sum(loss), lse};
 }
 
-void multi_hot_cross_entropy_rows_(Tensor logits, const Tensor& labels, const Tensor& position_scale, Tensor loss,
+void multi_hot_cross_entropy_rows_(Tensor logits, const Tensor& labels, const Tensor& label_scale, Tensor loss,
                                    Tensor lse, const std::optional<Tensor>& grad_loss,
                                    const std::optional<Tensor>& grad_lse, TST_LOSS_PARAMETERS, bool gradient) {
-  loss_rows(logits, labels, position_scale, loss, lse, grad_loss, grad_lse, TST_LOSS_OPTIONS, gradient);
+  loss_rows(logits, labels, label_scale, loss, lse, grad_loss, grad_lse, TST_LOSS_OPTIONS, gradient);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tst_ext, CUDA, m) {

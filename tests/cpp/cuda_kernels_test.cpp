@@ -20,7 +20,7 @@ void run_loss_rows(const LossRows& in, int64_t begin, int64_t end) {
   const auto converted = [&](const double* values, int64_t count) {
     return values ? std::vector<A>(values, values + count) : std::vector<A>();
   };
-  const std::vector<A> scale = converted(in.position_scale + begin * in.scale_stride, in.scale_stride ? rows * s : s);
+  const std::vector<A> scale = converted(in.label_scale + begin * in.scale_stride, in.scale_stride ? rows * s : s);
   const std::vector<A> grad_loss = converted(in.grad_loss ? in.grad_loss + begin : nullptr, rows);
   const std::vector<A> grad_lse = converted(in.grad_lse ? in.grad_lse + begin : nullptr, rows);
   std::vector<A> loss(rows, -1), lse(rows, -1);
@@ -28,7 +28,7 @@ void run_loss_rows(const LossRows& in, int64_t begin, int64_t end) {
   a.logits = static_cast<T*>(in.logits) + begin * in.stride, a.rows = rows, a.stride = in.stride;
   a.vocabulary = static_cast<int>(in.vocabulary);
   a.labels = in.labels + begin * s, a.bag_size = static_cast<int>(s);
-  a.position_scale = scale.data(), a.scale_stride = in.scale_stride, a.options = in.options;
+  a.label_scale = scale.data(), a.scale_stride = in.scale_stride, a.options = in.options;
   a.grad_loss = grad_loss.empty() ? nullptr : grad_loss.data(), a.grad_loss_stride = 1;
   a.grad_lse = grad_lse.empty() ? nullptr : grad_lse.data();
   a.loss = loss.data(), a.lse = lse.data();
@@ -296,7 +296,7 @@ TEST(CudaLossTest, LabelsOutOfRangeStop) {
     double loss = 0, lse = 0;
     LossRows args{};
     args.logits = logits.data(), args.stride = args.vocabulary = 5;
-    args.labels = &bad, args.bag_size = 1, args.options.ignore_index = -100, args.position_scale = &scale;
+    args.labels = &bad, args.bag_size = 1, args.options.ignore_index = -100, args.label_scale = &scale;
     args.gradient = true, args.loss = &loss, args.lse = &lse;
     EXPECT_THROW(emulated_loss_rows("cuda_cached", kFloat32)(args, 0, 1), std::out_of_range);
     EXPECT_EQ(logits, std::vector<float>(5, 0)) << "nothing was written";
@@ -310,7 +310,7 @@ TEST(CudaLossTest, NaNOfAThreadWithNothingElseShows) {
   double loss = 0, lse = 0;
   LossRows args{};
   args.logits = logits, args.stride = args.vocabulary = 12;
-  args.labels = &label, args.bag_size = 1, args.options.ignore_index = -100, args.position_scale = &scale;
+  args.labels = &label, args.bag_size = 1, args.options.ignore_index = -100, args.label_scale = &scale;
   args.loss = &loss, args.lse = &lse;
   emulated_loss_rows("cuda_cached", kFloat32)(args, 0, 1);
   EXPECT_TRUE(std::isnan(loss) && std::isnan(lse)) << loss << ", " << lse;

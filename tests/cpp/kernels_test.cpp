@@ -115,7 +115,7 @@ TEST_P(KernelTest, RowsAreIndependent) {
   LossRows args{};
   args.logits = logits.bytes.data(), args.stride = args.vocabulary = vocabulary;
   args.labels = labels.data(), args.bag_size = bag_size, args.options.ignore_index = kIgnore;
-  args.position_scale = scale.data(), args.gradient = true, args.loss = loss.data(), args.lse = lse.data();
+  args.label_scale = scale.data(), args.gradient = true, args.loss = loss.data(), args.lse = lse.data();
   std::vector<std::thread> threads;
   for (int64_t r = 0; r < rows; ++r) threads.emplace_back([&, r] { kernels().loss_rows[dtype()](args, r, r + 1); });
   for (std::thread& t : threads) t.join();

@@ -34,7 +34,7 @@ struct Expected {
 
 Expected expected_row(const std::vector<double>& x, const int64_t* labels, const LossRows& a, int64_t r) {
   const size_t n = x.size();
-  const double* const weights = a.position_scale + r * a.scale_stride;
+  const double* const weights = a.label_scale + r * a.scale_stride;
   const long double g = a.grad_loss ? a.grad_loss[r] : 1, u = a.grad_lse ? a.grad_lse[r] : 0,
                     e = a.options.label_smoothing;
   std::vector<long double> z(n), pull(n, 0);
@@ -154,7 +154,7 @@ TEST_P(LossTest, LossRows) {
         LossRows forward{};
         forward.logits = logits.bytes.data(), forward.stride = stride, forward.vocabulary = vocabulary;
         forward.labels = labels.data(), forward.bag_size = bag_size, forward.options.ignore_index = kIgnore;
-        forward.position_scale = scale.data(), forward.scale_stride = scale_stride;
+        forward.label_scale = scale.data(), forward.scale_stride = scale_stride;
         forward.options.objective = options.objective;
         forward.options.logit_softcap = options.logit_softcap, forward.options.z_loss = options.z_loss;
         forward.options.label_smoothing = options.label_smoothing;
@@ -217,7 +217,7 @@ TEST_P(LossTest, LossRowsExtremes) {
     std::vector<double> loss(4), lse(4);
     LossRows args{};
     args.logits = logits.bytes.data(), args.stride = args.vocabulary = vocabulary;
-    args.labels = labels.data(), args.bag_size = 1, args.options.ignore_index = kIgnore, args.position_scale = &scale;
+    args.labels = labels.data(), args.bag_size = 1, args.options.ignore_index = kIgnore, args.label_scale = &scale;
     args.options.objective = options.objective, args.options.label_smoothing = options.label_smoothing;
     args.gradient = true, args.loss = loss.data(), args.lse = lse.data();
     for (const int64_t width : {1, 7, 67, 69}) {
@@ -266,7 +266,7 @@ TEST_P(LossTest, LargeLogits) {
         double loss = 0, lse = 0;
         LossRows args{};
         args.logits = logits.bytes.data(), args.stride = args.vocabulary = vocabulary;
-        args.labels = &label, args.bag_size = 1, args.options.ignore_index = kIgnore, args.position_scale = &scale;
+        args.labels = &label, args.bag_size = 1, args.options.ignore_index = kIgnore, args.label_scale = &scale;
         args.grad_loss = &upstream, args.gradient = true, args.loss = &loss, args.lse = &lse;
         loss_rows(dtype())(args, 0, 1);
         const Expected wanted = expected_row(x, &label, args, 0);
@@ -295,7 +295,7 @@ TEST_P(LossTest, MaximumInEveryColumn) {
   std::vector<double> loss(n), lse(n);
   LossRows args{};
   args.logits = logits.bytes.data(), args.stride = args.vocabulary = n;
-  args.labels = labels.data(), args.bag_size = 1, args.options.ignore_index = kIgnore, args.position_scale = &scale;
+  args.labels = labels.data(), args.bag_size = 1, args.options.ignore_index = kIgnore, args.label_scale = &scale;
   args.gradient = true, args.loss = loss.data(), args.lse = lse.data();
   for (const int64_t width : {1, 33, 129}) {
     if (!emulated_.empty() && width > 1) continue;  // which has no blocks of columns
@@ -320,7 +320,7 @@ struct SmallRow {
     LossRows args{};
     args.logits = logits.bytes.data(), args.stride = args.vocabulary = 9;
     args.labels = labels.data(), args.bag_size = 2, args.options.ignore_index = kIgnore,
-    args.position_scale = scale.data();
+    args.label_scale = scale.data();
     args.gradient = true, args.grad_loss = grad_loss, args.loss = &loss, args.lse = &lse;
     loss_rows(dtype)(args, 0, 1);
   }
@@ -350,7 +350,7 @@ TEST_P(LossTest, MaskedColumnsGetNoSmoothing) {
   double loss, lse;
   LossRows args{};
   args.logits = logits.bytes.data(), args.stride = args.vocabulary = vocabulary;
-  args.labels = &label, args.bag_size = 1, args.options.ignore_index = kIgnore, args.position_scale = &scale;
+  args.labels = &label, args.bag_size = 1, args.options.ignore_index = kIgnore, args.label_scale = &scale;
   args.options.label_smoothing = 0.5, args.gradient = true, args.loss = &loss, args.lse = &lse;
   loss_rows(dtype())(args, 0, 1);
   const double total = 10 * std::exp(1.0) + 10 * std::exp(-1.0);
@@ -373,7 +373,7 @@ TEST_P(LossTest, SetObjectiveWithMaskedLabels) {
     LossRows args{};
     args.logits = logits.bytes.data(), args.stride = args.vocabulary = vocabulary;
     args.labels = labels.data(), args.bag_size = 3, args.options.ignore_index = kIgnore,
-    args.position_scale = scale.data();
+    args.label_scale = scale.data();
     args.options.objective = Objective::kMceAlt, args.gradient = true, args.loss = &loss, args.lse = &lse;
     loss_rows(dtype())(args, 0, 1);
     const double tolerance = 16 * accumulation_eps() + eps(dtype());

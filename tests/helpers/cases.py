@@ -16,7 +16,7 @@ from tst_ext import (
     position_weights,
     reference,
 )
-from tst_ext.ops.loss import LossOptions, position_scale_of
+from tst_ext.ops.loss import LossOptions, label_scale_of
 
 # Values of fixtures in conftest.py.
 KERNELS = ["compiled", "plain_torch", *(["emulated_cuda"] if emulated.LIBRARY else [])]
@@ -167,7 +167,7 @@ def magnitudes(hidden, weight, bias, labels, upstream, options):
     ignored, objective = options.get("ignore_index", IGNORE), options.get("objective", "mce")
     reduction = options.get("reduction", "mean")
     row_options = LossOptions(objective=objective, ignore_index=ignored)
-    scale = position_scale_of(  # what one label of a position weighs
+    scale = label_scale_of(  # what one label of a position weighs
         labels, hidden, row_options, reduction, options.get("normalizer"), options.get("position_weights"),
         resolved(options, labels).get("label_weights"),
     )  # fmt: skip

@@ -22,7 +22,7 @@ def linear_multi_hot_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    position_scale: Tensor,
+    label_scale: Tensor,
     *,
     chunk_size: int | None = None,
     **keywords: Any,  # the others of the schema
@@ -34,7 +34,7 @@ def linear_multi_hot_cross_entropy(
         columns = weight.shape[1] if keywords.get("grad_weight") else 0
         chunk_size = chunk_rows(math.prod(hidden.shape[:-1]), len(weight), element, hidden.device, columns)
     dtype = gradient_dtype(hidden.dtype, hidden.device)
-    return in_chunks(row_pass, chunk_size, hidden, weight, labels, position_scale, grad_dtype=dtype, **keywords)
+    return in_chunks(row_pass, chunk_size, hidden, weight, labels, label_scale, grad_dtype=dtype, **keywords)
 
 
 def gradient_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -92,7 +92,7 @@ def in_chunks(
     hidden: Tensor,  # [..., d]
     weight: Tensor,  # [V, d]
     labels: Tensor,  # [..., s]
-    position_scale: Tensor,  # [s] or [N, s]
+    label_scale: Tensor,  # [s] or [N, s]
     *,
     bias: Tensor | None = None,
     grad_loss: Tensor | None = None,
@@ -118,7 +118,7 @@ def in_chunks(
         w = weight.to(compute)
         bias = None if bias is None else bias.to(compute).contiguous()
         (rows, dim), vocabulary = h.shape, len(w)
-        y = labels.reshape(rows, position_scale.shape[-1])
+        y = labels.reshape(rows, label_scale.shape[-1])
         loss, lse = (h.new_empty(rows, dtype=dtype) for _ in range(2))
         chunk = -(-rows // max(1, -(-rows // chunk_size)))  # equal parts
         grad_dtype = grad_dtype or dtype
@@ -142,7 +142,7 @@ def in_chunks(
             row_pass(
                 z,
                 y[part],
-                position_scale if position_scale.dim() == 1 else position_scale[part],
+                label_scale if label_scale.dim() == 1 else label_scale[part],
                 loss[part],
                 lse[part],
                 grad_loss=grad_loss if grad_loss is None or grad_loss.dim() == 0 else grad_loss[part],

@@ -17,7 +17,7 @@ from .loss import (
     checked_bags,
     checked_label_weights,
     checked_options,
-    position_scale_of,
+    label_scale_of,
     results,
 )
 from .second_derivative import Function, first_derivative, link
@@ -130,7 +130,7 @@ def linear_multi_hot_cross_entropy(
     rows = vocab_parallel.checked_rows(hidden, tp_group, sequence_parallel)
     bags = checked_bags(labels, rows, hidden, "hidden")
     weights = checked_label_weights(label_weights, labels, bags)
-    scale = position_scale_of(bags, hidden, options, reduction, normalizer, position_weights, weights)
+    scale = label_scale_of(bags, hidden, options, reduction, normalizer, position_weights, weights)
 
     run: Callable[..., tuple[Tensor, ...]] = torch.ops.tst_ext.linear_multi_hot_cross_entropy
     apply = _LinearMultiHotCrossEntropy.apply
@@ -161,7 +161,7 @@ def _run(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    position_scale: Tensor,
+    label_scale: Tensor,
     wants: tuple[bool, ...],  # the gradients of hidden, weight and bias
     grad_loss: Tensor | None = None,
     grad_lse: Tensor | None = None,
@@ -170,7 +170,7 @@ def _run(
         hidden,
         weight,
         labels,
-        position_scale,
+        label_scale,
         bias=bias,
         grad_loss=grad_loss,
         grad_lse=grad_lse,
@@ -190,13 +190,13 @@ class _LinearMultiHotCrossEntropy(Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        position_scale: Tensor,
+        label_scale: Tensor,
         call: _Call,
         wants: tuple[bool, ...],  # gradients computed now: hidden's, weight's, bias's
         keep: bool,
         link: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        return _run(call, hidden, weight, bias, labels, position_scale, wants)
+        return _run(call, hidden, weight, bias, labels, label_scale, wants)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -211,16 +211,16 @@ class _LinearMultiHotCrossEntropy(Function):
     @staticmethod
     @first_derivative
     def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        *ready, hidden, weight, bias, labels, position_scale, _ = ctx.saved_tensors
+        *ready, hidden, weight, bias, labels, label_scale, _ = ctx.saved_tensors
         per_row = ctx.call.reduction == "none"
         gradients: list[Tensor | None] = [None, None, None]
         if grad_loss is not None and not per_row:
             traced = is_traced(grad_loss, *ready)
             gradients = [None if g is None else _scaled(g, grad_loss, ctx.dtype, traced) for g in ready]
         if hidden is not None and (grad_lse is not None or (per_row and grad_loss is not None)):
-            upstream = grad_loss if per_row and grad_loss is not None else position_scale.new_zeros(())
+            upstream = grad_loss if per_row and grad_loss is not None else label_scale.new_zeros(())
             needs = ctx.needs_input_grad[:3]
-            more = _run(ctx.call, hidden, weight, bias, labels, position_scale, needs, upstream, grad_lse)[2:]
+            more = _run(ctx.call, hidden, weight, bias, labels, label_scale, needs, upstream, grad_lse)[2:]
             gradients = [_sum(g, m, ctx.dtype) if n else None for g, m, n in zip(gradients, more, needs, strict=True)]
         return *gradients, None, None, None, None, None, None
 
@@ -269,7 +269,7 @@ def _(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    position_scale: Tensor,
+    label_scale: Tensor,
     *,
     reduction: str = "sum",
     grad_hidden: bool = False,

@@ -13,7 +13,7 @@ from .loss import (
     checked_bags,
     checked_label_weights,
     checked_options,
-    position_scale_of,
+    label_scale_of,
     results,
 )
 from .second_derivative import Function, first_derivative, link
@@ -63,7 +63,7 @@ def multi_hot_cross_entropy(
     rows = logits.shape[:-1]
     bags = checked_bags(labels, rows, logits, "logits")
     weights = checked_label_weights(label_weights, labels, bags)
-    scale = position_scale_of(bags, logits, options, reduction, normalizer, position_weights, weights)
+    scale = label_scale_of(bags, logits, options, reduction, normalizer, position_weights, weights)
     loss, lse = _MultiHotCrossEntropy.apply(logits, labels, scale, options, reduction == "none", inplace, link(logits))
     return results(loss, lse, rows, bags, scale, options, reduction, return_lse, return_z_loss)
 
@@ -73,26 +73,26 @@ class _MultiHotCrossEntropy(Function):
     def forward(
         logits: Tensor,
         labels: Tensor,
-        position_scale: Tensor,
+        label_scale: Tensor,
         options: LossOptions,
         per_row: bool,
         inplace: bool,
         link: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         return torch.ops.tst_ext.multi_hot_cross_entropy(
-            logits, labels, position_scale, reduction="none" if per_row else "sum", **options._asdict()
+            logits, labels, label_scale, reduction="none" if per_row else "sum", **options._asdict()
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        logits, labels, position_scale, ctx.options, _, ctx.inplace, link = inputs
+        logits, labels, label_scale, ctx.options, _, ctx.inplace, link = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, labels, position_scale, link)
+        ctx.save_for_backward(logits, labels, label_scale, link)
 
     @staticmethod
     @first_derivative
     def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, labels, position_scale, _ = ctx.saved_tensors
+        logits, labels, label_scale, _ = ctx.saved_tensors
         if is_batched(grad_loss) or is_batched(grad_lse):
             return _batched_gradient(ctx, grad_loss, grad_lse), None, None, None, None, None, None
         # A compiler decides about memory itself, and does not see that another op needs these logits.
@@ -102,10 +102,10 @@ class _MultiHotCrossEntropy(Function):
         torch.ops.tst_ext.multi_hot_cross_entropy_rows_(
             gradient.view(rows, logits.shape[-1]),
             labels,
-            position_scale,
-            position_scale.new_empty(rows),
-            position_scale.new_empty(rows),
-            grad_loss=position_scale.new_zeros(()) if grad_loss is None else grad_loss,
+            label_scale,
+            label_scale.new_empty(rows),
+            label_scale.new_empty(rows),
+            grad_loss=label_scale.new_zeros(()) if grad_loss is None else grad_loss,
             grad_lse=grad_lse,
             gradient=True,
             **ctx.options._asdict(),
@@ -117,8 +117,8 @@ class _MultiHotCrossEntropy(Function):
 
 def _batched_gradient(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) -> Tensor:
     """Multiply gradients for upstreams of 1: the row pass writes one tensor, and cannot write a batch."""
-    logits, labels, position_scale, _ = ctx.saved_tensors
-    rows, dtype = math.prod(logits.shape[:-1]), position_scale.dtype
+    logits, labels, label_scale, _ = ctx.saved_tensors
+    rows, dtype = math.prod(logits.shape[:-1]), label_scale.dtype
     parts = []
     for upstream, of_loss in ((grad_loss, True), (grad_lse, False)):
         if upstream is None:
@@ -127,11 +127,11 @@ def _batched_gradient(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | Non
         torch.ops.tst_ext.multi_hot_cross_entropy_rows_(
             gradient,
             labels,
-            position_scale,
-            position_scale.new_empty(rows),
-            position_scale.new_empty(rows),
-            grad_loss=position_scale.new_full((), float(of_loss)),
-            grad_lse=None if of_loss else position_scale.new_ones(rows),
+            label_scale,
+            label_scale.new_empty(rows),
+            label_scale.new_empty(rows),
+            grad_loss=label_scale.new_full((), float(of_loss)),
+            grad_lse=None if of_loss else label_scale.new_ones(rows),
             gradient=True,
             **ctx.options._asdict(),
         )
@@ -142,7 +142,7 @@ def _batched_gradient(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | Non
 
 @torch.library.register_fake("tst_ext::multi_hot_cross_entropy")
 def _(
-    logits: Tensor, labels: Tensor, position_scale: Tensor, *, reduction: str = "sum", **options: Any
+    logits: Tensor, labels: Tensor, label_scale: Tensor, *, reduction: str = "sum", **options: Any
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     rows = math.prod(logits.shape[:-1])
@@ -150,5 +150,5 @@ def _(
 
 
 @torch.library.register_fake("tst_ext::multi_hot_cross_entropy_rows_")
-def _(logits: Tensor, labels: Tensor, position_scale: Tensor, loss: Tensor, lse: Tensor, **options: Any) -> None:
+def _(logits: Tensor, labels: Tensor, label_scale: Tensor, loss: Tensor, lse: Tensor, **options: Any) -> None:
     return None

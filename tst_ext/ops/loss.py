@@ -91,7 +91,7 @@ def checked_label_weights(given: Tensor | None, labels: Tensor, bags: Tensor) ->
     return given.reshape(bags.shape)
 
 
-def position_scale_of(
+def label_scale_of(
     labels: Tensor,  # [N, s]
     like: Tensor,
     options: LossOptions,
@@ -136,12 +136,12 @@ def position_scale_of(
     return (scale if u is None else torch.where(u == 0, 0, u * scale)).to(dtype)
 
 
-def row_scale_of(labels: Tensor, position_scale: Tensor, objective: str, ignore_index: int) -> Tensor:
+def row_scale_of(labels: Tensor, label_scale: Tensor, objective: str, ignore_index: int) -> Tensor:
     """Weigh the terms of a row that belong to no label: `[N]`, S of csrc/loss.h."""
     valid = labels != ignore_index
     if objective == "mce_alt":
-        return torch.where(valid.any(1), position_scale[..., 0], 0)
-    return torch.where(valid, position_scale, 0).sum(1)
+        return torch.where(valid.any(1), label_scale[..., 0], 0)
+    return torch.where(valid, label_scale, 0).sum(1)
 
 
 def results(
@@ -149,7 +149,7 @@ def results(
     lse: Tensor,  # [N]
     rows: torch.Size,
     labels: Tensor,  # [N, s]
-    position_scale: Tensor,  # [s] or [N, s]
+    label_scale: Tensor,  # [s] or [N, s]
     options: LossOptions,
     reduction: str,
     return_lse: bool,
@@ -161,7 +161,7 @@ def results(
     if return_lse:
         returned.append(lse.view(rows))
     if return_z_loss:
-        scale = row_scale_of(labels, position_scale, options.objective, options.ignore_index)
+        scale = row_scale_of(labels, label_scale, options.objective, options.ignore_index)
         z = options.z_loss * scale * torch.where(scale == 0, 0, lse).square()
         returned.append(z.view(rows) if per_row else z.sum())
     return tuple(returned) if len(returned) > 1 else returned[0]

@@ -111,7 +111,7 @@ def row_factors(
 def _rows(
     x: Tensor,  # [N, V] raw logits, float32 or float64
     labels: Tensor,  # [N, s]
-    position_scale: Tensor,  # [s] or [N, s]
+    label_scale: Tensor,  # [s] or [N, s]
     options: LossOptions,
     grad_loss: Tensor | None,  # [] or [N]
     grad_lse: Tensor | None,  # [N]
@@ -131,12 +131,12 @@ def _rows(
     same = (y[:, :, None] == y[:, None, :]) & valid[:, None, :]  # [N, s, s]
     leads = valid & ~same.tril(-1).any(-1)  # the first occurrence of a label stands for all
     if options.objective == "mce":
-        c = torch.where(valid, position_scale, 0)
+        c = torch.where(valid, label_scale, 0)
         scale = c.sum(1)
         fit = torch.where(c == 0, 0, c * (m - logit + log_sum)).sum(1)
         pull = torch.where(leads, (same * c[:, None, :]).sum(-1), 0)  # [N, s]
     else:
-        scale = torch.where(valid.any(1), position_scale[..., 0], 0)
+        scale = torch.where(valid.any(1), label_scale[..., 0], 0)
         best = torch.where(leads, logit, -math.inf).amax(1, keepdim=True)
         share = torch.where(leads, torch.where(logit == best, 1, (logit - best).exp()), 0)
         total = share.sum(1, keepdim=True)
@@ -169,7 +169,7 @@ def _rows(
 def multi_hot_cross_entropy_rows_(
     logits: Tensor,
     labels: Tensor,
-    position_scale: Tensor,
+    label_scale: Tensor,
     loss: Tensor,
     lse: Tensor,
     *,
@@ -180,8 +180,8 @@ def multi_hot_cross_entropy_rows_(
 ) -> None:
     _warn(logits.device.type)
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    bags = labels.reshape(len(x), position_scale.shape[-1])
-    row_loss, row_lse, d = _rows(x, bags, position_scale, LossOptions(**options), grad_loss, grad_lse, gradient)
+    bags = labels.reshape(len(x), label_scale.shape[-1])
+    row_loss, row_lse, d = _rows(x, bags, label_scale, LossOptions(**options), grad_loss, grad_lse, gradient)
     loss.copy_(row_loss)
     lse.copy_(row_lse)
     if gradient:
@@ -189,13 +189,13 @@ def multi_hot_cross_entropy_rows_(
 
 
 def multi_hot_cross_entropy(
-    logits: Tensor, labels: Tensor, position_scale: Tensor, *, reduction: str = "sum", **options: Any
+    logits: Tensor, labels: Tensor, label_scale: Tensor, *, reduction: str = "sum", **options: Any
 ) -> tuple[Tensor, Tensor]:
     _warn(logits.device.type)
     x = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    bags = labels.reshape(len(x), position_scale.shape[-1])
-    loss, lse, _ = _rows(x, bags, position_scale, LossOptions(**options), None, None, False)
+    bags = labels.reshape(len(x), label_scale.shape[-1])
+    loss, lse, _ = _rows(x, bags, label_scale, LossOptions(**options), None, None, False)
     return loss if reduction == "none" else loss.sum(), lse
 
 

@@ -22,7 +22,7 @@ class Function(torch.autograd.Function):
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> None:  # type: ignore[override]
         names = inspect.signature(cls.forward).parameters
         batched = [name for name, dim in zip(names, in_dims, strict=True) if isinstance(dim, int)]
-        given = [name for name in batched if name not in ("position_scale", "link")]  # these two follow from others
+        given = [name for name in batched if name not in ("label_scale", "link")]  # these two follow from others
         raise RuntimeError(
             f"{', '.join(given) or 'normalizer or position_weights'}: expected a plain tensor, got a batch of "
             "torch.vmap, which tst_ext does not support. Pass the whole batch in one call, in leading dimensions"

@@ -51,7 +51,7 @@ def linear_multi_hot_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    position_scale: Tensor,
+    label_scale: Tensor,
     *,
     chunk_size: int | None = None,
     grad_hidden: bool = False,
@@ -79,7 +79,7 @@ def linear_multi_hot_cross_entropy(
         hidden,
         weight,
         labels,
-        position_scale,
+        label_scale,
         grad_hidden=grad_hidden,
         **keywords,
     )
@@ -99,7 +99,7 @@ def _rows(
     options: LossOptions,
     logits: Tensor,  # [N, V of this process], overwritten by their gradient if asked for
     labels: Tensor,  # [N, s]
-    position_scale: Tensor,  # [s] or [N, s]
+    label_scale: Tensor,  # [s] or [N, s]
     loss: Tensor,  # [N]
     lse: Tensor,  # [N]
     *,
@@ -118,13 +118,13 @@ def _rows(
         torch.ops.tst_ext.multi_hot_cross_entropy_rows_,
         logits,
         own,
-        position_scale,
+        label_scale,
         objective=options.objective,
         ignore_index=ELSEWHERE,
         logit_softcap=options.logit_softcap,  # the other options need the whole lse
     )
     kernel(loss, lse)
-    wide = position_scale.double()
+    wide = label_scale.double()
     scale = row_scale_of(labels, wide, options.objective, options.ignore_index)
     own_scale = row_scale_of(own, wide, options.objective, ELSEWHERE)
     own_loss, own_lse = (t.to(torch.float64, copy=True) for t in (loss, lse))  # which are overwritten below
