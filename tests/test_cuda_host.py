@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from helpers import emulated
-from helpers.cases import FUNCTIONS, IGNORE, check_embedding, check_loss, embedding_case, fused, loss_case, on_logits
+from helpers.cases import (
+    FUNCTIONS,
+    IGNORE,
+    check_embedding,
+    check_loss,
+    embedding_case,
+    fused,
+    loss_case,
+    on_logits,
+    some_weights,
+)
 from tst_ext import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 from tst_ext._load import load_cuda
 from tst_ext.ops import plain
@@ -88,6 +98,10 @@ class TestRows:
     def test_upstream_gradients(self, function, reduction):  # one for all rows, and one per row
         upstream = torch.tensor([0.5, -2, 3])[: None if reduction == "none" else 1].squeeze()
         check_loss(*loss_case(3, 4, 50, 4, torch.float32, "cpu"), upstream, function, reduction=reduction)
+
+    @pytest.mark.parametrize("function", FUNCTIONS)
+    def test_each_label_has_a_weight(self, function):
+        check_loss(*loss_case(5, 4, 50, 4, torch.float32, "cpu"), function=function, label_weights=some_weights)
 
     @pytest.mark.parametrize("function", FUNCTIONS)
     def test_no_rows(self, function):
@@ -275,6 +289,8 @@ class TestErrors:
             (dict(labels=LABELS.float()), "labels: expected int64 or int32"),
             (dict(labels=LABELS[:3]), "labels, label_scale: expected"),
             (dict(label_scale=torch.ones(3)), "labels, label_scale: expected"),
+            (dict(label_scale=torch.ones(3, 2)), "labels, label_scale: expected"),
+            (dict(label_scale=torch.ones(4, 2, 1)), "labels, label_scale: expected"),
             (dict(loss=torch.ones(3)), "loss, lse: expected"),
             (dict(lse=torch.ones(4).double()), "loss, lse: expected"),
             (dict(grad_loss=torch.ones(3)), "grad_loss: expected"),
