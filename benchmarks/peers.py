@@ -168,5 +168,5 @@ def embeddings() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 
 
 def sparse_embeddings() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Peers of sparse gradients. That of F.embedding_bag has a row per id, which an optimiser has yet to coalesce."""
+    """Return the peers for sparse gradients. F.embedding_bag gives a row per id, which an optimiser has to coalesce."""
     return {"F.embedding_bag, sparse": partial(embedding_bag, sparse=True), "tst_ext, dense": bag_embedding}

@@ -134,7 +134,7 @@ def test_forward(race, shape, dtype):
 
 
 def test_label_weights(race, shape, dtype):
-    """A weight for each label, all 1 so that results agree: beside the call without, and a call for each position."""
+    """Compare weights of 1, so that results agree, with the call without weights and with a call for each position."""
     hidden, weight, labels = tensors(shape, 4, dtype)
     ones = torch.ones(labels.shape, device=DEVICE)
 

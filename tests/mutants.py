@@ -394,7 +394,8 @@ PYTHON: dict[str, list[Mutant]] = {
         Mutant("mean-weights", "count = count * w.sum()", "count = count * 1", "weights not divided by their sum"),
         Mutant("mean-label-weights", "count = u.sum(0)", "count = (u != 0).sum(0).to(w.dtype)",
                "mean not divided by the sum of the label weights"),
-        Mutant("mean-label-ratios", "u / u.amax()", "u", "sum of large label weights overflows"),
+        Mutant("mean-label-ratios", "u / torch.nn.functional.pad(u, (0, 0, 0, 1)).amax(0)", "u",
+               "sum of large label weights overflows"),
         Mutant("ignored-label-weights", "torch.where(labels == options.ignore_index, 0, u",
                "torch.where(labels == 0, 0, u",
                "weights of ignored labels count in the mean"),
@@ -583,6 +584,8 @@ PYTHON: dict[str, list[Mutant]] = {
         Mutant("block-rows", "partial_.data() + start", "partial_.data()", "sums of the first chunk"),
     ],
     "csrc/cpu/linear_multi_hot_cross_entropy.cpp": [
+        Mutant("no-vocabulary", "if (vocabulary == 0) torch::stable::zero_(dh);", "",
+               "gradient of hidden of an empty head is not written"),
         Mutant("threads-accumulate", "16384, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });",
                "16384, [&](int64_t begin, int64_t end) { kernel(args, 0, end); });",
                "a thread adds to other threads' part of the weight's gradient"),

@@ -547,7 +547,7 @@ class TestBagEntropy:
             (TOKENS, dict(position_weights=torch.ones(3)), r"^position_weights: .*\(12,\)"),
             (TOKENS, dict(label_weights=torch.ones(3)), r"^label_weights: .*\(12,\), got shape \(3,\)"),
             (TOKENS, dict(label_weights=-torch.ones(12)), "^label_weights: expected finite .*-1.0"),
-            (TOKENS, dict(label_weights=torch.full((12,), math.nan)), "^label_weights: expected finite .*nan"),
+            (TOKENS, dict(label_weights=torch.full((12,), math.nan)), "^label_weights: expected finite .*a NaN"),
             (TOKENS, dict(label_weights=torch.full((12,), math.inf)), "^label_weights: expected finite .*inf"),
         ],
     )

@@ -23,7 +23,7 @@ from helpers.model import (
     step,
     tokens,
 )
-from tst_ext import bag_embedding, multi_hot_cross_entropy
+from tst_ext import bag_embedding, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 from tst_ext.nn import BagEmbedding
 
 OPS = torch.ops.tst_ext
@@ -146,6 +146,20 @@ class TestCompile:
             u = normal(*labels.shape, seed=seed).abs()
             assert torch.equal(compiled(ids, labels, label_weights=u), model(ids, labels, label_weights=u))
         assert counter.frame_count == 1
+
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+    def test_as_many_rows_as_the_data_says(self, reduction):
+        hidden, weight, labels = normal(8, DIM), normal(VOCABULARY, DIM, seed=1), tokens(8, BAG)
+        weights, mask = normal(8, BAG, seed=2).abs(), torch.arange(8) % 3 > 0
+
+        def step(hidden, mask):
+            i = mask.nonzero().squeeze(1)
+            options = dict(label_weights=weights[i], reduction=reduction)
+            return linear_multi_hot_cross_entropy(hidden[i], weight, labels[i], **options)
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(hidden, mask), step(hidden, mask))
 
     @pytest.mark.parametrize("inplace", [False, True])
     def test_logits_op(self, inplace):

@@ -97,6 +97,15 @@ class TestShapes:
         assert fused(hidden[0], weight, bias, labels[0]) == fused(hidden, weight, bias, labels)
         assert fused(hidden[0], weight, bias, labels[0], reduction="none").shape == ()
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_no_vocabulary(self, device, dtype, kernels, bfloat16_gemms):
+        labels = torch.full((600, 3), IGNORE)
+        torch.full((600, 4), 7.0, dtype=torch.promote_types(dtype, torch.float32))  # leaves memory that is not 0
+        _, dh, dw = loss_and_gradients(
+            fused, torch.ones(600, 4, dtype=dtype), torch.ones(0, 4, dtype=dtype), None, labels
+        )
+        assert not dh.any() and dw.shape == (0, 4)
+
     def test_no_columns(self, device, kernels):
         # d = 0: all logits are 0
         loss = fused(torch.empty(3, 0), torch.empty(50, 0), None, torch.zeros(3, 4, dtype=torch.long))

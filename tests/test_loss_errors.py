@@ -81,7 +81,7 @@ class TestErrors:
             (dict(label_weights=torch.ones(4)), ValueError, r"^label_weights.*\(6, 4\).*\(4,\)"),
             (dict(label_weights=torch.ones(6, 4, requires_grad=True)), ValueError, "^label_weights.*requires_grad"),
             (dict(label_weights=torch.tensor([[1.0, -2, 1, 1]] * 6)), ValueError, "^label_weights.*-2.0 to 1.0"),
-            (dict(label_weights=torch.tensor([[1, torch.nan, 1, 1]] * 6)), ValueError, "^label_weights.*nan"),
+            (dict(label_weights=torch.tensor([[1, torch.nan, 1, 1]] * 6)), ValueError, "^label_weights.*a NaN"),
             (dict(label_weights=torch.full((6, 4), 1e39, dtype=torch.float64)), ValueError, r"^label_weights.*1e\+39"),
             (dict(label_weights=torch.ones(6, 4, device="meta")), ValueError, "label_weights on meta"),
             (dict(position_weights=[1, 1, 1, 1]), TypeError, "position_weights.*list"),
@@ -124,17 +124,19 @@ class TestErrors:
 def tensors_of_each_function():
     """A tensor for each argument, and a call with another tensor in its place."""
     h, w, b, y = loss_case(6, 8, 10, 4, torch.float32, "cpu", ignored=0, bias=True)
-    weights, normalizer, z = torch.ones(4), torch.tensor(7.0), h @ w.T
+    weights, each, normalizer, z = torch.ones(4), torch.ones(6, 4), torch.tensor(7.0), h @ w.T
     return [
         ("hidden", h, lambda t: linear_multi_hot_cross_entropy(t, w, y)),
         ("weight", w, lambda t: linear_multi_hot_cross_entropy(h, t, y)),
         ("bias", b, lambda t: linear_multi_hot_cross_entropy(h, w, y, bias=t)),
         ("labels", y, lambda t: linear_multi_hot_cross_entropy(h, w, t)),
         ("position_weights", weights, lambda t: linear_multi_hot_cross_entropy(h, w, y, position_weights=t)),
+        ("label_weights", each, lambda t: linear_multi_hot_cross_entropy(h, w, y, label_weights=t)),
         ("normalizer", normalizer, lambda t: linear_multi_hot_cross_entropy(h, w, y, normalizer=t)),
         ("logits", z, lambda t: multi_hot_cross_entropy(t, y)),
         ("labels", y, lambda t: multi_hot_cross_entropy(z, t)),
         ("position_weights", weights, lambda t: multi_hot_cross_entropy(z, y, position_weights=t)),
+        ("label_weights", each, lambda t: multi_hot_cross_entropy(z, y, label_weights=t)),
         ("normalizer", normalizer, lambda t: multi_hot_cross_entropy(z, y, normalizer=t)),
         ("input_ids", y, lambda t: bag_embedding(t, w)),
         ("weight", w, lambda t: bag_embedding(y, t)),
@@ -153,7 +155,9 @@ class TestTransforms:
 
     @each_tensor
     def test_vmap(self, name, tensor, call):
-        named = f"({name}|normalizer or position_weights)"
+        # Of these the op sees what it made of them.
+        derived = name in ("normalizer", "position_weights", "label_weights") and call(tensor).dim() == 0
+        named = "normalizer, position_weights or label_weights" if derived else name
         message = f"^{named}: expected a plain tensor, got a batch of torch.vmap.* Pass the whole batch"
         batch = torch.stack([tensor, tensor])
         with pytest.raises(RuntimeError, match=message):

@@ -334,6 +334,18 @@ class TestLabelWeights:
             assert relative_error(a, b) < 8 * EPS
 
     @functions
+    def test_of_other_scales_at_each_position(self, device, function, kernels):
+        case = loss_case(11, 8, 50, 4, torch.float32, device, ignored=0)
+        scales = torch.tensor([1e-30, 1, 1e30, 0], device=device)
+        expected = loss_and_gradients(
+            function, *case, label_weights=some_weights(case[3]) * (scales > 0), position_weights=torch.ones(4)
+        )
+        for a, b in zip(
+            loss_and_gradients(function, *case, label_weights=some_weights(case[3]) * scales), expected, strict=True
+        ):
+            assert relative_error(a, b) < 8 * EPS
+
+    @functions
     def test_one_normalizer_makes_parts_add_up(self, device, function, kernels):
         hidden, weight, bias, labels = loss_case(23, 8, 50, 4, torch.float64, device, bias=True)
         u = some_weights(labels)

@@ -552,6 +552,14 @@ def test_a_depth_without_labels_has_gradients_of_zeros(title):
     assert all(p.grad is not None and not p.grad.any() for p in model.depths.parameters())
 
 
+def test_a_depth_learns_no_label_whose_bag_it_cannot_read():  # as num_bags leaves them
+    model, _ = multi_token(MTP)
+    ids, labels, _ = documents_of_step(2)
+    later = [labels, labels.flip(1)]
+    cut = [torch.cat((t[:, :-k], torch.full_like(t[:, -k:], IGNORE)), 1) for k, t in enumerate(later, 1)]
+    assert torch.equal(model(ids, labels, *later), model(ids, labels, *cut))
+
+
 def test_output_only():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")

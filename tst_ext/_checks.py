@@ -77,7 +77,7 @@ def is_readable(tensor: Tensor) -> bool:
 
 
 def is_traced(*tensors: Tensor | None) -> bool:
-    """Tell whether torch records what is done with the tensors, or transforms one: then it may stand for several."""
+    """Tell whether torch traces, or torch.func or is_grads_batched wraps a tensor, which may then stand for several."""
     if torch.compiler.is_compiling() or get_proxy_mode() is not None:  # the latter by make_fx and AOTAutograd
         return True
     wrapped, batched = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor

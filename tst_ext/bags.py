@@ -71,15 +71,15 @@ def join_documents(cu_seqlens: Tensor, least: int, *, length: int | None = None)
     """Join documents to units of at least `least` tokens: `[D + 1] -> [U + 1]`, offsets of the same dtype and device.
 
     A unit with n tokens has n - s labels, in the ceil(n / s) s slots of its bags. So short documents leave many slots
-    empty: 25 % with s = 6 and 30 tokens on average. With `least = 30 s` it is 3.4 % for these documents, and at most
-    6.5 % of a unit's slots whatever the lengths are. In return, bags, labels and attention inside a unit cross from one
-    document to the next, as they do everywhere without `cu_seqlens`.
+    empty: 25 % with s = 6 and 30 tokens on average. With `least = 30 s` it is 3.8 % for these documents, and at most
+    6.5 % of a unit's slots whatever the lengths are. The price: inside a unit, bags, labels and attention cross from
+    one document to the next, as they do everywhere without `cu_seqlens`.
 
     It reads the offsets into Python and takes 2 us per document, so call it in the loader, on the CPU.
 
     Args:
         cu_seqlens: `[D + 1]`, int64 or int32, rising from 0, as in `fold_inputs`.
-        least: tokens. Only a sequence that has fewer is a shorter unit.
+        least: the fewest tokens of a unit. A unit is shorter only if its whole sequence is.
         length: L, where the offsets are of several sequences of L tokens. None joins one sequence.
 
     Raises:
@@ -90,6 +90,8 @@ def join_documents(cu_seqlens: Tensor, least: int, *, length: int | None = None)
     if length is not None:
         check_integer("length", length, 1)
     check_tensor("cu_seqlens", cu_seqlens, INTEGER)
+    if cu_seqlens.is_meta:
+        raise ValueError("cu_seqlens: expected a tensor with values, got one on meta")
     offsets = cu_seqlens.tolist()
     if cu_seqlens.dim() != 1 or offsets[:1] != [0] or offsets != sorted(offsets):
         got = offsets if cu_seqlens.numel() < 20 else f"shape {tuple(cu_seqlens.shape)}"
@@ -99,7 +101,7 @@ def join_documents(cu_seqlens: Tensor, least: int, *, length: int | None = None)
         raise ValueError(f"length: expected a divisor of the {offsets[-1]} tokens of cu_seqlens, got {length}")
     kept = [0]
     for offset in offsets:
-        sequence = (offset - 1) // length * length  # where the one of the document's last token begins
+        sequence = (offset - 1) // length * length  # the start of the sequence that holds the document's last token
         before, after = offset - max(kept[-1], sequence), sequence + length - offset
         if offset > kept[-1] and (after == 0 or min(before, after) >= least):
             kept.append(offset)
@@ -135,6 +137,7 @@ def fold_inputs(
         ValueError: `bag_size` is below 1 or does not divide L; `cu_seqlens` is not as above.
     """
     _check_fold("input_ids", input_ids, bag_size, divides=cu_seqlens is None)
+    check_integer("padding_idx", padding_idx)
     if cu_seqlens is None:
         if num_bags is not None:
             raise ValueError("num_bags: only with cu_seqlens; without, there are L / bag_size bags")
@@ -176,12 +179,13 @@ def fold_labels(
     """
     _check_fold("labels", labels, bag_size, divides=cu_seqlens is None)
     check_integer("offset", offset, 0)
+    check_integer("ignore_index", ignore_index)
     ahead = (offset + 1) * bag_size  # tokens from a slot of a bag to its label
     if cu_seqlens is None:
         drop = min(ahead - 1 if shifted else ahead, labels.shape[-1])
         filler = labels.new_full((*labels.shape[:-1], drop), ignore_index)
         return fold_inputs(torch.cat((labels[..., drop:], filler), dim=-1), bag_size, num_bags=num_bags)
-    if shifted and labels.shape[-1]:  # tokens where they are read; the first of a sequence is nobody's target
+    if shifted and labels.shape[-1]:  # back to where tokens are read; no bag predicts the first one of a sequence
         labels = torch.cat((labels[..., :1], labels[..., :-1]), dim=-1)
     bag, slot, position, bags = _document_bags("labels", labels, bag_size, cu_seqlens, num_bags)
     target = torch.where(position < ahead, -1, bag - offset - 1)  # a document's first bag has no predecessor in it
@@ -214,6 +218,7 @@ def slide_labels(
     Source: arXiv 2605.06546, the output side of superposition alone.
     """
     _check_fold("labels", labels, bag_size, divides=False)
+    check_integer("ignore_index", ignore_index)
     length = labels.shape[-1]
 
     def following(values: Tensor, filler: int, first: int) -> Tensor:  # [..., L, s]: values[t + first + i]
@@ -254,7 +259,7 @@ def cu_bags(positions: Tensor) -> Tensor:
     """Find where documents begin and end, counted in bags: `[..., l] -> [D + 1]`, int32, for variable-length attention.
 
     Document i holds the bags `[out[i], out[i + 1])` of the flattened `[..., l]`. A document also ends with its
-    sequence. The number of documents is read, which waits for the device.
+    sequence. Reading the number of documents waits for the device.
 
     Args:
         positions: int64 or int32, as `bag_positions` gives them.
@@ -316,7 +321,7 @@ def position_weights(
     bag_size: int,
     *,
     progress: float | Tensor | None = None,
-    start: str = "uniform",
+    start: str | None = None,
     fitted: tuple[float, float, float] = FITTED,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -327,13 +332,14 @@ def position_weights(
     (C0, a, k) = `fitted`. The paper finds uniform best for small bags (s = 4), the power law from s = 8 on, and the
     fitted weights slightly better than 1 / i.
 
-    `"annealed"` leads from the weights `start` to `"first"`: w_1 = 1, and (1 - p) start_i / start_1 for i > 1, with p =
-    `progress`, a number or a 0-d tensor from 0 to 1. A tensor is not read unless it is on the CPU, and a compiled step
-    to which it is given is not compiled again when it changes. The result is on its device unless `device` is given.
+    `"annealed"` interpolates from the weights named `start`, by default uniform, to `"first"`: w_1 = 1, and (1 - p)
+    start_i / start_1 for i > 1, with p = `progress`, a number or a 0-d tensor from 0 to 1. A tensor is read only on the
+    CPU, and does not compile a step again when it changes. The result is on its device unless `device` is given.
 
     Raises:
         TypeError: `progress` is a tensor of another kind than floating point or integer.
-        ValueError: unknown name, `bag_size` below 1, `progress` not from 0 to 1, missing, or given for another name.
+        ValueError: unknown name, `bag_size` below 1, `progress` missing or not from 0 to 1, or it or `start` given for
+            another name.
 
     Source: arXiv 2605.06546, the ablation of position weights.
     """
@@ -345,14 +351,16 @@ def position_weights(
         device = device or progress.device
     i = torch.arange(1, bag_size + 1, device=device, dtype=torch.promote_types(dtype, torch.float32))
     if name != "annealed":
-        if progress is not None:
-            raise ValueError(f"progress: only with 'annealed', got {progress!r} with {name!r}")
-        return _named_weights("position weights", name, i, fitted).to(dtype)
+        for argument, given in (("progress", progress), ("start", start)):
+            if given is not None:
+                raise ValueError(f"{argument}: only with 'annealed', got {given!r} with {name!r}")
+        return _named_weights("position_weights", name, i, fitted).to(dtype)
     values: Any = values_of(progress) if isinstance(progress, Tensor) else [progress]
     for value in values or ():
         check_number("progress", value, 1)
-    begin = _named_weights("start", start, i, fitted)
-    return torch.where(i == 1, 1, (1 - torch.as_tensor(progress).to(i)) * begin / begin[0]).to(dtype)
+    begin = _named_weights("start", start or "uniform", i, fitted)
+    rest: Any = 1 - (progress.to(i) if isinstance(progress, Tensor) else progress)  # type: ignore[operator]
+    return torch.where(i == 1, 1, rest * begin / begin[0]).to(dtype)
 
 
 def _named_weights(argument: str, name: str, i: Tensor, fitted: tuple[float, float, float]) -> Tensor:
@@ -369,7 +377,7 @@ def _named_weights(argument: str, name: str, i: Tensor, fitted: tuple[float, flo
         return c0 + a * i**k
     names = "'uniform', 'power_law', 'exponential', 'first' or 'fitted'"
     if argument != "start":
-        names = names.replace("'first' or 'fitted'", "'first', 'fitted' or 'annealed'")
+        names += ", or 'annealed' with a progress"
     raise ValueError(f"{argument}: expected {names}, got {name!r}")
 
 
@@ -389,6 +397,11 @@ def resolved_position_weights(given: str | Tensor | None, bag_size: int, like: T
     if given is None:
         return None
     if isinstance(given, str):
+        if given == "annealed":
+            raise ValueError(
+                "position_weights: 'annealed' needs a progress, so pass the tensor that "
+                f'tst_ext.position_weights("annealed", {bag_size}, progress=...) returns'
+            )
         dtype = torch.promote_types(like.dtype, torch.float32)
         return position_weights(given, bag_size, device=like.device, dtype=dtype)
     check_constant_weights(given, bag_size)
@@ -406,10 +419,11 @@ def check_label_weights(given: Tensor, labels: Tensor) -> None:
             f"label_weights: expected a constant tensor of the shape of labels, {tuple(labels.shape)}, got shape "
             f"{tuple(given.shape)}, requires_grad={given.requires_grad}"
         )
-    if given.numel() and is_readable(given):
-        least, most = (float(value) for value in given.aminmax())
+    if is_readable(given) and given.numel():
+        least, most = (float(value) for value in given.aminmax())  # of a NaN both are NaN
         if not 0 <= least <= most <= torch.finfo(torch.float32).max:
-            raise ValueError(f"label_weights: expected finite float32 numbers >= 0, got numbers from {least} to {most}")
+            got = "a NaN" if least != least else f"numbers from {least} to {most}"
+            raise ValueError(f"label_weights: expected finite float32 numbers >= 0, got {got}")
 
 
 def bag_entropy(
@@ -423,8 +437,8 @@ def bag_entropy(
 
     A label's probability is its share of the bag's weights, and equal labels count together. The multi-hot
     cross-entropy of a bag, a mean by the same weights, is never below its entropy, and reaches it where the model
-    predicts that distribution. Less the entropy it is the divergence between the two, which is comparable over bag
-    sizes and with next-token loss, whose entropy is 0. A bag whose labels are all ignored, or weigh nothing, has 0.
+    predicts that distribution. The loss minus this entropy is the Kullback-Leibler divergence. It can be compared
+    across bag sizes and with next-token loss, whose entropy is 0. A bag without a label that weighs something has 0.
 
     Args:
         labels: int64 or int32, `[..., s]`.
@@ -441,7 +455,10 @@ def bag_entropy(
         raise ValueError(f"labels: expected [..., s] with s >= 1, got shape {tuple(labels.shape)}")
     check_integer("ignore_index", ignore_index)
     given = resolved_position_weights(position_weights, labels.shape[-1], labels)
-    weights = torch.ones(labels.shape, device=labels.device) if given is None else given.float().expand(labels.shape)
+    wide = torch.float32 if labels.device.type == "mps" else torch.float64  # holds any product and sum of weights
+    weights = torch.ones(labels.shape, dtype=wide, device=labels.device)
+    if given is not None:
+        weights = weights * given
     if label_weights is not None:
         check_label_weights(label_weights, labels)
         weights = weights * label_weights

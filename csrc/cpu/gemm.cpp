@@ -59,9 +59,9 @@ bool use_onednn(const Tensor& weight, int64_t multiplications) {
 #endif
 }
 
-// A rule again. Without these instructions torch's bfloat16 products take 4 (AVX-512, Cascade Lake) to 25 times as long
-// as float32's. oneDNN, whose products they are, uses AMX only next to avx512_bf16, and of AVX2's conversions makes
-// float32 products.
+// By instruction set, so that a run repeats bit for bit. Without these instructions torch's bfloat16 products take 4
+// (AVX-512, Cascade Lake) to 25 times as long as float32's. oneDNN, whose products they are, uses AMX only next to
+// avx512_bf16, and makes float32 products of AVX2's conversions.
 bool has_bfloat16_instructions() {
 #if defined(__x86_64__)
   return __builtin_cpu_supports("avx512bf16");

@@ -133,6 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
                           : torch::stable::new_empty(weight, none, accumulation);
   Tensor db = torch::stable::new_empty(weight, {grad_bias ? vocabulary : 0}, accumulation);
   if (rows == 0) torch::stable::zero_(dw), torch::stable::zero_(db);
+  if (vocabulary == 0) torch::stable::zero_(dh);  // no block of the weight writes it
   if (!gradient) forward_alone(loss, h, w, b, vocabulary, chunk);
   const Tensor buffer = with_huge_pages(torch::stable::new_empty(h, {gradient ? chunk : 0, vocabulary}));
   const int64_t staged_rows = std::max<int64_t>(1, kStaged / std::max<int64_t>(1, d * element_size));

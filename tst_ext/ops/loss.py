@@ -124,8 +124,8 @@ def label_scale_of(
                 valid = valid.any(1, keepdim=True).expand_as(valid)
             if u is None:
                 count = valid.sum(0).to(w.dtype)
-            elif u.numel():
-                u = torch.where(u == 0, 0, u / u.amax())  # so that their sum is finite
+            else:  # over the largest of the position, so that their sum is finite and not 0; the row is for no rows
+                u = torch.where(u == 0, 0, u / torch.nn.functional.pad(u, (0, 0, 0, 1)).amax(0))
                 count = u.sum(0)
             w = torch.where(count == 0, 0, w)
         if options.objective == "mce":

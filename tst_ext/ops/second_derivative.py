@@ -23,8 +23,9 @@ class Function(torch.autograd.Function):
         names = inspect.signature(cls.forward).parameters
         batched = [name for name, dim in zip(names, in_dims, strict=True) if isinstance(dim, int)]
         given = [name for name in batched if name not in ("label_scale", "link")]  # these two follow from others
+        name = ", ".join(given) or "normalizer, position_weights or label_weights"
         raise RuntimeError(
-            f"{', '.join(given) or 'normalizer or position_weights'}: expected a plain tensor, got a batch of "
+            f"{name}: expected a plain tensor, got a batch of "
             "torch.vmap, which tst_ext does not support. Pass the whole batch in one call, in leading dimensions"
         )
 
