@@ -64,6 +64,24 @@ def floors(shape, dtype):
     return gemms(*matrices(shape, dtype))
 
 
+def training(hidden, weight, labels):
+    """Return a function that drops the gradients, and one that makes a training step of a loss."""
+
+    def clear():
+        hidden.grad = weight.grad = None
+
+    def step(loss):
+        def run():
+            clear()
+            value = loss(hidden, weight, labels)
+            value.backward()
+            return value
+
+        return run
+
+    return clear, step
+
+
 def facts(shape, bag_size, dtype, gemm_count):
     rows, dim, vocabulary = shape
     work = {"GFLOP": 2e-9 * gemm_count * rows * dim * vocabulary}
@@ -82,19 +100,7 @@ def one_shape_at_a_time(request):
 
 def test_forward_backward(race, shape, bag_size, dtype):
     hidden, weight, labels = tensors(shape, bag_size, dtype)
-
-    def clear():
-        hidden.grad = weight.grad = None
-
-    def step(loss):
-        def run():
-            clear()
-            value = loss(hidden, weight, labels)
-            value.backward()
-            return value
-
-        return run
-
+    clear, step = training(hidden, weight, labels)
     others = {n: f if isinstance(f, str) else step(f) for n, f in peers.losses(DEVICE, bag_size).items()}
     if shape == LLAMA3_LONG and DEVICE.type == "cpu":  # minutes a call, or more memory than a workstation has
         for name in set(others) - {"chunked plain torch"}:
@@ -137,18 +143,7 @@ def test_label_weights(race, shape, dtype):
     """Compare weights of 1, so that results agree, with the call without weights and with a call for each position."""
     hidden, weight, labels = tensors(shape, 4, dtype)
     ones = torch.ones(labels.shape, device=DEVICE)
-
-    def clear():
-        hidden.grad = weight.grad = None
-
-    def step(loss):
-        def run():
-            clear()
-            value = loss(hidden, weight, labels)
-            value.backward()
-            return value
-
-        return run
+    clear, step = training(hidden, weight, labels)
 
     def call_for_each_position(hidden, weight, labels):
         rows = [linear_multi_hot_cross_entropy(hidden, weight, y, reduction="none") for y in labels.unbind(1)]
