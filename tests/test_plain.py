@@ -38,7 +38,7 @@ class TestMeta:
             {"reduction": "none", "position_weights": "power_law", "label_weights": some_weights},
             {"objective": "mce_alt", "logit_softcap": 2.0, "z_loss": 0.1, "label_smoothing": 0.1, "normalizer": 3},
         ],
-        ids=str,
+        ids="-".join,
     )
     def test_loss(self, dtype, function, options):
         case = loss_case(6, 8, 50, 4, dtype, "cpu", bias=True)
