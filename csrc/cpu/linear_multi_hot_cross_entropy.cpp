@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_hot_cross_entrop
     }
     loss.run(start, z, true);
 
-    if (grad_hidden) {
+    if (grad_hidden && vocabulary > 0) {
       const Tensor target = torch::stable::narrow(dh, 0, start, size);
       const Tensor product = wide ? target : torch::stable::narrow(staged, 0, 0, size);
       for (int64_t v = 0; v < vocabulary; v += w.block()) {

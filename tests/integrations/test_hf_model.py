@@ -258,12 +258,20 @@ class TestSuperpose:
         assert model(**bags()).loss.isfinite() and model.patched == 4
         assert restore(model).forward.__func__ is _patched_forward
 
+    def test_the_trial_allows_logits_that_autocast_rounds(self, bfloat16_gemms):
+        model = build("llama")
+        with torch.no_grad():
+            for i, parameter in enumerate(model.parameters()):
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+        with torch.autocast("cpu", torch.bfloat16):
+            superpose(model)
+
     def test_bad_loss_options_are_named_at_once(self):
         model = build("llama")
         weights = torch.nn.Parameter(torch.ones(3))
         for options, message in (
             (dict(position_weights=weights), "^position_weights: expected a constant tensor.*requires_grad=True"),
-            (dict(position_weights="linear"), "^position weights: expected"),
+            (dict(position_weights="linear"), "^position_weights: expected"),
             (dict(objective="mcee"), "^objective: expected"),
             (dict(z_loss=-1.0), "^z_loss: expected"),
         ):

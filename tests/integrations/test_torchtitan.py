@@ -130,7 +130,7 @@ class TestSuperpose:
         ("options", "message"),
         [
             (dict(objective="mcee"), "^objective: expected"),
-            (dict(position_weights="powerlaw"), "^position weights: expected"),
+            (dict(position_weights="powerlaw"), "^position_weights: expected"),
             (dict(objective="mce_alt", position_weights="first"), "^position_weights: objective 'mce_alt'"),
             (dict(z_loss=-1.0), "^z_loss: expected"),
             (dict(chunk_size=0), "^chunk_size: expected"),

@@ -315,7 +315,8 @@ def _try_out(model: PreTrainedModel, forward: BagForward) -> None:
         raise ValueError(f"model: {name} {unlike}, or {more} after it")
     if _differ(other[:, :2], hidden[:, :2]):
         raise ValueError(f"model: {name} is not causal, so a bag would see its targets")
-    # The model may round its logits to 16 bits before the loss, and computes the loss of float64 in float32.
-    rounding = max(torch.finfo(dtype).eps for dtype in (hidden.dtype, torch.float32))
+    # The model may round its logits to 16 bits before the loss, under autocast too, and computes the loss of float64 in
+    # float32.
+    rounding = max(torch.finfo(dtype).eps for dtype in (hidden.dtype, expected.dtype, torch.float32))
     if abs(own_loss - loss) > 16 * rounding * own_loss:
         raise ValueError(f"model: the loss of {name} is not that of the next token: {own_loss:.4f} against {loss:.4f}")
