@@ -75,7 +75,7 @@ def test_embedding(race, direction, bags, vocabulary, dim, bag_size, dtype):
         return [weight.grad.coalesce().values() if weight.grad.is_sparse else weight.grad[rows]]
 
     # Must move, forward: each distinct row read once, a row written per bag; backward: the output's gradient read once,
-    # a fresh table written, or those rows of it that are hit. As gathered: a row, or a row of the gradient, read anew
+    # a fresh table written, or those rows of it that are hit. As gathered: a row, or a row of the gradient, read again
     # for every id.
     forward, backward = direction != "backward", direction != "forward"
     read = ids.nbytes + (rows.numel() * row if forward else 0) + (bags * row if backward else 0)

@@ -84,7 +84,7 @@ class TestResults:
 
 
 class TestLoopInPython:
-    """That of a divided head, and of devices without kernels."""
+    """The Python loop over chunks, for a divided head and for devices without kernels, follows the same rule."""
 
     def test_dtype_of_the_logits(self, bfloat16_gemms):
         hidden, weight, _, labels = loss_case(6, 8, 50, 4, torch.bfloat16, "cpu")

@@ -167,7 +167,7 @@ def magnitudes(hidden, weight, bias, labels, upstream, options):
     ignored, objective = options.get("ignore_index", IGNORE), options.get("objective", "mce")
     reduction = options.get("reduction", "mean")
     row_options = LossOptions(objective=objective, ignore_index=ignored)
-    scale = label_scale_of(  # what one label of a position weighs
+    scale = label_scale_of(  # the weight of one label
         labels, hidden, row_options, reduction, options.get("normalizer"), options.get("position_weights"),
         resolved(options, labels).get("label_weights"),
     )  # fmt: skip
