@@ -50,11 +50,17 @@ bool aligned(int64_t dim, const Tensor& a, const Tensor& b) {
   return dim % kPack<T> == 0 && address(a) % 16 == 0 && address(b) % 16 == 0;
 }
 
-template <int n>
-dim3 grid(int64_t rows, int64_t dim) {
-  const unsigned slabs = blocks_for(dim, kSlab<n>);
-  STD_TORCH_CHECK(slabs <= 65535, "weight: rows too long for one CUDA grid: ", dim, " columns");
-  return dim3(blocks_for(rows, kThreads / kWarp), slabs);
+template <int n, int packs>
+unsigned slabs(int64_t dim) {
+  const unsigned count = blocks_for(dim, kSlab<n, packs>);
+  STD_TORCH_CHECK(count <= 65535, "weight: rows too long for one CUDA grid: ", dim, " columns");
+  return count;
+}
+
+// A warp for each of `work`, in each slab.
+template <int n, int packs>
+Extent warps(int64_t work, int64_t dim) {
+  return {dim3(blocks_for(work, kThreads / kWarp), slabs<n, packs>(dim)), kThreads};
 }
 
 template <typename F>
@@ -93,7 +99,7 @@ Tensor bag_embedding(const Tensor& input_ids, const Tensor& weight, const std::s
     using T = decltype(type);
     const BagForward<T> a{
         data<int64_t>(c.ids), data<T>(table), mutable_data<T>(out), c.bags, table.size(0), dim, c.pooling};
-    current.launch(bag_embedding_kernel<T, n(), weighted()>, {grid<n()>(c.bags, dim), kThreads}, a);
+    current.launch(bag_embedding_kernel<T, n(), weighted()>, warps<n(), kForwardPacks>(c.bags, dim), a);
   });
   return out;
 }
@@ -114,6 +120,8 @@ Tensor bag_embedding_backward(const Tensor& grad, const Tensor& input_ids, int64
   const auto integers = [&](int64_t n) { return torch::stable::new_empty(grad, {n}, ScalarType::Int); };
   const Tensor keys = integers(count), places = integers(count), sorted_keys = integers(count),
                sorted_places = integers(count), offsets = integers(num_embeddings + 1);
+  const int64_t windows = (count + kWindow - 1) / kWindow, piece_count = count > kWindow ? 2 * windows : 0;
+  const Tensor longs = integers(1 + windows);  // a long row fills a window
   const Tensor scales = torch::stable::new_empty(grad, {c.weighted ? c.bags : 0}, ScalarType::Double);
   const BagHits hits{data<int64_t>(c.ids),
                      c.bags,
@@ -121,7 +129,8 @@ Tensor bag_embedding_backward(const Tensor& grad, const Tensor& input_ids, int64
                      c.pooling,
                      mutable_data<uint32_t>(keys),
                      mutable_data<uint32_t>(places),
-                     mutable_data<double>(scales)};
+                     mutable_data<double>(scales),
+                     mutable_data<int>(longs)};
   with_flag(c.weighted, [&](auto weighted) {
     current.launch(bag_hits_kernel<weighted()>, {blocks_for(c.bags, kThreads), kThreads}, hits);
   });
@@ -139,9 +148,8 @@ Tensor bag_embedding_backward(const Tensor& grad, const Tensor& input_ids, int64
       torch::stable::new_empty(grad, {std::max<int64_t>(1, static_cast<int64_t>(bytes))}, ScalarType::Byte);
   sort(scratch.mutable_data_ptr());
   current.launch(bag_offsets_kernel, {blocks_for(num_embeddings + 1, kThreads), kThreads}, data<uint32_t>(sorted_keys),
-                 static_cast<int>(count), num_embeddings, mutable_data<int>(offsets));
+                 static_cast<int>(count), num_embeddings, mutable_data<int>(offsets), mutable_data<int>(longs));
 
-  const int64_t windows = (count + kWindow - 1) / kWindow, piece_count = count > kWindow ? 2 * windows : 0;
   const Tensor pieces = torch::stable::new_empty(grad, {piece_count, dim}, accumulation_type(grad));
   with_variant(rows, out, dim, c.weighted, [&](auto type, auto n, auto weighted) {
     using T = decltype(type);
@@ -149,6 +157,7 @@ Tensor bag_embedding_backward(const Tensor& grad, const Tensor& input_ids, int64
                            data<uint32_t>(sorted_keys),
                            data<uint32_t>(sorted_places),
                            data<int>(offsets),
+                           data<int>(longs),
                            data<double>(scales),
                            mutable_data<T>(out),
                            mutable_data<Acc<T>>(pieces),
@@ -157,9 +166,14 @@ Tensor bag_embedding_backward(const Tensor& grad, const Tensor& input_ids, int64
                            dim,
                            static_cast<int>(count),
                            c.pooling};
-    current.launch(bag_rows_kernel<T, n(), weighted()>, {grid<n()>(piece_count + num_embeddings, dim), kThreads}, a);
+    const int64_t groups = (num_embeddings + kRows - 1) / kRows;
+    current.launch(bag_rows_kernel<T, n(), weighted()>, warps<n(), kBackwardPacks>(piece_count + groups, dim), a);
     if (piece_count == 0) return;
-    current.launch(bag_join_kernel<T, n(), weighted()>, {grid<n()>(windows, dim), kThreads}, a);
+    Extent extent{dim3(1, slabs<n(), 1>(dim)), kJoinWarps * kWarp, 1, kJoinMemory<T, n()>};
+    const auto join = bag_join_kernel<T, n(), weighted()>;
+    extent.grid.x =
+        static_cast<unsigned>(std::clamp<int64_t>(current.resident(join, extent) / extent.grid.y, 1, windows));
+    current.launch(join, extent, a);
   });
   return out;
 }

@@ -70,6 +70,14 @@ __device__ inline void store_global(Words4* to, Words4 four) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(four.x), "r"(four.y), "r"(four.z), "r"(four.w)
                : "memory");
 }
+// The same for what nobody reads soon: the second-level cache gives up its place first.
+__device__ inline void store_streaming(Words4* to, Words4 four) {
+  asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(four.x), "r"(four.y), "r"(four.z),
+               "r"(four.w)
+               : "memory");
+}
+
+__device__ inline int count_up(int* counter) { return atomicAdd(counter, 1); }  // what it was before
 
 __device__ inline float exp2_fast(float x) {  // 2 units in the last place; 0 below 2^-126
   float y;
@@ -241,12 +249,15 @@ __device__ inline Pack<T, n> load(const T* from) {
 }
 
 // To global memory.
-template <typename T, int n>
+template <bool last_use, typename T, int n>
 __device__ inline void store(T* to, const Pack<T, n>& pack) {
   using P = Pack<T, n>;
   if constexpr (P::kBytes % 16 == 0) {
 #pragma unroll
-    for (int i = 0; i < P::kBytes / 16; ++i) store_global(reinterpret_cast<Words4*>(to) + i, pack.four(i));
+    for (int i = 0; i < P::kBytes / 16; ++i) {
+      Words4* const at = reinterpret_cast<Words4*>(to) + i;
+      last_use ? store_streaming(at, pack.four(i)) : store_global(at, pack.four(i));
+    }
   } else if constexpr (P::kBytes == 8) {
     *to = as_double(pack.words[0], pack.words[1]);
   } else if constexpr (P::kBytes == 4) {

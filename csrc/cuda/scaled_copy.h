@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kScaledThreads, kScaledBlocks)
       float values[n];
 #pragma unroll
       for (int i = 0; i < n; ++i) values[i] = scale * pack[i];
-      store(out + begin, narrowed<O>(values));
+      store<false>(out + begin, narrowed<O>(values));
     } else {
       for (int64_t i = begin; i < count; ++i) narrow(scale * widen(source[i]), out[i]);
     }

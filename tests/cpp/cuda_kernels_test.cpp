@@ -112,9 +112,10 @@ struct BagCase {
   }
 };
 
-template <typename T, int n>
+template <int n, int packs>
 emulator::Dim grid_of(int64_t rows, int64_t dim) {
-  return {static_cast<unsigned>((rows + 3) / 4), static_cast<unsigned>((dim + cuda::kSlab<n> - 1) / cuda::kSlab<n>), 1};
+  constexpr int slab = cuda::kSlab<n, packs>;
+  return {static_cast<unsigned>((rows + 3) / 4), static_cast<unsigned>((dim + slab - 1) / slab), 1};
 }
 
 template <typename T, int n, bool weighted>
@@ -126,7 +127,8 @@ void forward(const BagCase& c, const Stored& table, Stored& out) {
                               c.rows,
                               c.dim,
                               c.pooling()};
-  emulator::launch(grid_of<T, n>(c.bags, c.dim), 128, 1, 0, [&] { cuda::bag_embedding_kernel<T, n, weighted>(a); });
+  emulator::launch(grid_of<n, cuda::kForwardPacks>(c.bags, c.dim), 128, 1, 0,
+                   [&] { cuda::bag_embedding_kernel<T, n, weighted>(a); });
 }
 
 template <typename T, int n, bool weighted>
@@ -134,26 +136,28 @@ void backward(const BagCase& c, const Stored& grad, Stored& out) {
   const int64_t count = c.bags * c.bag_size, windows = (count + cuda::kWindow - 1) / cuda::kWindow;
   std::vector<uint32_t> keys(count, 0xcdcdcdcd), places(count, 0xcdcdcdcd), sorted_keys(count), sorted_places(count);
   std::vector<double> scales(c.bags, NAN);
-  std::vector<int> offsets(c.rows + 1, -1), order(count);
+  std::vector<int> offsets(c.rows + 1, -1), longs(1 + windows, -1), order(count);
   using A = cuda::Acc<T>;
   const auto pieces = std::make_unique<emulator::Chunk[]>(2 * windows * c.dim * sizeof(A) / 16 + 2);
   std::memset(pieces.get(), 0xff, 2 * windows * c.dim * sizeof(A));  // NaN
   // Packs of pieces may be 32 bytes, as on the device.
   A* const aligned = reinterpret_cast<A*>((reinterpret_cast<uintptr_t>(pieces.get()) + 31) / 32 * 32);
   std::fill_n(aligned, 2 * windows * c.dim, static_cast<A>(NAN));
-  const cuda::BagHits hits{c.ids.data(), c.bags, c.rows, c.pooling(), keys.data(), places.data(), scales.data()};
+  const cuda::BagHits hits{c.ids.data(), c.bags,        c.rows,        c.pooling(),
+                           keys.data(),  places.data(), scales.data(), longs.data()};
   emulator::launch({static_cast<unsigned>((c.bags + 31) / 32), 1, 1}, 32, 1, 0,
                    [&] { cuda::bag_hits_kernel<weighted>(hits); });
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return keys[a] < keys[b]; });
   for (int64_t i = 0; i < count; ++i) sorted_keys[i] = keys[order[i]], sorted_places[i] = places[order[i]];
   emulator::launch({static_cast<unsigned>((c.rows + 32) / 32), 1, 1}, 32, 1, 0, [&] {
-    cuda::bag_offsets_kernel(sorted_keys.data(), static_cast<int>(count), c.rows, offsets.data());
+    cuda::bag_offsets_kernel(sorted_keys.data(), static_cast<int>(count), c.rows, offsets.data(), longs.data());
   });
   const cuda::BagBackward<T> a{reinterpret_cast<const T*>(grad.bytes.data()),
                                sorted_keys.data(),
                                sorted_places.data(),
                                offsets.data(),
+                               longs.data(),
                                scales.data(),
                                reinterpret_cast<T*>(out.bytes.data()),
                                aligned,
@@ -162,9 +166,12 @@ void backward(const BagCase& c, const Stored& grad, Stored& out) {
                                c.dim,
                                static_cast<int>(count),
                                c.pooling()};
-  emulator::launch(grid_of<T, n>(2 * windows + c.rows, c.dim), 128, 1, 0,
+  const int64_t groups = (c.rows + cuda::kRows - 1) / cuda::kRows;
+  emulator::launch(grid_of<n, cuda::kBackwardPacks>(2 * windows + groups, c.dim), 128, 1, 0,
                    [&] { cuda::bag_rows_kernel<T, n, weighted>(a); });
-  emulator::launch(grid_of<T, n>(windows, c.dim), 128, 1, 0, [&] { cuda::bag_join_kernel<T, n, weighted>(a); });
+  const emulator::Dim join{1, grid_of<n, 1>(1, c.dim).y, 1};  // a block has several rows
+  emulator::launch(join, cuda::kJoinWarps * cuda::kWarp, 1, cuda::kJoinMemory<T, n>,
+                   [&] { cuda::bag_join_kernel<T, n, weighted>(a); });
 }
 
 template <typename T>

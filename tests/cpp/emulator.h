@@ -365,6 +365,8 @@ struct __attribute__((may_alias, aligned(16))) Words4 {
   uint32_t x, y, z, w;
 };
 inline void store_global(Words4* to, Words4 four) { *to = four; }
+inline void store_streaming(Words4* to, Words4 four) { *to = four; }
+inline int count_up(int* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
 
 // A copy is NaN until it is waited for, and is made then.
 inline void copy_to_shared(Words4* to, const Words4* from) {
