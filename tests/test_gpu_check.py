@@ -1,9 +1,12 @@
 import importlib.util
 import json
+import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from tst_ext import SuperpositionSchedule
 
 PATH = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_check.py"
 SPEC = importlib.util.spec_from_file_location("gpu_check", PATH)
@@ -82,3 +85,62 @@ def test_every_step_is_a_script_that_exists_and_names_are_unique():
             for part in s.command:
                 assert not part.endswith(".py") or (PATH.parent.parent / part).exists(), part
         assert json.dumps([s.command for s in steps])
+
+
+@pytest.fixture
+def gpu_script(monkeypatch):
+    """Import a script of benchmarks/gpu as itself does the ones next to it."""
+    monkeypatch.syspath_prepend(PATH.parent / "gpu")
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"gpu_{name}", PATH.parent / "gpu" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    sys.modules.pop("common", None)
+
+
+def test_stages_of_single_steps_have_the_bag_sizes_in_their_order(gpu_script):
+    train = gpu_script("train")
+    sizes = train.order(block=15, turns=30, bag_size=6)
+    assert sizes[:30] == [6] * 15 + [1] * 15 and sorted(sizes[30:]) == [1] * 30 + [6] * 30
+    assert sizes[30:] != [6, 1] * 30
+    options = train.superposition(sizes)
+    schedule = SuperpositionSchedule(len(sizes) + 1, options.ratio, options.bag_size, options.stages)
+    assert [schedule.bag_size_at(step) for step in range(len(sizes))] == sizes
+
+
+def test_collected_text_has_each_content_once_and_no_data(gpu_script, tmp_path):
+    compare = gpu_script("compare")
+    folder = tmp_path / "files"
+    (folder / "deep" / "deeper").mkdir(parents=True)
+    files = {"a.py": b"a\n", "deep/b.h": b"b\n", "deep/deeper/c.md": "ç\n".encode(), "deep/copy.txt": b"a\n"}
+    files |= {"d.json": b"d", "nul.py": b"\0", "latin.c": b"\xe9 ", "empty.py": b"", "large.cu": b"x" * (2**20 + 1)}
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    paths = compare.walk([folder])
+    assert {Path(path).relative_to(folder).as_posix() for path in paths} == set(files) - {"d.json"}
+    counts = compare.collect(paths, tmp_path / "text", most=1000)
+    written = [json.loads(line)["text"] for path in (tmp_path / "text").iterdir() for line in path.open()]
+    assert sorted(written) == ["a\n", "b\n", "ç\n"]
+    assert (counts["files"], counts["bytes"], counts["read"]) == (3, 7, 8)
+    assert counts["left_out"] == {"copies": 1, "NUL bytes": 1, "no UTF-8": 1, "empty": 1, "larger": 1}
+    assert compare.collect(paths, tmp_path / "less", most=1)["files"] == 1
+    assert compare.collect(paths, tmp_path / "none", most=1000, until=lambda: True)["files"] == 0
+
+
+def test_step_at_which_a_curve_reaches_a_loss(gpu_script):
+    reached = gpu_script("compare").reached
+    assert reached([(10, 5.0), (20, 3.0), (30, 4.0)], 4.0) == 15
+    assert reached([(10, 5.0)], 6.0) == 10 and reached([(10, 5.0)], 4.0) is None
+
+
+def test_steps_of_the_comparison_fit_into_the_time(gpu_script):
+    compare = gpu_script("compare")
+    steps = compare.number_of_steps(150, 2, 0.02, 0.2)
+    assert steps % compare.VALIDATIONS == 0
+    used = 2 * (2 + 3 + steps * 0.02 + compare.VALIDATIONS * 0.2)
+    assert 130 < used < 150
+    assert compare.number_of_steps(-5, 2, 0.02, 0.2) == 2 * compare.VALIDATIONS  # so that there is a result at all
