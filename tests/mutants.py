@@ -487,7 +487,7 @@ PYTHON: dict[str, list[Mutant]] = {
         Mutant("plain-add-bias", "torch.addmm(bias, h[part], w.T, out=z)", "torch.mm(h[part], w.T, out=z)",
                "bias forgotten"),
         Mutant("cuda-chunk", "// 1024 * 1024, 2048)", "// 1024 * 1024, 1024)", "chunks of 1024 rows"),
-        Mutant("cuda-chunk-memory", "min(memory // 32 // ", "min(memory // 64 // ", "chunks of half the memory"),
+        Mutant("cuda-chunk-memory", "min(memory // 16 // ", "min(memory // 32 // ", "chunks of half the memory"),
         Mutant("cuda-chunk-logits", "(1 << 31) // padded", "(1 << 40) // padded", "2^31 logits a chunk"),
         Mutant("chunk-cpu", "min(gradient_columns // 2,", "min(gradient_columns // 4,",
                "logits of a chunk take a quarter of the weight's gradient"),

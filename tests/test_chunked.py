@@ -217,18 +217,18 @@ class TestDefaultChunkOnTheCpu:
 
 
 class TestLoopForCuda:
-    def test_chunks_take_a_32nd_of_the_memory(self, monkeypatch):
+    def test_chunks_take_a_16th_of_the_memory(self, monkeypatch):
         def rows(gibibytes, vocabulary, element_size):
             device = SimpleNamespace(total_memory=gibibytes << 30)
             monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
             return chunked.chunk_rows(100_000, vocabulary, element_size, torch.device("cuda"))
 
-        assert rows(80, 128256, 4) == 5120 and 5120 * 128256 * 4 <= 2.5 * 2**30 < 6144 * 128256 * 4
-        assert rows(24, 128256, 2) == 3072  # 3139, in steps of 1024
-        assert rows(80, 128256, 2) == 10240
-        assert rows(140, 49152, 2) == 43008  # a batch of 32768 rows in one chunk
+        assert rows(80, 128256, 4) == 10240 and 10240 * 128256 * 4 <= 5 * 2**30 < 11264 * 128256 * 4
+        assert rows(24, 128256, 2) == 6144  # 6279, in steps of 1024
+        assert rows(80, 128256, 2) == 16384  # 16743 would be 2^31 logits
+        assert rows(80, 49152, 2) == 43008  # a batch of 32768 rows in one chunk
         assert rows(180, 151936, 2) == 13312 < 2**31 / 151936  # fewer than 2^31 logits, though more would fit
-        assert rows(80, 1_000_000, 4) == 2048  # no less, though they do not fit
+        assert rows(24, 1_000_000, 4) == 2048  # no less, though they do not fit
 
     def test_a_divided_head_has_as_many_chunks_everywhere(self):
         assert chunked.chunk_rows(100_000, None, 2, torch.device("cuda")) == 8192

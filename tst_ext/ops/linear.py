@@ -78,7 +78,7 @@ def linear_multi_hot_cross_entropy(
             over the entries above -inf.
         return_lse: also return `lse` `[...]` (float32, float64 for float64), with its gradient.
         return_z_loss: also return the share of `z_loss` in the loss, in the shape of the loss, with its gradient.
-        chunk_size: the most rows whose logits exist at a time. The default on CUDA is as many as fit 1/32 of the
+        chunk_size: the most rows whose logits exist at a time. The default on CUDA is as many as fit 1/16 of the
             device's memory, and at least 2048. Elsewhere they fit 64 MiB, an eighth of the full logits (at most 512
             rows) or half of the weight's gradient (at most 1024 rows), whichever is most; without gradients 512. On the
             CPU fewer than about 256 rows cost time.
