@@ -20,6 +20,7 @@ from helpers.cases import (
     loss_and_gradients,
     loss_case,
     plain,
+    resolved,
     some_weights,
 )
 from helpers.numerics import relative_error
@@ -236,6 +237,7 @@ class TestCitizenship:
         case = loss_case(64, 64, 5000, 3, torch.bfloat16, "cuda")
         ids, table, _ = embedding_case((64, 3), 500, 64, torch.bfloat16, "cuda")
         chunked._multiplies_to_float32(torch.bfloat16, case[0].device)  # else the first call finds out
+        options = resolved(options, case[3])
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:

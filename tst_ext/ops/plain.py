@@ -69,6 +69,8 @@ def bag_embedding_backward(
     _warn(grad.device.type)
     dtype = torch.promote_types(grad.dtype, torch.float32)
     ids, w = _coefficients(input_ids, dtype, mode, padding_idx, position_weights)
+    if num_embeddings == 0:  # torch would add the zeros of padding to a row 0
+        return grad.new_zeros(0, grad.shape[-1])
     w = w.unsqueeze(-1)
     rows = torch.where(w == 0, 0, w * grad.to(dtype).unsqueeze(-2))  # [..., s, d]
     return torch.ops.aten.embedding_dense_backward(rows, ids, num_embeddings, -1, False).to(grad.dtype)
