@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from tst_ext import SuperpositionSchedule
+from tst_ext.train.batches import check_batches
+from tst_ext.train.data import Shard
 
 PATH = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_check.py"
 SPEC = importlib.util.spec_from_file_location("gpu_check", PATH)
@@ -110,6 +112,16 @@ def test_stages_of_single_steps_have_the_bag_sizes_in_their_order(gpu_script):
     options = train.superposition(sizes)
     schedule = SuperpositionSchedule(len(sizes) + 1, options.ratio, options.bag_size, options.stages)
     assert [schedule.bag_size_at(step) for step in range(len(sizes))] == sizes
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_trainer_takes_the_configuration_and_its_shards(gpu_script, tmp_path, compiled):
+    train = gpu_script("train")  # not as a rehearsal has them
+    config = train.configuration(tmp_path / "data", train.order(block=15, turns=12, bag_size=6), compiled)
+    train.write_shards(tmp_path / "data", config.data.vocabulary)
+    for split in ("train", "val"):
+        check_batches(config, Shard(tmp_path / "data", split, config.data), world=1)
+    assert config.run.compile == compiled and config.dtype == "bfloat16"
 
 
 def test_collected_text_has_each_content_once_and_no_data(gpu_script, tmp_path):

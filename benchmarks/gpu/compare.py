@@ -270,7 +270,7 @@ def parts(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
     most = 1 if REHEARSE else arguments.megabytes
     counts = collect(paths, folder / "text", most * 10**6, lambda: time.monotonic() - began > share)
     held_out = "whole files by a hash of their content; near-identical files may be on both sides"
-    record(part="text", roots=" ".join(map(str, roots())), held_out=held_out, **counts)
+    record(part="text", held_out=held_out, **counts)
     yield "collect"
     training, _ = prepared(folder / "text", folder / "tokens")
     yield "prepare"

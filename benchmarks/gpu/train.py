@@ -71,7 +71,7 @@ def configuration(data: Path, sizes: list[int], compiled: bool) -> TrainConfig:
         run=dataclasses.replace(config.run, log_every=EVERY, **run),
         steps=len(sizes) + 1,
         order="random",  # an epoch's order goes through all stages before a step's
-        eval_tokens=1 << 10,
+        eval_tokens=1 << 12,  # never read
     )
 
 
