@@ -127,7 +127,7 @@ cuda-lint: $(INSTALLED)
 	$(BIN)/python tests/machine_code.py
 
 # On a machine with a GPU. STAGE=1: build, tests, floors and kernel times, 3 minutes. 2: peers, Nsight Compute,
-# compute-sanitizer, 5 minutes. 3: training, 2 minutes. STEPS="build floors" runs those steps of a stage alone.
+# compute-sanitizer, 8 minutes. 3: training, up to 10 minutes. STEPS="build floors" runs those steps of a stage alone.
 STAGE ?= 1
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --stage $(STAGE) --steps $(STEPS)

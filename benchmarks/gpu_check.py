@@ -3,7 +3,7 @@
 1 "correct": floors of this GPU while the extension builds, the times of our kernels, the CUDA tests. About 3 minutes.
 2 "measured": our loss next to its peers, Nsight Compute's counters, compute-sanitizer. About 8 minutes.
 3 "in training": the trainer's throughput in both phases, the tests of torch.compile, a comparison of TST with its
-baseline. About 7 minutes.
+baseline. Up to 10 minutes.
 
 Every step is a command with a limit in seconds and a process group of its own. A step that fails or reaches its limit
 does not stop the next ones; only the build does. Each step appends its results to gpu_stageN.jsonl at once, one JSON
