@@ -33,8 +33,9 @@ template <bool weighted, int in_flight = kInFlight, typename T, int unroll, int 
 __device__ inline void gather(const T* source, int64_t dim, int64_t column, int begin, int end, TermOf term,
                               Acc<T> (&sum)[unroll][n]) {
   using A = Acc<T>;
-  for (int first = begin; first < end; first += kWarp) {
-    const int count = min(end - first, kWarp);
+  // Unsigned: an int would overflow where there are almost 2^31 terms.
+  for (uint32_t next = begin; next < static_cast<uint32_t>(end); next += kWarp) {
+    const int first = static_cast<int>(next), count = min(end - first, kWarp);
     const Term<A> mine = lane() < count ? term(first + lane()) : Term<A>{-1, 0};
     for (int k = 0; k < count; k += in_flight) {
       int rows[in_flight];

@@ -1,6 +1,7 @@
 // The raw CUDA kernels, as the emulator runs them. The loss's go through the tests of kernels_test.cpp.
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <map>
 #include <numeric>
 #include <random>
@@ -288,6 +289,22 @@ TEST_P(CudaBagTest, RowsThatCountNothingAreNotRead) {
   Stored out(GetParam(), 8);
   run(GetParam(), true, true, c, table, out);
   for (int64_t i = 0; i < 8; ++i) EXPECT_EQ(out.get(i), c.position_weights[0]) << i;
+}
+
+TEST(CudaBagGatherTest, LastTermsOfAnInt) {
+  constexpr int kEnd = std::numeric_limits<int>::max(), kBegin = kEnd - 40;
+  std::vector<float> source(40), sums(32, NAN);
+  std::iota(source.begin(), source.end(), 1.0f);
+  emulator::launch({1, 1, 1}, 32, 1, 0, [&] {
+    const auto term = [](int k) {
+      if (k < kBegin || k >= kEnd) throw std::out_of_range("a term that there is not");
+      return cuda::Term<float>{k - kBegin, 1};
+    };
+    float sum[1][1] = {};
+    cuda::gather<false>(source.data(), 1, 0, kBegin, kEnd, term, sum);
+    sums[cuda::lane()] = sum[0][0];
+  });
+  EXPECT_EQ(sums, std::vector<float>(32, 40 * 41 / 2));
 }
 
 #if defined(__SANITIZE_THREAD__)  // slow, and these kernels share nothing
