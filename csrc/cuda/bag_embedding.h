@@ -246,8 +246,8 @@ __device__ inline bool hits_of_piece(const BagBackward<T>& a, int64_t piece, int
 
 // One warp per piece and slab, then one per kRows rows of the table and slab, long rows left out. In one launch: alone,
 // the pieces are too few to keep a device busy. A warp's rows lie far apart, so that none has all frequent ones. They
-// are written past the second-level cache, which keeps the gradient's rows. Together 10 to 18 % faster on an H100. With
-// weights 10 blocks on a multiprocessor leave too few registers: on sm_90a nvcc 13.0 would spill.
+// leave the second-level cache first, to the gradient's rows. Together 10 to 18 % faster on an H100. With weights 10
+// blocks on a multiprocessor leave too few registers: on sm_90a nvcc 13.0 would spill.
 constexpr int kRows = 4;
 
 template <typename T, int n, bool weighted>
