@@ -217,10 +217,47 @@ class CudaBagTest : public testing::TestWithParam<DType> {
     if (c.padded) std::fill_n(c.ids.begin(), bag_size, -1);  // a bag of nothing
     return c;
   }
+
+  // Both directions against sums in float64, and with packs where rows have whole ones.
+  void check(const BagCase& c) {
+    const double accumulation = eps(GetParam() == kFloat64 ? kFloat64 : kFloat32);
+    const int64_t bag_size = c.bag_size, dim = c.dim;
+    const bool vectors = dim % 8 == 0;
+    SCOPED_TRACE("options " + std::to_string(c.mean + 2 * c.padded + 4 * c.positions) + ", " + std::to_string(c.bags) +
+                 "x" + std::to_string(bag_size) + " ids, " + std::to_string(c.rows) + "x" + std::to_string(dim));
+    Stored table(GetParam(), c.rows * dim), grad(GetParam(), c.bags * dim);
+    for (int64_t i = 0; i < c.rows * dim; ++i) table.set(i, normal());
+    for (int64_t i = 0; i < c.bags * dim; ++i) grad.set(i, normal());
+    std::vector<double> sum(c.bags * dim), size(c.bags * dim), grad_sum(c.rows * dim), grad_size(c.rows * dim);
+    for (int64_t p = 0; p < c.bags * bag_size; ++p) {
+      const double w = c.coefficient(p);
+      for (int64_t k = 0; k < dim && w != 0; ++k) {
+        const int64_t out = p / bag_size * dim + k, in = c.ids[p] * dim + k;
+        sum[out] += w * table.get(in), size[out] += std::fabs(w * table.get(in));
+        grad_sum[in] += w * grad.get(out), grad_size[in] += std::fabs(w * grad.get(out));
+      }
+    }
+    for (const bool is_forward : {true, false}) {
+      const std::vector<double>&wanted = is_forward ? sum : grad_sum, &sizes = is_forward ? size : grad_size;
+      Stored out(GetParam(), wanted.size());
+      run(GetParam(), is_forward, vectors, c, is_forward ? table : grad, out);
+      // Sums of up to 513 terms, 200 one after another, in random walks; the weights are rounded too.
+      for (size_t i = 0; i < wanted.size(); ++i) {
+        ASSERT_NEAR(out.get(i), wanted[i],
+                    eps(GetParam()) / 2 * std::fabs(wanted[i]) + 16 * accumulation * sizes[i] +
+                        (GetParam() == kFloat16 ? 3e-8 : 0))
+            << (is_forward ? "forward " : "backward ") << i;
+      }
+      if (vectors) {  // as one element at a time, bit for bit
+        Stored single(GetParam(), wanted.size());
+        run(GetParam(), is_forward, false, c, is_forward ? table : grad, single);
+        ASSERT_EQ(single.bytes, out.bytes);
+      }
+    }
+  }
 };
 
 TEST_P(CudaBagTest, ForwardAndBackward) {
-  const double accumulation = eps(GetParam() == kFloat64 ? kFloat64 : kFloat32);
   for (int options = 0; options < 8; ++options) {
     for (const auto& [bags, bag_size, rows] : {std::tuple<int64_t, int64_t, int64_t>{1, 1, 1},
                                                {5, 3, 7},
@@ -231,40 +268,29 @@ TEST_P(CudaBagTest, ForwardAndBackward) {
       for (const int64_t dim : {1, 8, 72, 520}) {
         if (dim == 520 && (bags != 130 || options % 3)) continue;  // two slabs
         if (once() && (options % 7 || dim == 8 || (bags != 65 && bags != 130))) continue;
-        const bool vectors = dim % 8 == 0;
-        SCOPED_TRACE("options " + std::to_string(options) + ", " + std::to_string(bags) + "x" +
-                     std::to_string(bag_size) + " ids, " + std::to_string(rows) + "x" + std::to_string(dim));
-        const BagCase c = make(bags, bag_size, rows, dim, options);
-        Stored table(GetParam(), rows * dim), grad(GetParam(), bags * dim);
-        for (int64_t i = 0; i < rows * dim; ++i) table.set(i, normal());
-        for (int64_t i = 0; i < bags * dim; ++i) grad.set(i, normal());
-        std::vector<double> sum(bags * dim), size(bags * dim), grad_sum(rows * dim), grad_size(rows * dim);
-        for (int64_t p = 0; p < bags * bag_size; ++p) {
-          const double w = c.coefficient(p);
-          for (int64_t k = 0; k < dim && w != 0; ++k) {
-            const int64_t out = p / bag_size * dim + k, in = c.ids[p] * dim + k;
-            sum[out] += w * table.get(in), size[out] += std::fabs(w * table.get(in));
-            grad_sum[in] += w * grad.get(out), grad_size[in] += std::fabs(w * grad.get(out));
-          }
-        }
-        for (const bool is_forward : {true, false}) {
-          const std::vector<double>&wanted = is_forward ? sum : grad_sum, &sizes = is_forward ? size : grad_size;
-          Stored out(GetParam(), wanted.size());
-          run(GetParam(), is_forward, vectors, c, is_forward ? table : grad, out);
-          // Sums of up to 200 terms one after another, in random walks; the weights are rounded too.
-          for (size_t i = 0; i < wanted.size(); ++i) {
-            ASSERT_NEAR(out.get(i), wanted[i],
-                        eps(GetParam()) / 2 * std::fabs(wanted[i]) + 16 * accumulation * sizes[i] +
-                            (GetParam() == kFloat16 ? 3e-8 : 0))
-                << (is_forward ? "forward " : "backward ") << i;
-          }
-          if (vectors) {  // as one element at a time, bit for bit
-            Stored single(GetParam(), wanted.size());
-            run(GetParam(), is_forward, false, c, is_forward ? table : grad, single);
-            ASSERT_EQ(single.bytes, out.bytes);
-          }
-        }
+        check(make(bags, bag_size, rows, dim, options));
       }
+    }
+  }
+}
+
+// Rows of as many hits, in any order of the batch.
+TEST_P(CudaBagTest, RowsOfGivenHits) {
+  const std::vector<std::vector<int>> cases = {
+      {64, 65, 63, 0, 64, 129, 1, 0},                 // begin and end at a window and beside one
+      {65, 448, 64, 70, 0, 513, 130},                 // a piece for each of 8 warps, two for 5, or few
+      {0, 66, 65, 65, 65, 65, 65, 65, 65, 1, 0, 65},  // as many long rows as there can be, nearly
+  };
+  for (const std::vector<int>& hits : cases) {
+    for (const int options : {0, 1, 7}) {
+      if (once() && options == 1) continue;
+      BagCase c = make(1, 1, static_cast<int64_t>(hits.size()), 8, options);
+      c.ids.clear();
+      for (size_t v = 0; v < hits.size(); ++v) c.ids.insert(c.ids.end(), hits[v], static_cast<int64_t>(v));
+      if (c.padded) c.ids.insert(c.ids.end(), 150, -1);  // windows of padding alone
+      std::shuffle(c.ids.begin(), c.ids.end(), random);
+      c.bags = static_cast<int64_t>(c.ids.size());
+      check(c);
     }
   }
 }
@@ -307,7 +333,7 @@ TEST(CudaBagGatherTest, LastTermsOfAnInt) {
   EXPECT_EQ(sums, std::vector<float>(32, 40 * 41 / 2));
 }
 
-#if defined(__SANITIZE_THREAD__)  // slow, and these kernels share nothing
+#if defined(__SANITIZE_THREAD__)  // slow, and barriers are the same for all dtypes
 INSTANTIATE_TEST_SUITE_P(All, CudaBagTest, testing::Values(kFloat32));
 #else
 INSTANTIATE_TEST_SUITE_P(All, CudaBagTest, testing::Values(kFloat32, kBFloat16, kFloat16, kFloat64));
