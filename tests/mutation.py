@@ -117,6 +117,7 @@ class PythonTree(Tree):
     ignored = ["train", "lab", "integrations", "test_build.py", "test_memory.py", "test_compile.py", "test_load.py"]
     ignored += ["test_distributed.py", "test_main.py", "test_self_check.py", "test_distribution.py", "test_recipes.py"]
     ignored += ["test_examples.py", "test_evidence.py", "test_benchmarks.py", "test_gpu_check.py"]
+    ignored += ["test_mutants.py"]  # which every mutant breaks
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
