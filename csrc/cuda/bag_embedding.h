@@ -1,8 +1,8 @@
 // The kernels of the bag embedding on CUDA, forward and backward. Raw pointers, no torch header.
 //
 // Backward, deterministic: (id, place) are sorted by id, stably. Each row of the table then has its hits side by side,
-// in the order of the batch. Rows with at most kWindow hits, most of them none, are summed and written by one warp a
-// slab of columns: a row without hits becomes zeros, so there is no memset. Zipf-distributed text
+// in the order of the batch. Rows with at most kWindow hits, most of them none, are summed and written by one warp each
+// and slab of columns: a row without hits becomes zeros, so there is no memset. Zipf-distributed text
 // (p(k) ~ 1/k) gives its first token 8 % of all hits; the hits of such long rows are cut at multiples of kWindow,
 // summed apart, and joined in order. How many pieces there are depends on the ids, so one is launched for all that
 // there could be: nothing waits for the host.
