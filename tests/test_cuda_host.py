@@ -334,6 +334,8 @@ class TestErrors:
         ids = torch.zeros(1, 1).long()
         with pytest.raises(RuntimeError, match=f"weight: expected fewer than 2\\^31 rows, got {2**31}"):
             op_for_cuda("bag_embedding_backward", torch.ones(1, 1), ids, 2**31, "mean")
+        with pytest.raises(RuntimeError, match=f"weight: expected fewer than 2\\^31 rows, got {2**31}"):
+            op_for_cuda("bag_embedding", ids, torch.ones(1, 1).expand(2**31, 1), "mean")
         assert emulated.launches() == []
         with pytest.raises(RuntimeError, match="weight: rows too long .* 2097121 columns"):  # half of the forward's
             op_for_cuda("bag_embedding_backward", torch.ones(1, 32 * 65535 + 1), ids, 1, "mean")

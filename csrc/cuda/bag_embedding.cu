@@ -43,6 +43,10 @@ Checked checked(const Tensor& input_ids, const Tensor& beside, const std::string
   return out;
 }
 
+void check_rows(int64_t rows) {  // the kernels have them as int
+  STD_TORCH_CHECK(rows < int64_t(1) << 31, "weight: expected fewer than 2^31 rows, got ", rows);
+}
+
 // 16 bytes at a time where every row starts at a multiple of them.
 template <typename T>
 bool aligned(int64_t dim, const Tensor& a, const Tensor& b) {
@@ -88,6 +92,7 @@ Tensor bag_embedding(const Tensor& input_ids, const Tensor& weight, const std::s
                      std::optional<int64_t> padding_idx, const std::optional<Tensor>& position_weights) {
   STD_TORCH_CHECK(weight.dim() == 2, "weight: expected [num_embeddings, embedding_dim]");
   const Checked c = checked(input_ids, weight, mode, padding_idx, position_weights);
+  check_rows(weight.size(0));
   const Current current(weight);
   const Tensor table = torch::stable::contiguous(weight);
   const int64_t dim = weight.size(1);
@@ -111,7 +116,7 @@ Tensor bag_embedding_backward(const Tensor& grad, const Tensor& input_ids, int64
   const Current current(grad);
   const Tensor rows = flatten_rows(grad);  // [bags, dim]
   STD_TORCH_CHECK(rows.size(0) == c.bags, "grad: expected one row per bag");
-  STD_TORCH_CHECK(num_embeddings < int64_t(1) << 31, "weight: expected fewer than 2^31 rows, got ", num_embeddings);
+  check_rows(num_embeddings);
   const int64_t dim = rows.size(1), count = c.ids.numel();
   Tensor out = torch::stable::new_empty(grad, {num_embeddings, dim});
   if (out.numel() == 0) return out;
