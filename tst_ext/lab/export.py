@@ -1,7 +1,7 @@
-"""Export a trained model to files that transformers, and what reads its format, load as a Llama.
+"""Export a trained model to files that transformers, and what reads its format, load as a Llama or a Qwen3.
 
 Only names and layout change: each fused matrix becomes the matrices it stands for. In float32 the weights are those of
-the run, bit for bit. The pairs of the rotary embedding already are the halves of a head, as Llama's.
+the run, bit for bit. The pairs of the rotary embedding already are the halves of a head, as Llama's and Qwen3's.
 """
 
 import json
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..train.config import ModelConfig, TrainConfig
 from ..train.data import load_tokenizer
-from ..train.files import UserError, check_out, whole_folder
+from ..train.files import UserError, check, check_out, whole_folder
 from ..train.model import Transformer
 
 
@@ -42,30 +42,47 @@ def export_hf(
         file_bytes: most bytes of tensors in a file; a larger tensor has a file of its own. Several files get an index.
 
     Raises:
-        UserError: the folder is not empty or cannot be written, or the tokenizer cannot be read.
+        UserError: the folder is not empty or cannot be written, the tokenizer cannot be read, or transformers has no
+            such model: experts without `qk_norm`, with shared experts or with "bias" balancing.
     """
     check_out(folder)
+    if config.model.experts:
+        wanted = "{} for experts, as transformers' Qwen3MoeForCausalLM, which is all that is exported of them"
+        check("qk_norm", config.model.qk_norm, config.model.qk_norm, wanted.format("True"))
+        check("shared_experts", config.model.shared_experts, not config.model.shared_experts, wanted.format("0"))
+        check("balance", config.model.balance, config.model.balance == "loss", wanted.format("loss"))
     tokenizer_files = {} if tokenizer_path is None else _tokenizer_files(tokenizer_path, end_of_text, config)
     special = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}  # null too: Llama's defaults are 1 and 2
     files: dict[str, Any] = {
-        "config.json": _llama_config(config, model.embedding.num_embeddings, dtype) | special,
+        "config.json": _hf_config(config, model.embedding.num_embeddings, dtype) | special,
         "generation_config.json": special,
         **tokenizer_files,
     }
     try:
         with whole_folder(folder) as unfinished:
-            _save_weights(list(_llama_tensors(model, config.model)), unfinished, dtype, file_bytes)
+            _save_weights(list(_hf_tensors(model, config.model)), unfinished, dtype, file_bytes)
             for name, content in files.items():
                 _write_json(unfinished / name, content)
     except SafetensorError as error:
         raise UserError(f"out {folder}: {error}") from error
 
 
-def _llama_config(config: TrainConfig, vocabulary: int, dtype: torch.dtype) -> dict[str, Any]:
+def _hf_config(config: TrainConfig, vocabulary: int, dtype: torch.dtype) -> dict[str, Any]:
     model, name = config.model, str(dtype).removeprefix("torch.")
+    architecture, kind = ("Qwen3ForCausalLM", "qwen3") if model.qk_norm else ("LlamaForCausalLM", "llama")
+    own: dict[str, Any] = {} if model.qk_norm else {"mlp_bias": False}
+    if model.experts:
+        architecture, kind = "Qwen3MoeForCausalLM", "qwen3_moe"
+        own = {
+            "num_experts": model.experts,
+            "num_experts_per_tok": model.experts_per_token,
+            "moe_intermediate_size": model.ffn_dim,
+            "norm_topk_prob": True,
+            "router_aux_loss_coef": model.balance_rate,
+        }
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [architecture],
+        "model_type": kind,
         "vocab_size": vocabulary,
         "hidden_size": model.dim,
         "intermediate_size": model.ffn_dim,
@@ -79,15 +96,15 @@ def _llama_config(config: TrainConfig, vocabulary: int, dtype: torch.dtype) -> d
         "rope_theta": model.rope_theta,  # transformers 4, which would use 10000 without; 5 prefers the entry above
         "hidden_act": "silu",
         "attention_bias": False,
-        "mlp_bias": False,
+        **own,
         "tie_word_embeddings": False,
         "dtype": name,  # transformers from 4.56 on
         "torch_dtype": name,  # and before
     }
 
 
-def _llama_tensors(model: Transformer, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights by Llama's names, as views."""
+def _hf_tensors(model: Transformer, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights by Llama's and Qwen3's names, as views."""
     state = model.state_dict()
     head_dim = config.dim // config.heads
     heads = [n * head_dim for n in (config.heads, config.kv_heads, config.kv_heads)]
@@ -95,16 +112,26 @@ def _llama_tensors(model: Transformer, config: ModelConfig) -> Iterator[tuple[st
     for layer in range(config.layers):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
         q, k, v = state[f"{ours}.attention.qkv.weight"].split(heads)
-        gate, up = state[f"{ours}.ffn_in.weight"].chunk(2)
         yield f"{theirs}.input_layernorm.weight", state[f"{ours}.attention_norm.weight"]
         yield f"{theirs}.self_attn.q_proj.weight", q
         yield f"{theirs}.self_attn.k_proj.weight", k
         yield f"{theirs}.self_attn.v_proj.weight", v
         yield f"{theirs}.self_attn.o_proj.weight", state[f"{ours}.attention.out.weight"]
         yield f"{theirs}.post_attention_layernorm.weight", state[f"{ours}.ffn_norm.weight"]
-        yield f"{theirs}.mlp.gate_proj.weight", gate
-        yield f"{theirs}.mlp.up_proj.weight", up
-        yield f"{theirs}.mlp.down_proj.weight", state[f"{ours}.ffn_out.weight"]
+        if config.qk_norm:
+            yield f"{theirs}.self_attn.q_norm.weight", state[f"{ours}.attention.q_norm.weight"]
+            yield f"{theirs}.self_attn.k_norm.weight", state[f"{ours}.attention.k_norm.weight"]
+        if config.experts:
+            yield f"{theirs}.mlp.gate.weight", state[f"{ours}.experts.router.weight"]
+            stacks = (state[f"{ours}.experts.{name}"].unbind() for name in ("ffn_in", "ffn_out"))
+            ffns = [(f"{theirs}.mlp.experts.{i}", *ffn) for i, ffn in enumerate(zip(*stacks, strict=True))]
+        else:
+            ffns = [(f"{theirs}.mlp", state[f"{ours}.ffn_in.weight"], state[f"{ours}.ffn_out.weight"])]
+        for name, ffn_in, ffn_out in ffns:
+            gate, up = ffn_in.chunk(2)
+            yield f"{name}.gate_proj.weight", gate
+            yield f"{name}.up_proj.weight", up
+            yield f"{name}.down_proj.weight", ffn_out
     yield "model.norm.weight", state["norm.weight"]
     yield "lm_head.weight", state["head.weight"]
 

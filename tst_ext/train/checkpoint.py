@@ -83,7 +83,7 @@ def set_aside_after(path: Path) -> None:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}  # the routers' biases too
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> dict[str, Tensor]:

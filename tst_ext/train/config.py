@@ -47,15 +47,35 @@ class ModelConfig:
     kv_heads: int = 3
     """Key and value heads (grouped-query attention where there are fewer than query heads)."""
     ffn_dim: int = 256
-    """Hidden size of the SwiGLU feed-forward layer; 8/3 dim is usual."""
+    """Hidden size of the SwiGLU feed-forward layer, or of each expert; 8/3 dim is usual without experts."""
     rope_theta: float = 10000.0
     """Base of the rotary position embedding."""
+    qk_norm: bool = False
+    """Normalise the queries and keys of each head, as Qwen3 does."""
+    experts: int = 0
+    """Experts of each feed-forward layer, among which a router chooses for each position; 0: a dense layer."""
+    experts_per_token: int = 2
+    """Experts that a position chooses."""
+    shared_experts: int = 0
+    """Experts that every position passes through in addition."""
+    balance: Literal["loss", "bias"] = "loss"
+    """loss: a load-balancing loss over the whole batch keeps the experts equally busy. bias: DeepSeek-V3's correction
+    of the router, without a loss."""
+    balance_rate: float = 1e-2
+    """Weight of that loss, or the step of that correction."""
 
     def __post_init__(self) -> None:
-        _check_integers(self, 1, "dim", "layers", "heads", "kv_heads", "ffn_dim")
+        _check_choices(self)
+        _check_integers(self, 1, "dim", "layers", "heads", "kv_heads", "ffn_dim", "experts_per_token")
+        _check_integers(self, 0, "experts", "shared_experts")
         check("heads", self.heads, self.dim % (2 * self.heads) == 0, f"heads with dim = {self.dim} / heads even")
         check("kv_heads", self.kv_heads, self.heads % self.kv_heads == 0, f"a divisor of heads = {self.heads}")
         check("rope_theta", self.rope_theta, 0 < self.rope_theta < math.inf, "a number > 0")
+        if self.experts:
+            fits = self.experts_per_token <= self.experts
+            check("experts_per_token", self.experts_per_token, fits, f"at most experts = {self.experts}")
+        check("shared_experts", self.shared_experts, self.experts > 0 or not self.shared_experts, "0 without experts")
+        check("balance_rate", self.balance_rate, 0 <= self.balance_rate < math.inf, "a number >= 0")
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,9 @@ class Processes:
         half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
         policy = MixedPrecisionPolicy(**half) if config.dtype == "bfloat16" else MixedPrecisionPolicy()  # type: ignore[arg-type]
         mesh = init_device_mesh(self.device.type, (self.world,))
+        if config.dtype == "bfloat16":
+            for router in model.routers():  # units of their own, whose weights stay float32
+                fully_shard(router, mesh=mesh, reshard_after_forward=True)
         # Embedding and head are units of their own: the full head exists only during the loss. The root, the last norm,
         # is sharded again after a forward pass. FSDP2's default leaves it whole, as another object than the optimiser's
         # parameter, and a checkpoint after a validation would lack its optimiser state.

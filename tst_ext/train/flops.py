@@ -8,15 +8,24 @@ from .config import ModelConfig
 
 
 def matrix_parameters(config: ModelConfig, vocabulary: int) -> int:
-    """Count the weights that multiply every latent position: the blocks' matrices and the head, not the embedding."""
+    """Count the weights that multiply each latent position: the blocks' matrices and the head, not the embedding.
+
+    Of the experts they are those that a position chooses or that are shared, and the router.
+    """
     head_dim = config.dim // config.heads
     attention = config.dim * (config.heads + 2 * config.kv_heads) * head_dim + config.dim * config.dim
-    return config.layers * (attention + 3 * config.dim * config.ffn_dim) + vocabulary * config.dim
+    ffn = 3 * config.dim * config.ffn_dim
+    if config.experts:
+        ffn = (config.experts_per_token + config.shared_experts) * ffn + config.experts * config.dim
+    return config.layers * (attention + ffn) + vocabulary * config.dim
 
 
 def parameters(config: ModelConfig, vocabulary: int) -> int:
-    """Count all weights of the model: `matrix_parameters`, the embedding and the gains of the norms."""
-    return matrix_parameters(config, vocabulary) + vocabulary * config.dim + (2 * config.layers + 1) * config.dim
+    """Count all weights of the model: `matrix_parameters`, the other experts, the embedding, the gains of the norms."""
+    idle = (config.experts - config.experts_per_token) * 3 * config.dim * config.ffn_dim if config.experts else 0
+    gains = 2 * config.dim + (2 * config.dim // config.heads if config.qk_norm else 0)
+    rest = vocabulary * config.dim + config.layers * (idle + gains) + config.dim
+    return matrix_parameters(config, vocabulary) + rest
 
 
 def step_flops(config: ModelConfig, vocabulary: int, sequences: int, positions: int) -> int:

@@ -22,7 +22,7 @@ from .data import Shard
 from .distributed import Processes
 from .files import UserError
 from .flops import gemm_flops_per_second, step_flops
-from .metrics import Meter, Metrics
+from .metrics import Meter, Metrics, load_range, load_table
 from .model import Transformer
 from .optimizer import learning_rate, parameter_groups, reinitialise
 from .prepare import prepared_folder
@@ -224,13 +224,14 @@ def _train(
                 ids, labels = (t.to(processes.device, non_blocking=True) for t in (ids, labels))
                 with processes.accumulate(parallel, last=i == parts - 1):
                     with processes.autocast(config):
-                        part = parallel(ids, labels, **loss_arguments)
+                        part = parallel(ids, labels, parts=parts, **loss_arguments)
                     part.backward()
                 loss += part.detach()
                 del part  # and with it the graph, before the next one is built: 2 % of a small model's step
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
             optimizer.step()
             optimizer.zero_grad()
+            load = model.end_step()
 
             state["step"], state["data_tokens"] = step + 1, state["data_tokens"] + tokens
             last = step + 1 == config.steps
@@ -248,7 +249,7 @@ def _train(
                 floor = processes.sum(loss_floor(batch.labels.to(processes.device), loss_arguments)).item()
                 line = {"step": step + 1, "phase": phase, "loss": value, "excess_loss": value - floor / processes.world}
                 line |= {"lr": lr, "grad_norm": norm.item()}
-                line |= meter.report(step + 1, state["data_tokens"])
+                line |= load_range(load) | meter.report(step + 1, state["data_tokens"])
                 metrics.write(line)
                 held = "" if state["val_loss"] is None else f" held-out {state['val_loss']:.3f}"
                 shown = f"{phase} loss {value:.3f} lr {lr:.1e}{held}"
@@ -259,7 +260,7 @@ def _train(
                     state["val_loss"] = validate(parallel, held_out, config, processes)
                 if not math.isfinite(state["val_loss"]):
                     raise UserError(f"step {step}: the held-out loss is {state['val_loss']}; try a lower learning rate")
-                metrics.write({"step": step + 1, "val_loss": state["val_loss"]})
+                metrics.write({"step": step + 1, "val_loss": state["val_loss"], **load_table(load)})
             if save:
                 processes.finish()
                 with meter.pause():

@@ -8,6 +8,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .files import UserError, write_text
 
 
@@ -19,6 +21,18 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:  # the last is still being written
             metrics.append(json.loads(line))
     return metrics
+
+
+def load_range(load: Tensor | None) -> dict[str, Any]:
+    """Return the least and the greatest load of all experts, over their even share. Nothing without experts."""
+    if load is None:
+        return {}
+    return {"load_min": round(load.min().item(), 4), "load_max": round(load.max().item(), 4)}
+
+
+def load_table(load: Tensor | None) -> dict[str, Any]:
+    """Return the load of each expert of each layer, over its even share: `[layers][experts]`."""
+    return {} if load is None else {"load": [[round(value, 4) for value in layer] for layer in load.tolist()]}
 
 
 class Metrics(ExitStack):
@@ -51,7 +65,7 @@ class Metrics(ExitStack):
             self.file.write(json.dumps(line) + "\n")
         if self.board is not None:
             for name, value in line.items():
-                if name != "step" and not isinstance(value, str):
+                if name != "step" and isinstance(value, int | float):
                     self.board.add_scalar(name, value, line["step"])
 
     def sync(self) -> None:
