@@ -182,6 +182,10 @@ class OptimizerConfig:
         check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a number >= 0")
         check("clip", self.clip, self.clip > 0, "a number > 0")
 
+    def warmup_steps(self, steps: int) -> int:
+        """Return the steps of the warm-up in a run of so many steps."""
+        return round(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -245,7 +249,12 @@ class TrainConfig:
         _check_integers(self, 1, "steps", "batch", "latent_tokens", "eval_tokens")
         check("seed", self.seed, 0 <= self.seed < 2**63, "an integer from 0 to 2**63 - 1")
         check("eval_tokens", self.eval_tokens, self.eval_tokens >= self.latent_tokens, "at least latent_tokens")
-        check("warmup", self.optimizer.warmup, self.optimizer.warmup <= self.steps, f"at most steps = {self.steps}")
+        # Shares add up to at most 1. Rounded they can be a step more, which the peak survives: it is the last step of
+        # the warm-up and the first of the decay.
+        warmup, decay = self.optimizer.warmup_steps(self.steps), round(self.optimizer.decay * self.steps)
+        if self.optimizer.warmup >= 1 and warmup + decay > self.steps:
+            got = f"got {warmup} and {decay} (decay = {self.optimizer.decay})"
+            raise UserError(f"warmup, decay: expected at most steps = {self.steps} together, {got}")
         for s in self.superposition.bag_sizes() if self.superposition.scale == "batch" else ():
             wanted = f"a multiple of the bag size {s}, with scale batch"
             check("latent_tokens", self.latent_tokens, self.latent_tokens % s == 0, wanted)

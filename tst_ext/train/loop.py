@@ -164,7 +164,7 @@ def _train(
         "end_of_text": training.end_of_text,
     }
     if found:
-        run.check_same(found, identity)
+        run.check_same(found, identity, len(training))
         checkpoint.load(found.path, model, optimizer, processes)
         state = {key: found.manifest[key] for key in state}
     peak = gemm_flops_per_second(processes.device, getattr(torch, config.dtype)) * processes.world
@@ -269,6 +269,8 @@ def _train(
                     checkpoint.save(run.path, model, optimizer, {**state, **identity}, processes, config.run.keep)
             if stop and not last:
                 raise Stopped(signals[0] if signals else signal.SIGTERM, step + 1, run.path)
+            if processes.first and (ends := meter.estimate(step + 1, config.steps, processes.finish)):
+                bar.write(ends, file=sys.stderr)
             bar.update()
 
     result = {"steps": config.steps, "switch_step": schedule.switch_step}

@@ -3,8 +3,9 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,10 @@ class Metrics(ExitStack):
             self.board.flush()
 
 
+# The estimate of a run's end comes after 20 steps of this process. It leaves out the first 5, which compile.
+ESTIMATE_AFTER, WARM_UP = 20, 5
+
+
 class Meter:
     """Measure throughput since the last report: a mean over the run would mix phases, whose speeds differ s times.
 
@@ -87,6 +92,7 @@ class Meter:
         self.start = time.perf_counter() - seconds
         self.since, self.step, self.tokens, self.waited = time.perf_counter(), step, tokens, 0.0
         self.step_flops, self.peak = step_flops, peak
+        self.first, self.paused, self.warm = step, 0.0, 0.0
 
     @property
     def seconds(self) -> float:
@@ -104,7 +110,31 @@ class Meter:
         """Leave validation and checkpoints out of the training time."""
         start = time.perf_counter()
         yield
-        self.since += time.perf_counter() - start
+        passed = time.perf_counter() - start
+        self.since += passed
+        self.paused += passed
+
+    def estimate(self, step: int, steps: int, finish: Callable[[], None]) -> str | None:
+        """Say after 20 steps of this process when the run will end; return None after others, or if fewer are left.
+
+        Args:
+            step: how many of the run's `steps` are done.
+            finish: waits for the device, which may be many steps behind the host.
+        """
+        done = step - self.first
+        if done not in (WARM_UP, ESTIMATE_AFTER) or steps - self.first < 2 * ESTIMATE_AFTER:
+            return None
+        finish()
+        now = time.perf_counter() - self.paused
+        if done == WARM_UP:
+            self.warm = now
+            return None
+        left = (now - self.warm) / (ESTIMATE_AFTER - WARM_UP) * (steps - step)
+        today, end = (datetime.fromtimestamp(time.time() + seconds) for seconds in (0, left))
+        at = f"{end:%H:%M}" if end.date() == today.date() else f"{end:%Y-%m-%d %H:%M}"
+        units = ((1, "s"), (60, "min"), (3600, "hours"), (86400, "days"))
+        size, unit = next((u for u in reversed(units) if left >= 2 * u[0]), units[0])
+        return f"ends in about {left / size:.0f} {unit}, at {at} (without validations and checkpoints)"
 
     def report(self, step: int, tokens: int) -> dict[str, Any]:
         """Return data tokens per second, MFU and seconds of waiting for data since the last report."""

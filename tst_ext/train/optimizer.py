@@ -15,7 +15,7 @@ def learning_rate(config: OptimizerConfig, steps: int, step: int) -> float:
 
     The phase switch does not appear here: the schedule runs through it (arXiv 2605.06546).
     """
-    warmup = round(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
+    warmup = config.warmup_steps(steps)
     decay = round(config.decay * steps)
     rise = (step + 1) / warmup if step < warmup else 1.0
     fall = (steps - step) / decay if steps - step <= decay else 1.0

@@ -16,6 +16,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -86,6 +87,15 @@ class EpochOrder:
         epoch, slot = np.divmod(stage.begin + sequence * stage.width, self.windows)
         offset = _random(self.offset_key, epoch) % np.uint64(self.offsets)
         return offset.astype(np.int64) + self._window(number, epoch, slot) * self.length
+
+    def first_difference(self, other: "EpochOrder") -> float:
+        """Return the first step whose sequences begin elsewhere in `other`, an order of the same shard, or inf."""
+        if (self.windows, self.offsets) != (other.windows, other.offsets):
+            return 0
+        for mine, its in zip_longest(self.stages, other.stages):
+            if mine != its:
+                return min(stage.first_step for stage in (mine, its) if stage)
+        return math.inf
 
     def _window(self, number: int, epoch: np.ndarray, slot: np.ndarray) -> np.ndarray:
         """Return the windows that stage `number` reads in the slots of the epochs; all are `[rows]` int64."""

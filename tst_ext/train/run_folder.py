@@ -21,6 +21,7 @@ from .data import has_tokens, load_tokenizer
 from .distributed import Processes
 from .files import UserError, check_out, lock, sync, write_text
 from .model import Transformer
+from .past import LENGTH, check_past
 from .plot import plot_losses
 
 
@@ -65,35 +66,46 @@ class RunFolder(ExitStack):
             raise UserError(f"out {self.path}: another process trains in this folder")
         self.callback(os.close, self.lock)
 
-    def check_same(self, found: checkpoint.Found, identity: dict[str, Any]) -> None:
-        """Raise UserError unless a checkpoint is of this configuration and data.
+    def check_same(self, found: checkpoint.Found, identity: dict[str, Any], tokens: int) -> None:
+        """Raise UserError unless a checkpoint is of this configuration and data, whose training shard has `tokens`.
 
-        The section `run` may differ, and the place of the data: checksums tell whether it is the same.
+        The section `run` may differ, and the place of the data: checksums tell whether it is the same. The number of
+        steps may differ where `check_past` allows it.
         """
-        saved, now = (config_of_run(values["config"], str(found.path)) for values in (found.manifest, identity))
-        self._compare(found.path, saved, now)
+        configs = [config_of_run(values["config"], str(found.path)) for values in (found.manifest, identity)]
+        self._compare(found.path, *configs)
         for name in identity.keys() - {"config"}:
             before, now = found.manifest[name], identity[name]
             if before != now:
                 raise UserError(f"resume: {found.path} was trained on {_other(name, before, now)}")
+        check_past(found.path, found.manifest["step"], *configs, tokens)
 
     def _compare(self, path: Path, saved: TrainConfig, config: TrainConfig) -> None:
         before, now = _flat(config_dict(saved)), _flat(config_dict(config))
         for name in before:
-            if not name.startswith(("run.", "data.")) and before[name] != now[name]:
+            if not name.startswith(("run.", "data.")) and name not in LENGTH and before[name] != now[name]:
                 values = f"{path} has {name} = {before[name]!r}, this run {now[name]!r}"
-                raise UserError(f"resume: {values}; only the section run and the place of the same data may change")
+                may = "the section run, the place of the same data and the number of steps"
+                raise UserError(f"resume: {values}; only {may} may change")
 
     def begin(
         self, config: TrainConfig, found: checkpoint.Found | None, tokenizer: Path | None, facts: dict[str, Any]
     ) -> None:
-        """Write config.json, environment.json and tokenizer.json, and set aside checkpoints after the one found."""
+        """Write config.json, environment.json and tokenizer.json, and set aside checkpoints after the one found.
+
+        Remove the results of a run that has steps left.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         if self.lock is None:
             self._claim()
             check_out(self.path)  # another run may have come and gone meanwhile
         if found is None:
             self._check_facts(facts)
+        if found is None or found.manifest["step"] < config.steps:
+            # Before the new configuration is there, else it would look like the result of it.
+            for name in ("result.json", "loss.png"):
+                (self.path / name).unlink(missing_ok=True)
+            sync(self.path)
         save_config(config, self.path / "config.json")
         versions = {
             "tst_ext": __version__,
@@ -131,7 +143,7 @@ class RunFolder(ExitStack):
 class LoadedRun:
     """Hold a run's model as of a checkpoint, for use."""
 
-    config: TrainConfig
+    config: TrainConfig  # with the default optimizer
     model: Transformer  # on the CPU
     tokenizer_path: Path | None  # None if the data came without a tokenizer
     end_of_text: int | None  # id of the token that ends a document
@@ -155,7 +167,8 @@ def load_run(path: Path, which: str = "auto") -> LoadedRun:
     found = checkpoint.choose(path, which)
     if found is None:
         raise UserError(f"run {path}: it has no checkpoint yet")
-    config = config_of_run(found.manifest["config"], str(found.path))
+    # How it was trained does not matter, and a run from before a check of these options can still be read.
+    config = config_of_run({**found.manifest["config"], "optimizer": {}}, str(found.path))
     model = Transformer(config.model, found.manifest["vocabulary"], config.latent_tokens)
     checkpoint.load_weights(found.path, model)
     tokenizer = path / "tokenizer.json"
