@@ -267,15 +267,13 @@ def export_command(
     run: Run,
     *,
     out: Path,
-    format: Literal["hf"] = "hf",
     dtype: Literal["float32", "bfloat16"] = "float32",
     checkpoint: Checkpoint = "auto",
 ) -> int:
-    """Write a run's model in a format that other software loads.
+    """Write a run's model as transformers loads it: config.json, safetensors and tokenizer.
 
     Args:
         out: Folder to write; must be empty or new.
-        format: hf: config.json, safetensors and tokenizer, as transformers loads them.
         dtype: Of the weights in the files.
     """
     import torch
@@ -296,7 +294,6 @@ def generate_command(
     prompt: str = "",
     max_tokens: int = 200,
     temperature: float = 0.8,
-    top_k: int = 50,
     seed: int = 0,
     checkpoint: Checkpoint = "auto",
 ) -> int:
@@ -306,14 +303,13 @@ def generate_command(
         prompt: Text to continue; if empty, a new document begins.
         max_tokens: Most tokens to append.
         temperature: Divides the logits; 0 takes the most probable token each time.
-        top_k: Draw among that many most probable tokens; 0: among all.
         seed: Seed of the draws.
     """
     from .lab.generate import generate
     from .train.run_folder import load_run
 
     loaded = load_run(run, checkpoint)
-    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
+    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     options |= {"end_of_text": loaded.end_of_text, "positions": loaded.config.latent_tokens}
     print(prompt + generate(loaded.model, loaded.tokenizer(), prompt, **options))
     return 0

@@ -154,7 +154,7 @@ class TestUseOfARun:
     def test_export(self, trained, tmp_path, capsys):
         from transformers import AutoModelForCausalLM
 
-        assert main(["export", str(trained / "run"), "--out", str(tmp_path / "hf"), "--format", "hf"]) == 0
+        assert main(["export", str(trained / "run"), "--out", str(tmp_path / "hf")]) == 0
         assert "step 60" in capsys.readouterr().out
         run = load_run(trained / "run")
         ids = torch.arange(32)[None]

@@ -211,7 +211,6 @@ def test_greedy_generation_is_ours(model, exported, data, shard):
         "the quick",
         max_tokens=50,
         temperature=0,
-        top_k=0,
         seed=0,
         end_of_text=shard.end_of_text,
         positions=CONFIG.latent_tokens,

@@ -155,6 +155,19 @@ class TestResume:
         with pytest.raises(UserError, match="has order = 'random', this run 'epoch'"):
             train(dataclasses.replace(often, order="epoch"), straight, progress=False)
 
+    def test_a_run_from_before_a_check_of_its_options(self, straight, capsys):
+        """Its warm-up and decay overlap. It cannot be resumed, but its model can be used."""
+        path = straight / "checkpoints" / "step-00000030"
+        manifest = checkpoint.verify(path)
+        manifest["config"]["optimizer"] |= {"warmup": 20.0, "decay": 0.8}
+        manifest["sha256"] = checkpoint._digest(manifest)
+        (path / "checkpoint.json").write_text(json.dumps(manifest), encoding="utf-8")
+        (straight / "config.json").write_text(json.dumps(manifest["config"]), encoding="utf-8")
+        assert load_run(straight).step == 30
+        assert main(["train", "--out", str(straight), "--no-progress"]) == 2
+        message = "config.json: warmup, decay: expected at most steps = 30 together, got 20 and 24 (decay = 0.8)\n"
+        assert capsys.readouterr().err.endswith(message)
+
     def test_nor_may_a_run_without_checkpoint_change(self, often, tmp_path):
         with pytest.raises(Killed):
             train(often, tmp_path / "run", progress=False, on_step=die_at(2))

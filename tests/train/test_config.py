@@ -17,6 +17,7 @@ from tst_ext.train.config import (
     save_config,
 )
 from tst_ext.train.files import UserError
+from tst_ext.train.optimizer import learning_rate
 
 
 class TestFiles:
@@ -128,12 +129,26 @@ def test_values_out_of_range_are_named(section, field, value):
             dict(superposition=SuperpositionConfig(scale="batch", bag_size=3)),
             "latent_tokens: .*multiple of the bag size 3",
         ),
-        (dict(optimizer=OptimizerConfig(warmup=9000)), "warmup: expected at most steps = 8000"),
+        (
+            dict(optimizer=OptimizerConfig(warmup=9000)),
+            r"warmup, decay: expected at most steps = 8000 together, got 9000 and 800 \(decay = 0.1\)",
+        ),
+        (dict(optimizer=OptimizerConfig(warmup=60, decay=0.8), steps=100), "got 60 and 80"),
+        (dict(optimizer=OptimizerConfig(warmup=60, decay=0.41), steps=100), "got 60 and 41"),
     ],
 )
 def test_what_does_not_go_together_is_named(change, message):
     with pytest.raises(UserError, match=message):
         TrainConfig(**change)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "decay"), [(60.0, 0.4), (1.0, 0.99), (100.0, 0.0), (0.5, 0.5), (0.3, 0.7), (0.0, 1.0), (0.005, 0.995)]
+)
+def test_warmup_and_decay_that_fill_the_run_reach_the_peak(warmup, decay):
+    for steps in (100, *(range(101, 300) if warmup < 1 else ())):
+        config = TrainConfig(optimizer=OptimizerConfig(learning_rate=1.0, warmup=warmup, decay=decay), steps=steps)
+        assert max(learning_rate(config.optimizer, steps, step) for step in range(steps)) == 1
 
 
 @pytest.mark.parametrize(

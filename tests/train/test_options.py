@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from contextlib import contextmanager
+from datetime import datetime
 
 import pytest
 import torch
@@ -263,6 +264,49 @@ class TestReport:
         # All that came before: of the last line 30 steps, 5 validations, 4 checkpoints.
         assert [line["seconds"] for line in lines] == [10 + 2 * 100, 20 + (3 + 3) * 100, 30 + (5 + 4) * 100]
         assert result["seconds"] == 30 + (6 + 4) * 100  # when the last checkpoint began
+
+    @pytest.mark.parametrize(
+        ("start", "seconds", "steps", "left"),
+        [
+            (0, 2.0, 40, "40 s, at 14:03"),
+            (0, 2.0, 380, "12 min, at 14:14"),
+            (100, 0.5, 100 + 20 + 28_800, "4 hours, at 18:02"),
+            (100, 0.5, 100 + 20 + 80_000, "11 hours, at 2026-11-29 01:09"),
+            (0, 3.0, 100_020, "3 days, at 2026-12-02 01:22"),
+        ],
+    )
+    def test_estimate_of_the_end(self, monkeypatch, start, seconds, steps, left):
+        """The host is ahead of the device, which compiles for ten minutes in the first step."""
+        host = device = 0.0
+
+        def finish():
+            nonlocal host
+            host = max(host, device)
+
+        monkeypatch.setattr(metrics.time, "perf_counter", lambda: host)
+        monkeypatch.setattr(metrics.time, "time", lambda: datetime(2026, 11, 28, 14, 2, 30).timestamp())
+        meter = metrics.Meter(0.0, start, 0, 1, 1.0)
+        said = {}
+        for step in range(start + 1, start + 51):
+            host += 0.001
+            device = max(host, device) + seconds + (600 if step == start + 1 else 0)
+            if step in (start + 3, start + 10):  # a validation
+                finish()
+                with meter.pause():
+                    device = host = host + 100
+            if text := meter.estimate(step, steps, finish):
+                said[step] = text
+        assert said == {start + 20: f"ends in about {left} (without validations and checkpoints)"}
+
+    def test_no_estimate_for_fewer_than_20_steps(self):
+        for first, steps, estimates in ((0, 39, 0), (0, 40, 1), (21, 60, 0), (20, 60, 1)):
+            meter = metrics.Meter(0.0, first, 0, 1, 1.0)
+            texts = [meter.estimate(step, steps, lambda: None) for step in range(first + 1, steps + 1)]
+            assert len([text for text in texts if text]) == estimates
+
+    def test_the_loop_prints_the_estimate(self, tiny, tmp_path, capsys):
+        train(dataclasses.replace(tiny, steps=40), tmp_path / "run", progress=False)
+        assert capsys.readouterr().err.count("ends in about ") == 1
 
     def test_tensorboard(self, tiny, tmp_path):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -163,3 +163,20 @@ class TestSteps:
             assert starts.dtype == np.int64 and len(np.unique(starts)) == len(starts)
             assert starts.min() >= 0 and starts.max() <= tokens - LOOKAHEAD - length
             assert abs(starts.mean() / tokens - 0.5) < 5 / (12 * len(starts)) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("stages", "others", "first"),
+    [
+        ([(5, 2, 4), (9, 2, 1)], [(5, 2, 4), (30, 2, 1)], np.inf),
+        ([(5, 2, 4)], [(5, 2, 4), (30, 2, 1)], 5),
+        ([(5, 2, 4), (9, 2, 1)], [(7, 2, 4), (7, 2, 1)], 5),
+        ([(5, 2, 4), (3, 2, 2), (9, 2, 1)], [(5, 2, 4), (6, 2, 2), (9, 2, 1)], 8),
+        ([(5, 2, 4), (9, 2, 1)], [(5, 2, 4), (4, 2, 8), (5, 2, 1)], 0),
+    ],
+)
+def test_two_orders_agree_until_their_first_difference(stages, others, first):
+    a, b = (EpochOrder(TOKENS, LENGTH, LOOKAHEAD, 3, each) for each in (stages, others))
+    assert a.first_difference(b) == b.first_difference(a) == first
+    same = [np.array_equal(a.starts(step), b.starts(step)) for step in range(14)]
+    assert same == [step < first for step in range(14)]

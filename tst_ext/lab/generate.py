@@ -22,7 +22,6 @@ def generate(
     *,
     max_tokens: int,
     temperature: float,
-    top_k: int,
     seed: int,
     end_of_text: int | None,
     positions: int,
@@ -34,7 +33,6 @@ def generate(
         prompt: text to continue. One that has no tokens starts from `end_of_text`, as a document does in training.
         max_tokens: most tokens to append.
         temperature: divides the logits; 0 takes the most probable token each time.
-        top_k: draws among that many most probable tokens; 0 among all.
         seed: of the draws, which are made on the CPU from logits in float32.
         end_of_text: id of the token that ends the continuation, or None.
         positions: most tokens the model reads, the last ones of a longer text; `latent_tokens` of the run.
@@ -44,7 +42,6 @@ def generate(
     """
     check("max_tokens", max_tokens, max_tokens >= 1, "a number >= 1")
     check("temperature", temperature, 0 <= temperature < math.inf, "a number >= 0")
-    check("top_k", top_k, top_k >= 0, "a number >= 0")
     ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids
     if not ids:
         if end_of_text is None:
@@ -56,7 +53,7 @@ def generate(
     for _ in range(max_tokens):
         window = torch.tensor([ids[-positions:]], device=device)  # [1, l]
         logits = model.head(model.hidden(window)[:, -1:])[0, 0]  # [V], of the last position alone
-        token = sample(logits.float().cpu(), temperature, top_k, generator)
+        token = sample(logits.float().cpu(), temperature, generator)
         if token == end_of_text:
             break
         ids.append(token)
@@ -64,10 +61,9 @@ def generate(
     return tokenizer.decode(ids)[len(tokenizer.decode(ids[:started])) :]
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
     """Draw an index of `logits` [V] with probability proportional to exp(logits / temperature)."""
     if temperature == 0:
         return int(logits.argmax())
-    values, indices = logits.double().topk(min(top_k or len(logits), len(logits)))
-    probabilities = (values / temperature).softmax(0)  # float64: finite down to temperatures of 1e-300
-    return int(indices[torch.multinomial(probabilities, 1, generator=generator)])
+    probabilities = (logits.double() / temperature).softmax(0)  # float64: finite down to temperatures of 1e-300
+    return int(torch.multinomial(probabilities, 1, generator=generator))

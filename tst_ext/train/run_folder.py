@@ -72,13 +72,13 @@ class RunFolder(ExitStack):
         The section `run` may differ, and the place of the data: checksums tell whether it is the same. The number of
         steps may differ where `check_past` allows it.
         """
-        configs = [config_of_run(values["config"], str(found.path)) for values in (found.manifest, identity)]
-        self._compare(found.path, *configs)
+        saved, now = (config_of_run(values["config"], str(found.path)) for values in (found.manifest, identity))
+        self._compare(found.path, saved, now)
         for name in identity.keys() - {"config"}:
-            before, now = found.manifest[name], identity[name]
-            if before != now:
-                raise UserError(f"resume: {found.path} was trained on {_other(name, before, now)}")
-        check_past(found.path, found.manifest["step"], *configs, tokens)
+            if found.manifest[name] != identity[name]:
+                other = _other(name, found.manifest[name], identity[name])
+                raise UserError(f"resume: {found.path} was trained on {other}")
+        check_past(found.path, found.manifest["step"], saved, now, tokens)
 
     def _compare(self, path: Path, saved: TrainConfig, config: TrainConfig) -> None:
         before, now = _flat(config_dict(saved)), _flat(config_dict(config))
