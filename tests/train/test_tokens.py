@@ -139,7 +139,7 @@ class TestCommands:
             (["train", "--tokens"], "--tokens: expected a value after it"),
             (["train", "--tokens", "None"], "tokens: expected a number of tokens such as"),
             (["train", "--tokens", "511"], "tokens: expected at least 512, got '511': one step reads that many"),
-            (["train", "--tokens", "1M", "--warmup", "9000"], "warmup: expected at most steps = 1221, got 9000"),
+            (["train", "--tokens", "1M", "--warmup", "9000"], "warmup, decay: expected at most steps = 1221 together"),
         ],
     )
     def test_errors(self, arguments, message, tmp_path, capsys):

@@ -102,7 +102,7 @@ class RunFolder(ExitStack):
         if found is None:
             self._check_facts(facts)
         if found is None or found.manifest["step"] < config.steps:
-            # Before the new configuration is there, else it would look like the result of it.
+            # First, so that the result of a shorter run never stands next to the configuration of a longer one.
             for name in ("result.json", "loss.png"):
                 (self.path / name).unlink(missing_ok=True)
             sync(self.path)
