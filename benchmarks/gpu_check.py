@@ -2,8 +2,8 @@
 
 1 "correct": floors of this GPU while the extension builds, the times of our kernels, the CUDA tests. About 3 minutes.
 2 "measured": our loss next to its peers, Nsight Compute's counters, compute-sanitizer. About 8 minutes.
-3 "in training": the trainer's throughput in both phases, the tests of torch.compile, a comparison of TST with its
-baseline. Up to 10 minutes.
+3 "in training": the trainer's throughput in both phases, a step of its model next to the same model in other code, the
+tests of torch.compile, a comparison of TST with its baseline. Up to 11 minutes.
 
 Every step is a command with a limit in seconds and a process group of its own. A step that fails or reaches its limit
 does not stop the next ones; only the build does. Each step appends its results to gpu_stageN.jsonl at once, one JSON
@@ -83,6 +83,7 @@ def stages(rehearse: bool) -> dict[int, list[list[Step]]]:
             [build],
             [script("train", "train", limit=100)],
             [script("train_eager", "train", "--eager", limit=80)],
+            [script("step", "step", limit=90)],
             [tests("test_compile", "-n", workers, *chosen, "tests/test_compile.py", limit=120, **here)],
             [script("compare", "compare", limit=280)],  # which fits itself into 240 seconds
         ],

@@ -20,7 +20,7 @@ from tst_ext.train.config import ModelConfig, OptimizerConfig, TrainConfig
 from tst_ext.train.model import Transformer
 from tst_ext.train.optimizer import parameter_groups
 
-LARGER = ModelConfig(dim=256, layers=6, heads=4, kv_heads=4, ffn_dim=688)
+LARGER = ModelConfig(dim=256, layers=6, heads=4, kv_heads=4, ffn_dim=688)  # 5 M parameters, embedding and head apart
 # Model, vocabulary, sequences, latent tokens: the trainer's default, and 22 M parameters with a larger head.
 SHAPES = {"default": (ModelConfig(), 4096, 8, 64), "larger": (LARGER, 32768, 8, 128)}
 NANOGPT, HUGGING_FACE = "nanoGPT's way, rewritten", "transformers, LlamaForCausalLM"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from results_file import summary
+from steps import LARGER
 
 from conftest import DEVICE, OURS, clock, zipf_ids
 from tst_ext.train import loop
@@ -32,7 +33,6 @@ def shards(tmp_path):
 
 
 SMALLEST = ModelConfig()  # the default, whose steps are the shortest anyone runs
-LARGER = ModelConfig(dim=256, layers=6, heads=4, kv_heads=4, ffn_dim=688)  # 7 M parameters
 
 
 def pytest_generate_tests(metafunc):
