@@ -1,6 +1,7 @@
 """The export, read by transformers itself."""
 
 import copy
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -40,18 +41,22 @@ def shard(data):
     return Shard(data, "train")
 
 
-@pytest.fixture(scope="module")
-def model(shard):
+def make(config, vocabulary):
     """Gains and matrices large enough for every one of them to show in the logits, whose deviation is about 1. The
     embedding keeps its initial one, 0.02: beside a variance of 4e-4 the norm's eps of 1e-5 shows."""
     torch.manual_seed(0)
-    model = Transformer(CONFIG.model, shard.vocabulary, CONFIG.latent_tokens)
+    model = Transformer(config.model, vocabulary, config.latent_tokens)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
         elif name != "embedding.weight":
-            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     return model
+
+
+@pytest.fixture(scope="module")
+def model(shard):
+    return make(CONFIG, shard.vocabulary)
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +66,11 @@ def exported(model, data, shard, tmp_path_factory):
     return folder
 
 
-def load(folder, **options):
+def load(folder, kind=transformers.LlamaForCausalLM, **options):
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, local_files_only=True, **options
     )
-    assert type(loaded) is transformers.LlamaForCausalLM
+    assert type(loaded) is kind
     assert not any(report.values()), report  # missing, unexpected and mismatched keys, errors
     return loaded
 
@@ -80,19 +85,24 @@ def copied(folder, to, **changes):
     return to
 
 
+@pytest.fixture
+def ids(shard):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(shard.vocabulary, (3, CONFIG.latent_tokens), generator=generator)
+
+
+def error_of(model, ids):
+    """A function of logits: the norm of their error, in units of the error of our own float32 ones."""
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(ids)
+        unit = (model(ids) - exact).norm()
+    return lambda logits: ((logits - exact).norm() / unit).item()
+
+
 class TestLogits:
     @pytest.fixture
-    def ids(self, shard):
-        generator = torch.Generator().manual_seed(1)
-        return torch.randint(shard.vocabulary, (3, CONFIG.latent_tokens), generator=generator)
-
-    @pytest.fixture
     def error(self, model, ids):
-        """A function of logits: the norm of their error, in units of the error of our own float32 ones."""
-        with torch.no_grad():
-            exact = copy.deepcopy(model).double()(ids)
-            unit = (model(ids) - exact).norm()
-        return lambda logits: ((logits - exact).norm() / unit).item()
+        return error_of(model, ids)
 
     # Both are float32 computations of one function with the same roundings in another order, so about 1. Theirs rounds
     # the angles of the rotary embedding as well, up to 63 * 50000**(-1/8) = 16 rad by 16 * 2**-24 = 1e-6 each, which
@@ -116,6 +126,41 @@ class TestLogits:
         # Version 4 knows no rope_parameters; 5 reads configurations of 4, so without that entry it reads theirs.
         old = transformers.AutoConfig.from_pretrained(copied(exported, tmp_path / "old", rope_parameters=None))
         assert old.rope_parameters == {"rope_type": "default", "rope_theta": 50000.0}
+
+
+class TestQwen3:
+    """Models with normalised queries and keys, dense and with experts."""
+
+    KINDS = {
+        "dense": (transformers.Qwen3ForCausalLM, {"qk_norm": True}),
+        "experts": (transformers.Qwen3MoeForCausalLM, {"qk_norm": True, "experts": 5, "experts_per_token": 2}),
+    }
+
+    @pytest.mark.parametrize("name", KINDS)
+    @torch.no_grad()
+    def test_logits_are_ours(self, shard, ids, tmp_path, name):
+        kind, options = self.KINDS[name]
+        config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **options))
+        model = make(config, shard.vocabulary)
+        export_hf(model, config, None, None, tmp_path / "hf")
+        loaded = load(tmp_path / "hf", kind)
+        error = error_of(model, ids)
+        assert error(loaded(ids).logits) < TestLogits.LIMIT
+        for wrong in ("rms_norm_eps", "norm_topk_prob"):  # the comparison sees a wrong constant
+            if wrong in json.loads((tmp_path / "hf" / "config.json").read_text()):
+                changed = copied(
+                    tmp_path / "hf", tmp_path / wrong, **{wrong: 1e-6 if wrong == "rms_norm_eps" else False}
+                )
+                assert error(load(changed, kind)(ids).logits) > 100 * TestLogits.LIMIT
+
+    def test_configuration(self, shard, tmp_path):
+        model = dataclasses.replace(CONFIG.model, qk_norm=True, experts=5, experts_per_token=2, balance_rate=0.02)
+        config = dataclasses.replace(CONFIG, model=model)
+        export_hf(make(config, shard.vocabulary), config, None, None, tmp_path / "hf")
+        loaded = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+        assert (loaded.num_experts, loaded.num_experts_per_tok) == (5, 2)
+        assert (loaded.moe_intermediate_size, loaded.router_aux_loss_coef) == (CONFIG.model.ffn_dim, 0.02)
+        assert loaded.norm_topk_prob and not loaded.mlp_only_layers and loaded.decoder_sparse_step == 1
 
 
 class TestConfiguration:
