@@ -162,8 +162,12 @@ class SuperpositionConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the blocks, AdamW for embedding, head, gains of the norms and router."""
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW (betas 0.9, 0.95)."""
+    muon_learning_rate: float = 0.02
+    """Peak learning rate of Muon (momentum 0.95), which rises and falls with the other one."""
     warmup: float = 0.1
     """Steps in which the learning rate rises to its peak: a share of all steps if below 1, else their number."""
     decay: float = 0.1
@@ -174,7 +178,9 @@ class OptimizerConfig:
     """Largest norm of the gradient of all parameters together."""
 
     def __post_init__(self) -> None:
-        check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "a number > 0")
+        _check_choices(self)
+        for name in ("learning_rate", "muon_learning_rate"):
+            check(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a number > 0")
         whole = self.warmup < 1 or float(self.warmup).is_integer()
         check("warmup", self.warmup, self.warmup >= 0 and whole, "a share below 1 or a number of steps")
         share = self.warmup if self.warmup < 1 else 0

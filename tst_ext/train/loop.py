@@ -24,7 +24,7 @@ from .files import UserError
 from .flops import gemm_flops_per_second, step_flops
 from .metrics import Meter, Metrics, load_range, load_table
 from .model import Transformer
-from .optimizer import learning_rate, parameter_groups, reinitialise
+from .optimizer import build_optimizer, learning_rate, reinitialise
 from .prepare import prepared_folder
 from .run_folder import RunFolder
 from .signals import Stopped, stop_signals
@@ -153,7 +153,7 @@ def _train(
     padding = None if options.straddle else PADDING
     model = Transformer(config.model, training.vocabulary, config.latent_tokens, padding).to(processes.device)
     parallel = processes.parallelise(model, config)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.optimizer.weight_decay), betas=(0.9, 0.95), fused=True)
+    optimizer = build_optimizer(model, config.optimizer)
 
     state: dict[str, Any] = {"step": 0, "data_tokens": 0, "seconds": 0.0, "val_loss": None}
     identity = {
@@ -217,7 +217,7 @@ def _train(
             loss_arguments = loss_options(options, tuple(counts), processes.world, processes.device)
             lr = learning_rate(config.optimizer, config.steps, step)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]
 
             loss = torch.zeros((), device=processes.device)
             for i, (ids, labels) in enumerate(zip(batch.ids.chunk(parts), batch.labels.chunk(parts), strict=True)):
