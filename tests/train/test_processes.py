@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from helpers.runs import assert_same_run, lines, run, tensors
+from helpers.runs import assert_close_runs, assert_same_run, lines, run, tensors
 from helpers.training import VOCABULARY, write_split
 from tst_ext.train import checkpoint
 from tst_ext.train.batches import check_batches
@@ -28,16 +28,6 @@ pytestmark = pytest.mark.skipif(
 
 def with_run(config, **changes):
     return dataclasses.replace(config, run=dataclasses.replace(config.run, **changes))
-
-
-def assert_close_runs(a, b, rtol):
-    """Equal but for the order of float32 sums."""
-    assert len(lines(a)) == len(lines(b))
-    for x, y in zip(lines(a), lines(b), strict=True):
-        assert x.keys() == y.keys()
-        for name in x:
-            expected = x[name] if isinstance(x[name], str) else pytest.approx(x[name], rel=rtol)
-            assert y[name] == expected, (x["step"], name)
 
 
 @pytest.fixture(scope="module")
