@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from helpers.runs import assert_same_run, lines, run, tensors
+from helpers.runs import assert_close_runs, assert_same_run, lines, run, tensors
 from tst_ext import fold_inputs, fold_labels
 from tst_ext.lab.export import export_hf
 from tst_ext.train import checkpoint, experts
@@ -366,15 +366,6 @@ class TestRuns:
     # Sums in another order: as in test_processes.py. That a position chooses another expert for it has not been seen.
     RTOL = 1e-4
 
-    def assert_close_runs(self, a, b):
-        for x, y in zip(lines(a), lines(b), strict=True):
-            assert x.keys() == y.keys()
-            for name in x:
-                if name == "load":
-                    torch.testing.assert_close(torch.tensor(x[name]), torch.tensor(y[name]), rtol=self.RTOL, atol=0)
-                else:
-                    assert y[name] == (x[name] if isinstance(x[name], str) else pytest.approx(x[name], rel=self.RTOL))
-
     def test_metrics_have_the_loads(self, straight):
         logged = [line for line in lines(straight) if "loss" in line]
         assert len(logged) == 30
@@ -419,7 +410,7 @@ class TestRuns:
     @pytest.mark.parametrize("parallel", ["fsdp", pytest.param("ddp", marks=pytest.mark.extended)])
     def test_two_processes_are_one(self, tiny_experts, straight, tmp_path, parallel):
         assert run(with_run(tiny_experts, parallel=parallel), tmp_path / "two", processes=2).returncode == 0
-        self.assert_close_runs(straight, tmp_path / "two")
+        assert_close_runs(straight, tmp_path / "two", self.RTOL)
 
     @pytest.mark.extended
     def test_resharding(self, tiny_experts, straight, tmp_path):
@@ -429,10 +420,23 @@ class TestRuns:
         train(config, tmp_path / "straight", progress=False)
         assert run(config, tmp_path / "a", processes=2, action=("kill", 11)).returncode != 0
         train(config, tmp_path / "a", progress=False)
-        self.assert_close_runs(tmp_path / "straight", tmp_path / "a")
+        assert_close_runs(tmp_path / "straight", tmp_path / "a", self.RTOL)
         assert run(config, tmp_path / "b", action=("kill", 21)).returncode != 0
         assert run(config, tmp_path / "b", processes=2).returncode == 0
-        self.assert_close_runs(tmp_path / "straight", tmp_path / "b")
+        assert_close_runs(tmp_path / "straight", tmp_path / "b", self.RTOL)
+
+    @pytest.mark.extended
+    def test_muon(self, tiny_experts, tmp_path):
+        """Stacks of experts, sharded by experts: three over two processes."""
+        config = dataclasses.replace(
+            tiny_experts,
+            model=dataclasses.replace(tiny_experts.model, experts=3),
+            optimizer=dataclasses.replace(tiny_experts.optimizer, optimizer="muon"),
+        )
+        train(config, tmp_path / "one", progress=False)
+        assert run(config, tmp_path / "two", processes=2).returncode == 0
+        # As in test_optimizer.py: Newton-Schulz enlarges rounding where singular values are small.
+        assert_close_runs(tmp_path / "one", tmp_path / "two", 4e-4)
 
     @pytest.mark.extended
     def test_bfloat16_with_sharding_and_checkpointing(self, tiny_experts, straight, tmp_path):

@@ -16,9 +16,13 @@ from tst_ext.train.files import UNFINISHED
 from tst_ext.train.loop import train
 from tst_ext.train.prepare import JOURNAL
 
+EXPERTS = {"qk_norm": True, "experts": 4, "shared_experts": 1, "balance": "bias"}
+
 
 @pytest.mark.slow
-def test_kill_9_at_random_moments(tiny, tmp_path, kills):
+@pytest.mark.parametrize("model", [{}, EXPERTS], ids=["dense", "experts"])
+def test_kill_9_at_random_moments(tiny, tmp_path, kills, model):
+    tiny = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, **model))
     config = dataclasses.replace(tiny, steps=300, run=dataclasses.replace(tiny.run, checkpoint_every=6, keep=2))
     straight, rng = tmp_path / "straight", random.Random(0)
     train(config, straight, progress=False)
