@@ -380,7 +380,11 @@ class TestRuns:
         result = train(dataclasses.replace(tiny_experts, steps=300), tmp_path / "run", progress=False)
         assert 0.9 < result["val_loss"] < 2.0  # the source has 0.95 nats of entropy a token, ignorance log 64 = 4.16
 
-    @pytest.mark.parametrize("changes", [dict(), dict(balance="bias", shared_experts=1)], ids=["loss", "bias"])
+    @pytest.mark.parametrize(
+        "changes",
+        [pytest.param({}, marks=pytest.mark.extended), dict(balance="bias", shared_experts=1)],
+        ids=["loss", "bias"],
+    )
     def test_kill_9_bit_for_bit(self, tiny_experts, straight, tmp_path, changes):
         config = dataclasses.replace(tiny_experts, model=dataclasses.replace(tiny_experts.model, **changes))
         config = with_run(config, checkpoint_every=7)
@@ -407,7 +411,8 @@ class TestRuns:
         rtol = 1e-5 if balance == "bias" else 1e-2
         assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "parts"), rel=rtol)
 
-    @pytest.mark.parametrize("parallel", ["fsdp", pytest.param("ddp", marks=pytest.mark.extended)])
+    @pytest.mark.extended
+    @pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
     def test_two_processes_are_one(self, tiny_experts, straight, tmp_path, parallel):
         assert run(with_run(tiny_experts, parallel=parallel), tmp_path / "two", processes=2).returncode == 0
         assert_close_runs(straight, tmp_path / "two", self.RTOL)

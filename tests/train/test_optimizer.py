@@ -126,6 +126,7 @@ def shards_are_whole(rank):
         assert relative_error(change, expected - start) < ROUNDING, shape
 
 
+@pytest.mark.extended
 @needs_gloo
 def test_shards_are_whole(tmp_path):
     """torch.optim.Muon fails on the shape (1, 5) in torch 2.13, and differs in bfloat16 on the others."""
