@@ -206,12 +206,21 @@ class TestBalance:
             expected = 0.1 / 2 * 2 * sum(f * p for f, p in zip(shares, probabilities, strict=True))
             assert balance([routing], parts=2).item() == pytest.approx(expected, rel=1e-6)
 
+    def test_layers_do_not_make_up_for_each_other(self):
+        balance = Balance(dataclasses.replace(CONFIG, layers=2, experts=2, experts_per_token=1, balance_rate=0.1))
+        counts, probabilities = [[6, 2], [2, 6]], [[0.7, 0.3], [0.3, 0.7]]
+        routings = [Routing(torch.tensor(c), torch.tensor(p)) for c, p in zip(counts, probabilities, strict=True)]
+        assert balance(routings, parts=1).item() == pytest.approx(0.1 * 2 * (0.75 * 0.7 + 0.25 * 0.3), rel=1e-6)
+
     def test_counts_begin_anew_with_each_step(self):
-        model, (ids, labels) = make(), batch()
-        model(ids, labels)
-        first = model.end_step()
-        model(ids, labels)
-        assert torch.equal(model.end_step(), first)
+        model, loads = make(), []
+        for sequences in (1, 4):
+            ids, labels = batch(sequences=sequences)
+            model(ids, labels)
+            loads.append(model.end_step())
+        alone = make()
+        alone(ids, labels)
+        assert torch.equal(loads[1], alone.end_step()) and not torch.equal(loads[0], loads[1])
 
     def test_validation_is_not_counted(self):
         model, (ids, labels) = make(), batch()
