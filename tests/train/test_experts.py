@@ -63,7 +63,7 @@ def assert_close(actual, expected, rtol):
 
 class TestAgainstTransformers:
     # In float64, but for what transformers computes in float32 whatever the dtype: norms, the router's softmax, and the
-    # rotary angles. Measured: 3e-7 at most, of the norm of a gradient.
+    # rotary angles. Measured: 4e-9 of the loss, 1.2e-6 of the norm of a gradient, at most.
     RTOL = 3e-6
 
     @pytest.fixture

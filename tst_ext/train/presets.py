@@ -24,7 +24,7 @@ def _paper(model: ModelConfig, learning_rate: float) -> TrainConfig:
 
 # The mixture of experts: 49,983 steps of 2**23 latent tokens, 12,483 of them with s = 16. The paper gives its kind
 # (Qwen3), 10 B parameters and 1 B active. Its shape is ours: experts, choices and groups of heads as in Qwen3-30B-A3B
-# (arXiv 2505.09388), smaller in width and depth. 10.26 B parameters, of which 1.00 B multiply each position, the head
+# (arXiv 2505.09388), smaller in width and depth. 10.27 B parameters, of which 1.01 B multiply each position, the head
 # among them and the embedding not. Ours too: the vocabulary, the warm-up and the decay, which are those of the
 # paper's dense models; the weights of the positions, which are the paper's from s = 8 on; the length of a sequence, as
 # above. The RoPE base and the weight of the load-balancing loss are Qwen3's.
