@@ -180,7 +180,7 @@ class TestRecommendation:
             (PRESETS["3b"], 6, 0.3),  # the paper's own
             (PRESETS["270m"], 6, 0.3),
             (changed(PRESETS["3b"], steps=10_000), 2, 0.3),  # shorter than any run of the paper
-            (changed(PRESETS["3b"], steps=2000), 1, 0.0),  # 1.3 tokens a parameter
+            (changed(PRESETS["3b"], steps=2300), 1, 0.0),  # 1.4 tokens a parameter
             (TrainConfig(), 2, 0.3),  # those of docs/evidence.md
             (TrainConfig(steps=4000), 2, 0.3),
             (TrainConfig(steps=2000), 1, 0.0),

@@ -69,6 +69,7 @@ def plan(config: TrainConfig, *, gpus: int, tokens_per_second_per_gpu: float) ->
     even = superposed and {
         "share": superposed,
         "multiple": multiple,
+        "measured": "with experts" if model.experts else "at 3B",
         "baseline": row("baseline of equal loss", round(multiple * config.steps), 1),
         "hours_saved": (multiple - 1) * total["hours"],
         "slowdown": (multiple - 1) / superposed,
@@ -118,8 +119,9 @@ def recommend(config: TrainConfig) -> dict[str, Any]:
             models is the careful choice (docs/evidence.md)"""
     elif config.model.experts:
         s, r, weights = 16, 0.25, "power_law"
-        evidence = """at 41 the paper's mixture of experts, 10 B parameters with 1 B active, ends 0.016 below a baseline
-            of 2.5 times the steps; the paper does not name its weights, the power law is its choice from s = 8 on"""
+        evidence = """at 41 the paper's one mixture of experts, 10 B parameters with 1 B active, ends 0.016 below a
+            baseline of 2.5 times the steps; the paper does not name its weights, the power law is its choice from
+            s = 8 on"""
     else:
         s, r = 6, 0.3
         evidence = """at 12.6 to 785 the paper has these gain 0.04 to 0.13 nats, with 267 M to 3.3 B parameters
@@ -154,13 +156,12 @@ def report(plan: dict[str, Any]) -> str:
         ),
     ]
     if even:
-        measured = "with experts" if even["multiple"] == MULTIPLE_OF_EXPERTS else "at 3B"
         text += [
             "## When is TST worth it?",
             _paragraph(f"""When a baseline needs more than {total["steps"]:,} steps for the final loss of TST. If it
                 needs m times as many, TST saves (m - 1) * {_hours(total["hours"])} hours. Nothing is saved if a
                 superposition step takes (m - 1) / {even["share"]:.3g} longer than a baseline step. The paper measured
-                m = {even["multiple"]:.3g} {measured}: {_hours(even["hours_saved"])} hours,
+                m = {even["multiple"]:.3g} {even["measured"]}: {_hours(even["hours_saved"])} hours,
                 {_hours(gpus * even["hours_saved"])} GPU-hours, {100 * even["slowdown"]:.0f} % longer. docs/evidence.md
                 has what we measured."""),
         ]

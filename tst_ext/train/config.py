@@ -62,7 +62,7 @@ class ModelConfig:
     """loss: a load-balancing loss over the whole batch keeps the experts equally busy. bias: DeepSeek-V3's correction
     of the router, without a loss."""
     balance_rate: float = 1e-2
-    """Weight of that loss, or the step of that correction."""
+    """Weight of that loss, or the step of that correction, in the router's logits."""
 
     def __post_init__(self) -> None:
         _check_choices(self)

@@ -16,7 +16,7 @@ from .config import ModelConfig
 
 
 class Routing(NamedTuple):
-    """Say what a layer's router did with the positions of one forward pass."""
+    """Hold the counts and the mean probabilities of a layer's router in one forward pass."""
 
     counts: Tensor  # [E] int64: for each expert how many positions chose it, k * positions in all
     probabilities: Tensor  # [E]: for each expert the mean of its probability over the positions, differentiable
@@ -39,15 +39,15 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Routing]:
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            probabilities = F.linear(x.to(dtype), self.weight.to(dtype)).softmax(-1)  # [N, E]
-        scores = probabilities.detach() if self.bias is None else probabilities.detach() + self.bias
+            logits = F.linear(x.to(dtype), self.weight.to(dtype))  # [N, E]
+        scores = logits.detach() if self.bias is None else logits.detach() + self.bias
         chosen = scores.topk(self.chosen, sorted=False).indices
-        weights = probabilities.gather(1, chosen)
+        weights = logits.gather(1, chosen).softmax(-1)  # finite even where the bias chose what is improbable
         slots = chosen.flatten()
         # scatter_add and not bincount, for which a GPU would have to wait.
         counts = torch.zeros(len(self.weight), dtype=torch.int64, device=x.device)
         counts = counts.scatter_add(0, slots, torch.ones_like(slots))
-        return weights / weights.sum(-1, keepdim=True), chosen, Routing(counts, probabilities.mean(0))
+        return weights, chosen, Routing(counts, logits.softmax(-1).mean(0))
 
 
 class _Dispatch(torch.autograd.Function):
@@ -86,7 +86,7 @@ class _Combine(torch.autograd.Function):
 def _sum_slots(slots: Tensor, order: Tensor, k: int) -> Tensor:
     unsorted = torch.empty_like(slots)
     unsorted[order] = slots
-    return unsorted.unflatten(0, (-1, k)).sum(1)
+    return unsorted.unflatten(0, (-1, k)).sum(1, dtype=slots.dtype)  # or CUDA's autocast copies it to float32
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def _in_a_loop(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 class Experts(nn.Module):
     """Apply to each position the weighted sum of its experts, each a SwiGLU: `[B, l, d] -> [B, l, d]`, and the routing.
 
-    As in Qwen3, the k weights are probabilities over all experts, scaled to add up to 1.
+    As in Qwen3, the k weights are the softmax over the chosen experts alone.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -144,10 +144,11 @@ class Balance(nn.Module):
     """Keep the experts of each layer equally busy over the batch of all processes and of all parts of a step.
 
     "loss": the mean over layers of E sum_e f_e P_e, with f_e the share of positions that chose the expert e and P_e its
-    mean probability; k if all are equally busy. transformers takes f and P over all layers together instead, so that
-    layers may make up for each other. f is of the batch as far as the step has come (arXiv 2501.11873).
-    "bias": after each step, DeepSeek-V3 (arXiv 2412.19437) adds to what the experts are chosen by, not to their
-    weights: a fixed amount for each expert with less than its even share, and the opposite for the others.
+    mean probability; k if all are equally busy. transformers averages f and P over layers first, so that the imbalance
+    of one can hide another's. f is of the batch as far as the step has come (arXiv 2501.11873).
+    "bias": after each step, a fixed amount is added to the bias of each expert with less than its even share, and
+    subtracted from that of each with more. Experts are chosen by the logits with their biases, and weighted without
+    them. DeepSeek-V3 (arXiv 2412.19437) corrects sigmoids. A softmax has a scale of 1 / E, logits have none.
     """
 
     load: Tensor
@@ -179,6 +180,8 @@ class Balance(nn.Module):
         load = self.load / self.load.double().mean(1, keepdim=True)
         for router, busy in zip(routers, load, strict=True):
             if router.bias is not None:
-                router.bias += self.rate * torch.sign(1 - busy)
+                correction = torch.sign(1 - busy)
+                # Their mean changes no choice, and would grow without limit.
+                router.bias += self.rate * (correction - correction.mean())
         self.load.zero_()
         return load

@@ -90,8 +90,8 @@ class Transformer(nn.Module):
     Input ids are `[B, l]` tokens or `[B, l, s]` bags, whose empty slots hold `padding_idx`. Labels are `[B, l]` or
     `[B, l, s]`. l is at most `positions`.
 
-    With experts and "loss" balancing, the gradient of the loss is that of its sum with the load-balancing loss, its
-    value is not. `parts` is the number of calls whose gradients make up one step.
+    With experts and "loss" balancing, the gradient includes the load-balancing loss, and the value does not. `parts` is
+    the number of calls whose gradients make up one step.
     """
 
     cos: Tensor
@@ -110,9 +110,10 @@ class Transformer(nn.Module):
         self.register_buffer("cos", angles.cos().float(), persistent=False)  # [positions, head_dim / 2]
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
+        writers = config.layers * (3 if config.shared_experts else 2)
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
-                nn.init.normal_(parameter, std=initial_std(name, config.layers))
+                nn.init.normal_(parameter, std=initial_std(name, writers))
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """Return the input of the head, `[B, l, d]`."""
@@ -150,7 +151,7 @@ class Transformer(nn.Module):
         return [module for module in self.modules() if isinstance(module, Router)]
 
 
-def initial_std(name: str, layers: int) -> float:
-    """Return 0.02, less for what writes into the residual stream, by the number of its writers (GPT-2's rule)."""
-    writers = ("attention.out.weight", "ffn_out.weight", "experts.ffn_out")
-    return 0.02 / (2 * layers) ** 0.5 if name.endswith(writers) else 0.02
+def initial_std(name: str, writers: int) -> float:
+    """Return 0.02, less for the layers that write into the residual stream, by their number (GPT-2's rule)."""
+    names = ("attention.out.weight", "ffn_out.weight", "experts.ffn_out")
+    return 0.02 / writers**0.5 if name.endswith(names) else 0.02

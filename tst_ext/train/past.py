@@ -45,7 +45,9 @@ def check_past(path: Path, step: int, saved: TrainConfig, now: TrainConfig, toke
         raise UserError(f"{message}. No checkpoint up to step {last} is kept (--keep); begin in another folder")
     options = [f"--{name.rpartition('.')[2]} {_text(_value(longer, name))}"
                for name, before, new in values if not before == new == _value(longer, name)]  # fmt: skip
-    raise UserError(f"{message}. These options keep what was computed: --resume {kept[-1]} {' '.join(options)}")
+    raise UserError(
+        f"{message}. These options (no --tokens) keep what was computed: --resume {kept[-1]} {' '.join(options)}"
+    )
 
 
 def _last_common(saved: TrainConfig, now: TrainConfig, tokens: int, step: int) -> tuple[int, str]:

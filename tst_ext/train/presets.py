@@ -27,13 +27,14 @@ def _paper(model: ModelConfig, learning_rate: float) -> TrainConfig:
 # (arXiv 2505.09388), smaller in width and depth. 10.27 B parameters, of which 1.01 B multiply each position, the head
 # among them and the embedding not. Ours too: the vocabulary, the warm-up and the decay, which are those of the
 # paper's dense models; the weights of the positions, which are the paper's from s = 8 on; the length of a sequence, as
-# above. The RoPE base and the weight of the load-balancing loss are Qwen3's.
+# above. The weight of the load-balancing loss is Qwen3's, and so is the RoPE base, before it extends the context.
 _EXPERTS = ModelConfig(
     dim=1536,
     layers=32,
     heads=12,
     kv_heads=4,
     ffn_dim=512,
+    rope_theta=10_000.0,
     qk_norm=True,
     experts=128,
     experts_per_token=8,
