@@ -190,7 +190,7 @@ class TestUseOfARun:
             (["export", "absent", "--out", "x"], "run absent"),
             (["plan", "absent"], "config absent"),
             (["plan", "600m", "--gpus", "0", "--tokens-per-second-per-gpu", "1"], "gpus: expected an integer >= 1"),
-            (["train", "--preset", "1t"], "preset: expected one of 270m, 600m, 3b, got '1t'"),
+            (["train", "--preset", "1t"], "preset: expected one of 270m, 600m, 3b, 10b-a1b, got '1t'"),
             (["train", "--preset", "3b", "--config", "c.toml"], "config, preset: expected one of them"),
             (["train", "--out"], "--out: expected a value"),
             (["train", "--device", "meta"], "device: expected auto, cpu or cuda, got 'meta'"),

@@ -148,5 +148,5 @@ class TestOnADevice:
         tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "<end>": 2}, merges=[]))
         options = dict(length=tiny.latent_tokens, batch=2, device="meta")
         assert evaluate(model, tokenizer, 2, ["ab" * 50], **options)["tokens"] == 101
-        options = dict(temperature=1.0, top_k=2, seed=0, end_of_text=None, positions=tiny.latent_tokens)
+        options = dict(temperature=1.0, seed=0, end_of_text=None, positions=tiny.latent_tokens)
         generate(model, tokenizer, "ab", max_tokens=20, **options)

@@ -181,7 +181,8 @@ class TestRefusal:
         path = finished / "checkpoints" / "step-00000030"
         assert message == (
             f"tst train: resume: {path} has steps = 30, this run 60; its learning rate differs from step 0 on. "
-            "These options keep what was computed: --resume step-00000028 --steps 60 --warmup 3 --ratio 0.2"
+            "These options, in place of --steps or --tokens, keep what was computed: "
+            "--resume step-00000028 --steps 60 --warmup 3 --ratio 0.2"
         )
         assert result(finished)["steps"] == 30 and load_config(finished / "config.json").steps == 30
         # The advice works, and gives the run that had these options from the start.

@@ -45,9 +45,8 @@ def check_past(path: Path, step: int, saved: TrainConfig, now: TrainConfig, toke
         raise UserError(f"{message}. No checkpoint up to step {last} is kept (--keep); begin in another folder")
     options = [f"--{name.rpartition('.')[2]} {_text(_value(longer, name))}"
                for name, before, new in values if not before == new == _value(longer, name)]  # fmt: skip
-    raise UserError(
-        f"{message}. These options (no --tokens) keep what was computed: --resume {kept[-1]} {' '.join(options)}"
-    )
+    advice = f"--resume {kept[-1]} {' '.join(options)}"
+    raise UserError(f"{message}. These options, in place of --steps or --tokens, keep what was computed: {advice}")
 
 
 def _last_common(saved: TrainConfig, now: TrainConfig, tokens: int, step: int) -> tuple[int, str]:
