@@ -50,37 +50,23 @@ class Router(nn.Module):
         return weights, chosen, Routing(counts, logits.softmax(-1).mean(0))
 
 
-class _Dispatch(torch.autograd.Function):
-    """Copy the rows `[N, d]` to the slots `[N k, d]` that chose an expert, sorted by expert.
+class _Move(torch.autograd.Function):
+    """Copy the rows `[N, d]` to their slots `[N k, d]`, sorted by expert, or add up the slots of each row: transposes.
 
     Autograd would add the gradients of a row by atomics, in no fixed order on a GPU; here each has its place.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, k: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: Tensor, k: int, to_slots: bool) -> Tensor:
         ctx.save_for_backward(order)
-        ctx.k = k
-        return rows[order // k]
+        ctx.k, ctx.to_slots = k, to_slots
+        return x[order // k] if to_slots else _sum_slots(x, order, k)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         (order,) = ctx.saved_tensors
-        return _sum_slots(gradient, order, ctx.k), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """Add up the k slots `[N k, d]` of each row: the transpose of `_Dispatch`."""
-
-    @staticmethod
-    def forward(ctx: Any, slots: Tensor, order: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.k = k
-        return _sum_slots(slots, order, k)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (order,) = ctx.saved_tensors
-        return gradient[order // ctx.k], None, None
+        moved = _sum_slots(gradient, order, ctx.k) if ctx.to_slots else gradient[order // ctx.k]
+        return moved, None, None, None
 
 
 def _sum_slots(slots: Tensor, order: Tensor, k: int) -> Tensor:
@@ -133,11 +119,12 @@ class Experts(nn.Module):
         weights, chosen, routing = self.router(rows)
         k = chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)  # slot n k + i is the choice i of row n
-        slots = _Dispatch.apply(rows, order, k)
+        slots = _Move.apply(rows, order, k, True)
         gate, up = grouped_linear(slots, self.ffn_in, routing.counts).chunk(2, dim=-1)
         # Weighted before the second GEMM, where a slot has ffn_dim values, fewer than d.
         inner = F.silu(gate) * up * weights.flatten()[order, None].to(gate.dtype)
-        return _Combine.apply(grouped_linear(inner, self.ffn_out, routing.counts), order, k).view_as(x), routing
+        outputs = grouped_linear(inner, self.ffn_out, routing.counts)
+        return _Move.apply(outputs, order, k, False).view_as(x), routing
 
 
 class Balance(nn.Module):
