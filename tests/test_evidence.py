@@ -27,13 +27,16 @@ def test_the_tables_are_those_of_the_results(monkeypatch):
     assert not report(monkeypatch, "--check")
 
 
-def test_the_results_are_of_the_study():
-    sweep = load_sweep(EVIDENCE / "study.toml")
-    rows = {row["name"]: row for row in json.loads((EVIDENCE / "study.json").read_text())["runs"]}
+@pytest.mark.parametrize("study", ["study", "further"])
+def test_the_results_are_of_the_study(study):
+    sweep = load_sweep(EVIDENCE / f"{study}.toml")
+    rows = {row["name"]: row for row in json.loads((EVIDENCE / f"{study}.json").read_text())["runs"]}
     assert rows.keys() == sweep.runs.keys()
     for name, options in sweep.options.items():
-        assert rows[name]["status"] == "done" and rows[name]["options"] == options
+        assert rows[name]["options"] == options
         assert rows[name]["grids"] == [grid.name for grid in sweep.grids if name in grid.runs]
+        # Of the further runs those of a dense model and of Muon are still to be done.
+        assert rows[name]["status"] == "done" or (study == "further" and "experts" not in rows[name]["grids"])
 
 
 def test_plan_quotes_the_results():

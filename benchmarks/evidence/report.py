@@ -1,7 +1,7 @@
 """Draws the figures of docs/evidence.md and writes its tables, from study.json: `python benchmarks/evidence/report.py`.
 
 study.json is the results.json of the sweeps curves.toml and then study.toml in one folder; --results takes a new one,
-which becomes study.json when all is drawn. With --check nothing is written: the exit status says whether the page's
+which becomes study.json when all is drawn. further.json is the results.json of further.toml. With --check nothing is written: the exit status says whether the page's
 tables, the summary's figures among them, are those of the results.
 """
 
@@ -26,6 +26,7 @@ PARSER.add_argument("--check", action="store_true", help="write nothing; exit st
 PARSER.add_argument("--results", type=Path, default=HERE / "study.json", help="results.json of a new study")
 ARGUMENTS = PARSER.parse_args()
 ROWS = json.loads(ARGUMENTS.results.read_text())["runs"]
+FURTHER = json.loads((HERE / "further.json").read_text())["runs"]
 BASE = next(row["options"] for row in ROWS if row["name"] == "seed=0")
 if undone := [row["name"] for row in ROWS if row["status"] != "done"]:
     sys.exit(f"{ARGUMENTS.results}: expected a complete study, got {len(undone)} runs that are not done: {undone}")
@@ -232,6 +233,18 @@ def table_model_size():
         length = base[0]["data_tokens"] / parameters
         lines.append((f"{parameters / 1e6:.2f} M", f"{size['dim']}, {size['layers']}", f"{length:.1f}",
                       spread(base), spread(rows), gain(rows), each(rows)))  # fmt: skip
+    return table(*lines)
+
+
+def table_further():
+    lines = [("model", "baseline", "TST", "difference", "each seed")]
+    for grid, name in (("dense", "dense"), ("experts", "16 experts"), ("muon", "dense, Muon")):
+        rows = sorted((row for row in FURTHER if grid in row["grids"]), key=lambda row: row["seed"])
+        if all(row["status"] == "done" for row in rows):
+            base, tst = (
+                [row for row in rows if (row["baseline"] == row["name"]) is is_base] for is_base in (True, False)
+            )
+            lines.append((name, spread(base), spread(tst), gain(tst), each(tst)))
     return table(*lines)
 
 
