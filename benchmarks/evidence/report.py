@@ -1,8 +1,8 @@
 """Draws the figures of docs/evidence.md and writes its tables, from study.json: `python benchmarks/evidence/report.py`.
 
 study.json is the results.json of the sweeps curves.toml and then study.toml in one folder; --results takes a new one,
-which becomes study.json when all is drawn. further.json is the results.json of further.toml. With --check nothing is written: the exit status says whether the page's
-tables, the summary's figures among them, are those of the results.
+which becomes study.json when all is drawn. further.json is the results.json of further.toml. With --check nothing is
+written: the exit status says whether the page's tables, the summary's figures among them, are those of the results.
 """
 
 import argparse
