@@ -49,7 +49,7 @@ def test_superposition_step(race):
 
 
 def test_next_tokens_step(race, shape):
-    """Recovery with an annealed hand-over: the model reads tokens, and each position predicts the next s."""
+    """Output-only superposition, annealed: the model reads tokens, and each position predicts the next s."""
     config, vocabulary, batch, length = SHAPES[shape]
     model = reference(config, vocabulary, length, DEVICE)
     tokens = zipf_ids((batch, length + 1), vocabulary)

@@ -35,7 +35,7 @@ def test_the_results_are_of_the_study(study):
     for name, options in sweep.options.items():
         assert rows[name]["options"] == options
         assert rows[name]["grids"] == [grid.name for grid in sweep.grids if name in grid.runs]
-        # Of the further runs those of a dense model and of Muon are still to be done.
+        # Of the further runs, only the experts have been done so far.
         assert rows[name]["status"] == "done" or (study == "further" and "experts" not in rows[name]["grids"])
 
 

@@ -426,6 +426,7 @@ class TestRuns:
             assert [len(layer) for layer in table] == [4, 4]
             assert all(sum(layer) == pytest.approx(4, abs=4e-4) for layer in table)
 
+    @pytest.mark.extended
     def test_it_learns(self, tiny_experts, tmp_path):
         result = train(dataclasses.replace(tiny_experts, steps=300), tmp_path / "run", progress=False)
         assert 0.9 < result["val_loss"] < 2.0  # the source has 0.95 nats of entropy a token, ignorance log 64 = 4.16
@@ -476,7 +477,7 @@ class TestRuns:
         assert_close_runs(straight, tmp_path / "two", self.RTOL)
 
     @pytest.mark.extended
-    def test_resharding(self, tiny_experts, straight, tmp_path):
+    def test_resharding(self, tiny_experts, tmp_path):
         """Three experts over two processes: shares of two and one."""
         config = with_run(tiny_experts, checkpoint_every=10)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, experts=3, balance="bias"))

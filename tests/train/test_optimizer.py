@@ -235,7 +235,7 @@ class TestRun:
         train(config, tmp_path / "run", progress=False, on_step=on_step)
         logged = [line["lr"] for line in lines(straight) if "lr" in line][:-1]
         assert max(logged) == 3e-3 and len(set(logged)) > 10
-        # Before a step the rates are still those of the one before it.
+        # Before a step the groups still hold the rates of the last step.
         for (matrices, decayed, gains), rate in zip(rates[1:], logged, strict=True):
             assert decayed == gains == rate and matrices == pytest.approx(rate * 0.05 / 3e-3, rel=1e-12)
 

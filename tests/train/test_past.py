@@ -222,7 +222,7 @@ class TestRefusal:
         [
             ("--steps 60 --warmup 3 --ratio 0.2 --decay 0.8",
              "No checkpoint up to step 13 is kept (--keep); begin in another folder"),
-            ("--steps 2 --decay 0", "No options let a run of 2 steps begin with those of 30"),
+            ("--steps 2 --decay 0", "A run of 2 steps cannot continue one of 30"),
         ],
     )  # fmt: skip
     def test_nothing_keeps_it(self, tiny, folder, asked, options, message):

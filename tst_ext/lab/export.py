@@ -47,7 +47,7 @@ def export_hf(
     """
     check_out(folder)
     if config.model.experts:
-        wanted = "{} for experts: only models that transformers' Qwen3MoeForCausalLM can be are exported"
+        wanted = "{} for experts, as in transformers' Qwen3MoeForCausalLM"
         check("qk_norm", config.model.qk_norm, config.model.qk_norm, wanted.format("True"))
         check("shared_experts", config.model.shared_experts, not config.model.shared_experts, wanted.format("0"))
         check("balance", config.model.balance, config.model.balance == "loss", wanted.format("loss"))

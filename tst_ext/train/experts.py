@@ -133,9 +133,9 @@ class Balance(nn.Module):
     "loss": the mean over layers of E sum_e f_e P_e, with f_e the share of positions that chose the expert e and P_e its
     mean probability; k if all are equally busy. transformers averages f and P over layers first, so that the imbalance
     of one can hide another's. f is of the batch as far as the step has come (arXiv 2501.11873).
-    "bias": after each step, a fixed amount is added to the bias of each expert with less than its even share, and
-    subtracted from that of each with more. Experts are chosen by the logits with their biases, and weighted without
-    them. DeepSeek-V3 (arXiv 2412.19437) corrects sigmoids. A softmax has a scale of 1 / E, logits have none.
+    "bias": after each step, the bias of each expert with less than its even share rises by a fixed amount, and the bias
+    of each with more falls. Experts are chosen by the logits with their biases, and weighted without them.
+    DeepSeek-V3 (arXiv 2412.19437) corrects sigmoids. Probabilities have a scale of 1 / E, logits have none.
     """
 
     load: Tensor

@@ -38,7 +38,7 @@ def check_past(path: Path, step: int, saved: TrainConfig, now: TrainConfig, toke
     message = f"resume: {path} has {changes}; {what}"
     longer = _with_past(saved, now)
     if longer is None:
-        raise UserError(f"{message}. No options let a run of {now.steps} steps begin with those of {saved.steps}")
+        raise UserError(f"{message}. A run of {now.steps} steps cannot continue one of {saved.steps}")
     last, _ = _last_common(saved, longer, tokens, step)
     kept = [p.name for p in checkpoints(path.parent.parent) if int(p.name[5:]) <= last]
     if not kept:
